@@ -1,0 +1,46 @@
+# Two commands on a fresh machine with Python and make: `make demo` and `make test`.
+# Both set up .venv by themselves, and again when pyproject.toml, constraints.txt or PYTHON changed.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The interpreter is part of the stamp's name: another PYTHON makes another stamp, and so a new .venv.
+STAMP  := $(VENV)/.installed-$(shell $(PYTHON) -c 'import hashlib, sys; print(hashlib.md5((sys.version + sys.base_prefix).encode()).hexdigest()[:12])')
+
+.PHONY: demo test test-unit test-kernels test-wheel test-gpu check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/python -m seedtriton demo
+
+test: test-unit test-kernels test-wheel
+
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+# The interpreter has to be on before the process starts, so it is a process of its own.
+test-kernels: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels/interpreter
+
+# sdist -> wheel -> an empty environment, where the package and its kernels must be importable.
+test-wheel: $(STAMP)
+	$(BIN)/python tests/check_wheel.py
+
+# On a machine with a GPU, with the torch and triton that are there: make test-gpu PYTHON=python3
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,dev]"
+	touch $@

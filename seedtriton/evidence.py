@@ -1,0 +1,306 @@
+"""What is known of one seed: the window's statistics and the formulas of the ratio, in plain Python.
+
+The one place where these are defined. Nothing here measures and nothing decides: the monitor hands in
+samples, the gates ask for ``SeedEvidence``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ._state import PlainState
+from .errors import ConfigurationError
+
+RATIO_EPS = 1e-8
+# Below this the eps above is more than 1 % of the host's norm, and the ratio says nothing of the seed.
+HOST_FLOOR = 1e-6
+# Samples behind the t statistic of the blend gain. Older ones belong to another seed: on 44 runs the
+# last 100 separated learning from not learning, the whole run did so less well.
+GAIN_SAMPLES = 100
+# Fewer gains than this have no autocorrelation worth the name.
+MIN_GAIN_SAMPLES = 8
+
+# What the ratio is worth. Each is a different answer, and only the first is a number.
+MEASURED = "measured"
+NEVER_MEASURED = "never_measured"
+NO_GRADIENT = "no_gradient"
+NOT_FINITE = "not_finite"
+HOST_UNDEFINED = "host_undefined"
+STATUSES = (MEASURED, NEVER_MEASURED, NO_GRADIENT, NOT_FINITE, HOST_UNDEFINED)
+
+
+class Sample(NamedTuple):
+    """One measurement of the host and one seed, after one backward pass."""
+
+    host_sumsq: float
+    seed_sumsq: float
+    host_tensors: int  # gradient tensors of the host
+    seed_tensors: int
+    host_elements: int  # their elements
+    seed_elements: int
+    live_tensors: int  # gradient tensors of the seed that are not all zero
+    gain: float  # blend gain -<dL/dout, seed - host>; NaN: not measured
+    skipped: bool  # the optimizer will skip this step (loss-scale overflow)
+
+    @property
+    def empty(self) -> bool:
+        """No parameter of either side had a gradient: nothing was there to measure."""
+        return self.host_tensors == 0 and self.seed_tensors == 0
+
+    @property
+    def usable(self) -> bool:
+        """Both sides finite and the step taken: only then is it averaged in."""
+        return math.isfinite(self.host_sumsq) and math.isfinite(self.seed_sumsq) and not self.skipped
+
+
+def root_mean(values: Sequence[float]) -> float:
+    """``sqrt(mean(values))`` for sums of squares up to the end of fp64; 0.0 for none.
+
+    Raises:
+        ConfigurationError: a negative value, which no sum of squares can be.
+    """
+    if any(value < 0.0 for value in values):
+        raise ConfigurationError(f"a sum of squares cannot be negative, got {min(values)}")
+    largest = max(values, default=0.0)
+    if largest == 0.0:
+        return 0.0
+    # Scaled by the largest, because the plain sum of two values of 1e308 is infinite.
+    mean = math.fsum(value / largest for value in values) / len(values)
+    return math.sqrt(largest) * math.sqrt(mean)
+
+
+def gradient_ratio(seed_norm: float, host_norm: float, eps: float = RATIO_EPS) -> float:
+    """``seed_norm / (host_norm + eps)``, the formula of the original gate.
+
+    Raises:
+        ConfigurationError: a norm is negative, NaN or infinite.
+    """
+    for name, norm in (("seed_norm", seed_norm), ("host_norm", host_norm)):
+        if not 0.0 <= norm < math.inf:
+            raise ConfigurationError(f"{name} must be finite and at least 0, got {norm}")
+    return seed_norm / (host_norm + eps)
+
+
+def rms_ratio(ratio: float, host_elements: float, seed_elements: float) -> float:
+    """The ratio of root mean squares: ``ratio * sqrt(host_elements / seed_elements)``.
+
+    Sizes divide the finished ratio, not the norms before eps is added: eps on a per-element intensity
+    halves the ratio of a model of 10 000 parameters at norms of 1e-6.
+
+    Raises:
+        ConfigurationError: no elements on a side.
+    """
+    if host_elements <= 0 or seed_elements <= 0:
+        raise ConfigurationError(
+            f"the RMS ratio needs elements on both sides, got host {host_elements}, seed {seed_elements}"
+        )
+    return ratio * math.sqrt(host_elements / seed_elements)
+
+
+def effective_sample_size(values: Sequence[float]) -> float:
+    """How many independent samples a series is worth, in [1, n]: ``n / (1 + 2 * sum of autocorrelations)``.
+
+    Autocorrelations are summed in pairs of lags while the pair is positive (initial positive sequence;
+    Geyer, "Practical Markov Chain Monte Carlo", Statistical Science 7, 1992).
+    """
+    n = len(values)
+    mean = math.fsum(values) / n
+    centred = [value - mean for value in values]
+    variance = math.fsum(value * value for value in centred)
+    if variance == 0.0:
+        return float(n)
+
+    def autocorrelation(lag: int) -> float:
+        return math.fsum(a * b for a, b in zip(centred, centred[lag:])) / variance
+
+    inflation = -1.0
+    for lag in range(0, n - 1, 2):
+        pair = autocorrelation(lag) + autocorrelation(lag + 1)
+        if pair <= 0.0:
+            break
+        inflation += 2.0 * pair
+    return min(float(n), max(1.0, n / max(inflation, 1e-12)))
+
+
+def t_statistic(values: Sequence[float]) -> tuple[float | None, float]:
+    """Mean over its standard error, corrected for autocorrelation, and the effective sample size.
+
+    None when there are fewer than ``MIN_GAIN_SAMPLES`` values, or when they are all the same: a mean
+    without a spread has no standard error. All-zero values are t = 0: nothing was gained.
+    """
+    n = len(values)
+    if n < MIN_GAIN_SAMPLES:
+        return None, float(n)
+    # The statistic has no unit, so the scale goes first: squares of 1e200 would be infinite.
+    largest = max(abs(value) for value in values)
+    if largest == 0.0:
+        return 0.0, float(n)
+    scaled = [value / largest for value in values]
+    mean = math.fsum(scaled) / n
+    variance = math.fsum((value - mean) * (value - mean) for value in scaled) / (n - 1)
+    effective = effective_sample_size(scaled)
+    if variance == 0.0:
+        return None, effective
+    return mean / math.sqrt(variance / effective), effective
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedEvidence(PlainState):
+    """What the window says of one seed. A number that could not be had is None, and ``reason`` says why.
+
+    Attributes:
+        seed: its name.
+        status: what the ratio is worth: "measured", "never_measured", "no_gradient", "not_finite" or
+            "host_undefined".
+        reason: the same in words, with numbers.
+        ratio: seed norm / (host norm + eps) over the window.
+        rms_ratio: the same for root mean squares per element.
+        seed_norm: root of the mean sum of squares over the window.
+        host_norm: the same for the host.
+        samples: measurements averaged.
+        dropped: measurements left out because a side was not finite or the step was skipped.
+        empty: measurements at which no parameter at all had a gradient.
+        age: optimizer steps since the last read that found a new sample; None without an optimizer.
+        blend_gain: mean over the last ``GAIN_SAMPLES`` of -<dL/dout, seed - host>, the first-order
+            decrease of the loss per unit of blending.
+        blend_gain_t: its t statistic, corrected for autocorrelation.
+        effective_samples: how many independent samples those gains are worth.
+        displacement: |w - w0| / |w0| of the seed's parameters since the window began.
+        live_share: share of the seed's parameters (by tensor) with a gradient that is not all zero.
+        in_optimizer: every parameter of the seed that requires a gradient is in an optimizer.
+        optimizer_steps: steps of that optimizer since the window began.
+    """
+
+    seed: str
+    status: str = NEVER_MEASURED
+    reason: str = ""
+    ratio: float | None = None
+    rms_ratio: float | None = None
+    seed_norm: float | None = None
+    host_norm: float | None = None
+    samples: int = 0
+    dropped: int = 0
+    empty: int = 0
+    age: int | None = None
+    blend_gain: float | None = None
+    blend_gain_t: float | None = None
+    effective_samples: float | None = None
+    displacement: float | None = None
+    live_share: float | None = None
+    in_optimizer: bool | None = None
+    optimizer_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ConfigurationError(f"unknown status {self.status!r}; known: {STATUSES}")
+        for name in ("samples", "dropped", "empty"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the measurements that were dropped; 0.0 when there are none."""
+        seen = self.samples + self.dropped
+        return self.dropped / seen if seen else 0.0
+
+
+def collect_evidence(
+    seed: str,
+    samples: Sequence[Sample],
+    *,
+    parameters: int,
+    eps: float = RATIO_EPS,
+    host_floor: float = HOST_FLOOR,
+    age: int | None = None,
+    displacement: float | None = None,
+    in_optimizer: bool | None = None,
+    optimizer_steps: int | None = None,
+) -> SeedEvidence:
+    """The statistics of one seed's window, oldest sample first.
+
+    Args:
+        seed: its name.
+        samples: the window, none older than the seed's entry into its stage.
+        parameters: parameters (tensors) of the seed, for the share that is live.
+        eps: added to the host's norm.
+        host_floor: a host norm below this leaves the ratio undefined.
+        age: passed on, as are displacement, in_optimizer and optimizer_steps.
+        displacement: see ``SeedEvidence``.
+        in_optimizer: see ``SeedEvidence``.
+        optimizer_steps: see ``SeedEvidence``.
+    """
+    used = [sample for sample in samples if not sample.empty and sample.usable]
+    empty = sum(sample.empty for sample in samples)
+    dropped = len(samples) - len(used) - empty
+
+    seed_norm = root_mean([sample.seed_sumsq for sample in used]) if used else None
+    host_norm = root_mean([sample.host_sumsq for sample in used]) if used else None
+    seed_elements = sum(sample.seed_elements for sample in used)
+    host_elements = sum(sample.host_elements for sample in used)
+    status, reason = _judge_window(used, dropped, empty, seed_norm, host_norm, host_floor)
+    ratio = rms = None
+    if status == MEASURED and seed_norm is not None and host_norm is not None:
+        ratio = gradient_ratio(seed_norm, host_norm, eps)
+        rms = rms_ratio(ratio, host_elements, seed_elements) if seed_elements and host_elements else None
+        reason = f"ratio {ratio:.3g} = seed {seed_norm:.3g} / host {host_norm:.3g}, {len(used)} samples"
+        if dropped:
+            reason += f", {dropped} dropped"
+
+    gains = [sample.gain for sample in used if math.isfinite(sample.gain)][-GAIN_SAMPLES:]
+    gain_t, effective = t_statistic(gains) if gains else (None, None)
+    live = sum(min(sample.live_tensors, parameters) for sample in used)
+    return SeedEvidence(
+        seed=seed,
+        status=status,
+        reason=reason,
+        ratio=ratio,
+        rms_ratio=rms,
+        seed_norm=seed_norm,
+        host_norm=host_norm,
+        samples=len(used),
+        dropped=dropped,
+        empty=empty,
+        age=age,
+        blend_gain=math.fsum(gain / len(gains) for gain in gains) if gains else None,
+        blend_gain_t=gain_t,
+        effective_samples=effective,
+        displacement=displacement,
+        live_share=live / (len(used) * parameters) if used and parameters else None,
+        in_optimizer=in_optimizer,
+        optimizer_steps=optimizer_steps,
+    )
+
+
+def _judge_window(
+    used: Sequence[Sample],
+    dropped: int,
+    empty: int,
+    seed_norm: float | None,
+    host_norm: float | None,
+    host_floor: float,
+) -> tuple[str, str]:
+    """Which of the five answers the window gives, and why."""
+    if not used and dropped:
+        return NOT_FINITE, (
+            f"all {dropped} measurements were dropped: a gradient was not finite, or the step was skipped"
+        )
+    if not used and empty:
+        return NO_GRADIENT, (
+            f"no parameter had a gradient in any of {empty} measurements: "
+            "measure after backward() and before zero_grad()"
+        )
+    if not used or seed_norm is None or host_norm is None:
+        return NEVER_MEASURED, "no measurement: call measure() after backward() and before optimizer.step()"
+    if not any(sample.seed_tensors for sample in used):
+        return NO_GRADIENT, (
+            f"no parameter of the seed had a gradient in {len(used)} samples: is it part of the forward pass?"
+        )
+    if host_norm < host_floor:
+        return HOST_UNDEFINED, (
+            f"the host's gradient norm {host_norm:.3g} is below its floor {host_floor:.3g} (a frozen host?): "
+            "the ratio is undefined, use a criterion without the host"
+        )
+    return MEASURED, ""

@@ -1,0 +1,581 @@
+"""The gates between stages: thresholds, the questions each gate asks, and the verdict.
+
+Refusing is data: a ``Verdict`` lists every question with its value, its limit and a reason. What was
+not measured never passes. Each question has a stable name; the numbers stand beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, cast
+
+from . import evidence as ev
+from ._state import PlainState, check_state
+from .errors import ConfigurationError, StateDictError
+from .evidence import SeedEvidence
+from .lifecycle import Stage, stage_named
+from .schedules import ProgressThreshold
+
+STRICT = "strict"
+PERMISSIVE = "permissive"
+RATIOS = ("norm", "rms")
+
+
+class Gate(enum.IntEnum):
+    """The gates; 4 is reserved."""
+
+    G0 = 0
+    G1 = 1
+    G2 = 2
+    G3 = 3
+    G5 = 5
+
+    def __str__(self) -> str:
+        """The name alone."""
+        return self.name
+
+
+GATE_OF: Mapping[Stage, Gate] = MappingProxyType(
+    {
+        Stage.GERMINATED: Gate.G0,
+        Stage.TRAINING: Gate.G1,
+        Stage.BLENDING: Gate.G2,
+        Stage.HOLDING: Gate.G3,
+        Stage.FOSSILIZED: Gate.G5,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateThresholds(PlainState):
+    """Limits of all gates. None switches a question off, visibly: it is listed as not asked.
+
+    Exactly at a limit passes. The limits from ``min_samples`` to ``min_blend_gain_t`` are provisional: they
+    stand where first measurements separated seeds that learn from seeds that do not.
+
+    Attributes:
+        min_training_improvement: G2, rise of the accuracy since TRAINING began, in percentage points.
+        max_isolation_violations: G2, forward passes in which the seed reached into the host.
+        min_training_epochs: G2, epochs in TRAINING.
+        min_gradient_ratio: G2, seed's gradient norm over the host's; a number, or a ``ProgressThreshold``.
+        ratio: "norm" or "rms": which ratio the two limits on it are for.
+        max_gradient_ratio: G2, above it the seed is exploding.
+        min_samples: G2, measurements in the window.
+        max_sample_age: G2, G3, G5, optimizer steps without a new measurement.
+        max_dropped_share: G2, G3, G5, share of the measurements that were not finite or skipped.
+        require_optimizer: G2, the seed's parameters are in an optimizer that steps.
+        min_displacement: G2, relative change of the seed's weights since TRAINING began.
+        min_live_share: G2, share of the seed's parameters whose gradient is not all zero.
+        min_blend_gain_t: G2, t statistic of the blend gain.
+        min_blending_epochs: G3, epochs in BLENDING.
+        min_holding_epochs: G5, epochs in HOLDING.
+        max_accuracy_drop: G3 and G5, fall of the accuracy since BLENDING began, in percentage points.
+
+    Raises:
+        ConfigurationError: negative, NaN, a share above 1, an unknown ratio, a wrong type.
+    """
+
+    min_training_improvement: float | None = 1.0
+    max_isolation_violations: int | None = 3
+    min_training_epochs: int | None = 3
+    min_gradient_ratio: float | ProgressThreshold | None = 0.05
+    ratio: str = "norm"
+    max_gradient_ratio: float | None = 1000.0
+    min_samples: int | None = 32
+    max_sample_age: int | None = 20
+    max_dropped_share: float | None = 0.1
+    require_optimizer: bool | None = True
+    min_displacement: float | None = 1e-4
+    min_live_share: float | None = 0.5
+    min_blend_gain_t: float | None = 4.0
+    min_blending_epochs: int | None = 1
+    min_holding_epochs: int | None = 1
+    max_accuracy_drop: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value is None:
+                continue
+            if item.name == "ratio":
+                if value not in RATIOS:
+                    raise ConfigurationError(f"ratio must be one of {RATIOS}, got {value!r}")
+            elif item.name == "require_optimizer":
+                if type(value) is not bool:
+                    raise ConfigurationError(f"require_optimizer must be True, False or None, got {value!r}")
+            elif not (item.name == "min_gradient_ratio" and isinstance(value, ProgressThreshold)):
+                _check_limit(item.name, value, whole="int" in str(item.type))
+        if self.ratio is None:
+            raise ConfigurationError(f"ratio must be one of {RATIOS}, got None")
+
+    @classmethod
+    def esper(cls, **changes: Any) -> GateThresholds:
+        """The numbers of esper-lite: improvement 0.5, 10 epochs, RMS ratio 0.10; ``changes`` on top."""
+        numbers: dict[str, Any] = {
+            "min_training_improvement": 0.5,
+            "min_training_epochs": 10,
+            "min_gradient_ratio": 0.10,
+            "ratio": "rms",
+            "min_blending_epochs": 10,
+        }
+        return cls(**(numbers | changes))
+
+    def without(self, *names: str) -> GateThresholds:
+        """A copy with these limits switched off; ConfigurationError for a name that is no limit."""
+        known = {item.name for item in dataclasses.fields(self)} - {"ratio"}
+        for name in names:
+            if name not in known:
+                raise ConfigurationError(f"no limit is called {name!r}; known: {sorted(known)}")
+        return dataclasses.replace(self, **cast("dict[str, Any]", dict.fromkeys(names)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain, JSON-safe values; a threshold that depends on progress is a dict of its own."""
+        state = super().state_dict()
+        if isinstance(self.min_gradient_ratio, ProgressThreshold):
+            state["min_gradient_ratio"] = self.min_gradient_ratio.state_dict()
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: object) -> GateThresholds:
+        """The thresholds saved by ``state_dict``; StateDictError, or ConfigurationError for bad values."""
+        if isinstance(state, dict) and isinstance(state.get("min_gradient_ratio"), dict):
+            ratio = ProgressThreshold.from_state_dict(state["min_gradient_ratio"])
+            state = {**state, "min_gradient_ratio": ratio}
+        restored: GateThresholds = super().from_state_dict(state)
+        return restored
+
+
+def _check_limit(name: str, value: object, *, whole: bool) -> None:
+    kinds: tuple[type, ...] = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind = "a whole number" if whole else "a number"
+        raise ConfigurationError(f"{name} must be {kind} or None, got {value!r}")
+    highest = 1.0 if name.endswith("_share") else math.inf
+    if not 0.0 <= value <= highest or math.isinf(value):  # type: ignore[operator,arg-type]
+        limit = "[0, 1]" if highest == 1.0 else "[0, inf)"
+        raise ConfigurationError(f"{name} must lie in {limit}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Check(PlainState):
+    """One question of a gate and its answer.
+
+    Attributes:
+        question: stable name of the question, the same whatever the answer.
+        name: stable name of the answer, such as "seed_gradient_active" or "seed_gradient_low".
+        passed: True, False, or None when the question was not asked.
+        value: what was measured; None when nothing was.
+        limit: the limit it was held against.
+        reason: the answer in words.
+    """
+
+    question: str
+    name: str
+    passed: bool | None
+    value: float | int | bool | str | None = None
+    limit: float | int | bool | str | None = None
+    reason: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name and number together, as the original gates wrote it: ``seed_gradient_low_0.01``."""
+        if isinstance(self.value, float):
+            return f"{self.name}_{self.value:.2f}"
+        return self.name
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate says of one seed: passed or refused, with every question it asked."""
+
+    gate: Gate
+    target: Stage
+    seed: str
+    passed: bool
+    checks: tuple[Check, ...]
+    mode: str = STRICT
+
+    VERSION = 1
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The questions that were answered with no."""
+        return tuple(check for check in self.checks if check.passed is False)
+
+    def __str__(self) -> str:
+        """One line that a person can read in a log."""
+        head = f"{self.gate} {'passed' if self.passed else 'refused'} {self.seed!r} for {self.target}"
+        if self.passed:
+            labels = ", ".join(check.label for check in self.checks if check.passed)
+            return f"{head}: {labels}"
+        return f"{head}: " + "; ".join(f"{check.label} ({check.reason})" for check in self.failed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain, JSON-safe values."""
+        return {
+            "version": self.VERSION,
+            "gate": str(self.gate),
+            "target": str(self.target),
+            "seed": self.seed,
+            "passed": self.passed,
+            "checks": [check.state_dict() for check in self.checks],
+            "mode": self.mode,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: object) -> Verdict:
+        """The verdict saved by ``state_dict``; StateDictError when it does not fit."""
+        keys = ("gate", "target", "seed", "passed", "checks", "mode")
+        values = check_state(state, "Verdict", cls.VERSION, keys)
+        if values["gate"] not in Gate.__members__ or not isinstance(values["checks"], list):
+            raise StateDictError(f"Verdict: unknown gate {values['gate']!r} or checks that are no list")
+        return cls(
+            gate=Gate[values["gate"]],
+            target=stage_named(values["target"]),
+            seed=values["seed"],
+            passed=values["passed"],
+            checks=tuple(Check.from_state_dict(check) for check in values["checks"]),
+            mode=values["mode"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedStatus:
+    """Everything a gate may ask about one seed at the moment of the verdict.
+
+    Attributes:
+        seed: its name.
+        stage: where it is now.
+        epochs_in_stage: epochs counted there.
+        parameters: elements of its parameters that require a gradient.
+        preserves_shape: output and input agreed in shape and dtype when tried; None: not yet tried.
+        evidence: what was measured; None is the same as never measured.
+        improvement: rise of the accuracy since TRAINING began, in percentage points; None: unknown.
+        accuracy_change: change of the accuracy since BLENDING began, in percentage points; None: unknown.
+        isolation_violations: forward passes in which the seed reached into the host.
+        alpha: blend factor now.
+        alpha_target: where it is going.
+        progress: share of the whole training that is done, for thresholds that depend on it.
+    """
+
+    seed: str
+    stage: Stage
+    epochs_in_stage: int = 0
+    parameters: int = 0
+    preserves_shape: bool | None = None
+    evidence: SeedEvidence | None = None
+    improvement: float | None = None
+    accuracy_change: float | None = None
+    isolation_violations: int = 0
+    alpha: float = 0.0
+    alpha_target: float = 1.0
+    progress: float | None = None
+
+    @property
+    def known(self) -> SeedEvidence:
+        """The evidence, or an empty one that says "never measured"."""
+        return self.evidence or ev.collect_evidence(self.seed, (), parameters=0)
+
+
+@dataclass
+class QualityGates:
+    """Asks the questions of a gate and gives the verdict.
+
+    Args:
+        thresholds: limits of all gates.
+        mode: "strict" asks everything. "permissive" asks G2 only for the epochs and that gradients were
+            measured, are finite and do not explode; the rest is listed as not asked.
+
+    Raises:
+        ConfigurationError: an unknown mode.
+    """
+
+    thresholds: GateThresholds = field(default_factory=GateThresholds)
+    mode: str = STRICT
+
+    def __post_init__(self) -> None:
+        if self.mode not in (STRICT, PERMISSIVE):
+            raise ConfigurationError(f"mode must be {STRICT!r} or {PERMISSIVE!r}, got {self.mode!r}")
+
+    def judge(self, target: Stage, status: SeedStatus) -> Verdict:
+        """The verdict on moving ``status.seed`` to ``target``.
+
+        Raises:
+            ConfigurationError: no gate guards ``target``.
+        """
+        gate = GATE_OF.get(target)
+        if gate is None:
+            guarded = ", ".join(str(stage) for stage in GATE_OF)
+            raise ConfigurationError(f"no gate leads to {target}; gates lead to {guarded}")
+        checks = tuple(self._QUESTIONS[gate](self, status))
+        # Every gate has a question that cannot be switched off, so "nothing failed" means something.
+        passed = all(check.passed is not False for check in checks)
+        return Verdict(gate, target, status.seed, passed, checks, self.mode)
+
+    def _g0(self, status: SeedStatus) -> list[Check]:
+        return [
+            _stage_is(status, Stage.DORMANT, "slot_free", "slot_occupied"),
+            _yes(
+                "parameters", status.parameters > 0, "has_parameters", "no_parameters",
+                status.parameters, 1, f"{status.parameters} trainable elements",
+            ),
+        ]
+
+    def _g1(self, status: SeedStatus) -> list[Check]:
+        shape = Check("shape", "shape_untried", None, reason="not tried yet: the first forward pass will")
+        if status.preserves_shape is not None:
+            shape = _yes(
+                "shape", status.preserves_shape, "shape_preserved", "shape_changed",
+                status.preserves_shape, True, "output against input, shape and dtype",
+            )
+        return [_stage_is(status, Stage.GERMINATED, "germinated", "not_germinated"), shape]
+
+    def _g2(self, status: SeedStatus) -> list[Check]:
+        limits, known = self.thresholds, status.known
+        checks = [
+            _stage_is(status, Stage.TRAINING, "in_training", "not_in_training"),
+            _measured(known),
+            _finite(known, limits.max_dropped_share),
+            self._not_exploding(known),
+            _epochs(
+                status, limits.min_training_epochs, "min_training_epochs", "seed_ready", "seed_not_ready"
+            ),
+        ]
+        others = [
+            _improvement(status, limits.min_training_improvement),
+            _at_most(
+                "isolation", "max_isolation_violations", status.isolation_violations,
+                limits.max_isolation_violations, "isolated", "isolation_violated",
+                "forward passes in which the seed reached into the host",
+            ),
+            self._ratio(status, known),
+            _at_least(
+                "samples", "min_samples", known.samples, limits.min_samples,
+                "samples_sufficient", "samples_insufficient", "samples in the window",
+            ),
+            _fresh(known, limits.max_sample_age),
+            _in_optimizer(known, limits.require_optimizer),
+            _at_least(
+                "displacement", "min_displacement", known.displacement, limits.min_displacement,
+                "weights_moved", "weights_not_moved", "relative change of the weights since TRAINING began",
+            ),
+            _at_least(
+                "live_share", "min_live_share", known.live_share, limits.min_live_share,
+                "gradients_alive", "gradients_dead", "share of the parameters whose gradient is not all zero",
+            ),
+            _at_least(
+                "blend_gain", "min_blend_gain_t", known.blend_gain_t, limits.min_blend_gain_t,
+                "blend_gain_significant", "blend_gain_insignificant", _gain_in_words(known),
+            ),
+        ]
+        if self.mode == PERMISSIVE:
+            others = [
+                dataclasses.replace(check, passed=None, reason="not asked: permissive") for check in others
+            ]
+        return checks + others
+
+    def _g3(self, status: SeedStatus) -> list[Check]:
+        limits = self.thresholds
+        return [
+            _stage_is(status, Stage.BLENDING, "in_blending", "not_in_blending"),
+            _measured(status.known),
+            _finite(status.known, limits.max_dropped_share),
+            _fresh(status.known, limits.max_sample_age),
+            _yes(
+                "alpha", status.alpha == status.alpha_target, "alpha_target_reached", "alpha_not_at_target",
+                status.alpha, status.alpha_target, f"alpha {status.alpha:.3g} of {status.alpha_target:.3g}",
+            ),
+            _epochs(
+                status, limits.min_blending_epochs, "min_blending_epochs",
+                "blending_complete", "blending_incomplete",
+            ),
+            _accuracy_kept(status, limits.max_accuracy_drop),
+        ]
+
+    def _g5(self, status: SeedStatus) -> list[Check]:
+        limits = self.thresholds
+        return [
+            _stage_is(status, Stage.HOLDING, "in_holding", "not_in_holding"),
+            _measured(status.known),
+            _finite(status.known, limits.max_dropped_share),
+            _fresh(status.known, limits.max_sample_age),
+            _epochs(status, limits.min_holding_epochs, "min_holding_epochs", "held", "not_held_long_enough"),
+            _accuracy_kept(status, limits.max_accuracy_drop),
+        ]
+
+    def _not_exploding(self, known: SeedEvidence) -> Check:
+        value = known.rms_ratio if self.thresholds.ratio == "rms" else known.ratio
+        limit = self.thresholds.max_gradient_ratio
+        if limit is None:
+            return _not_asked("exploding", "max_gradient_ratio", value)
+        if value is None:
+            # Without a ratio there is nothing to hold against the limit; why is another question's answer.
+            finite = known.status in (ev.HOST_UNDEFINED, ev.NO_GRADIENT)
+            reason = known.reason
+            return Check("exploding", _missing_name(known), None if finite else False, None, limit, reason)
+        return _yes(
+            "exploding", value <= limit, "seed_gradient_bounded", "seed_gradient_exploding",
+            value, limit, f"{self.thresholds.ratio} ratio {value:.3g}, at most {limit:.3g}",
+        )
+
+    def _ratio(self, status: SeedStatus, known: SeedEvidence) -> Check:
+        limit = self.thresholds.min_gradient_ratio
+        value = known.rms_ratio if self.thresholds.ratio == "rms" else known.ratio
+        if limit is None:
+            return _not_asked("gradient_ratio", "min_gradient_ratio", value)
+        if isinstance(limit, ProgressThreshold):
+            if status.progress is None:
+                return Check(
+                    "gradient_ratio", "progress_unknown", False, value, None,
+                    "min_gradient_ratio depends on the progress of training, which is not known: "
+                    "give the controller total_epochs",
+                )
+            limit = limit(status.progress)
+        if value is None:
+            return Check("gradient_ratio", _missing_name(known), False, None, limit, known.reason)
+        return _yes(
+            "gradient_ratio", value >= limit, "seed_gradient_active", "seed_gradient_low",
+            value, limit, f"{self.thresholds.ratio} {known.reason}; at least {limit:.3g}",
+        )
+
+    _QUESTIONS = {  # noqa: RUF012 - a table of methods, never changed
+        Gate.G0: _g0,
+        Gate.G1: _g1,
+        Gate.G2: _g2,
+        Gate.G3: _g3,
+        Gate.G5: _g5,
+    }
+
+
+# What a missing ratio is called in a verdict: five answers, none of which passes.
+_MISSING = MappingProxyType(
+    {
+        ev.NEVER_MEASURED: "gradient_never_measured",
+        ev.NO_GRADIENT: "seed_gradient_missing",
+        ev.NOT_FINITE: "gradient_not_finite",
+        ev.HOST_UNDEFINED: "host_gradient_undefined",
+        ev.MEASURED: "gradient_ratio_undefined",
+    }
+)
+
+
+def _missing_name(known: SeedEvidence) -> str:
+    return _MISSING[known.status]
+
+
+def _yes(
+    question: str, passed: bool, yes: str, no: str, value: Any = None, limit: Any = None, reason: str = ""
+) -> Check:
+    return Check(question, yes if passed else no, passed, value, limit, reason)
+
+
+def _not_asked(question: str, threshold: str, value: Any) -> Check:
+    return Check(question, question, None, value, None, f"not asked: {threshold} is None")
+
+
+def _compare(
+    question: str, threshold: str, value: float | int | None, limit: float | int | None,
+    yes: str, no: str, words: str, holds: Callable[[float, float], bool], bound: str,
+) -> Check:
+    """One number against one limit; exactly at the limit passes, NaN and "unknown" never do."""
+    if limit is None:
+        return _not_asked(question, threshold, value)
+    if value is None:
+        return Check(question, f"{question}_never_measured", False, None, limit, f"unknown: {words}")
+    shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+    reason = f"{words}: {shown}, {bound} {limit:.3g}"
+    return _yes(question, holds(value, limit), yes, no, value, limit, reason)
+
+
+def _at_least(
+    question: str, threshold: str, value: float | int | None, limit: float | int | None,
+    yes: str, no: str, words: str,
+) -> Check:
+    return _compare(question, threshold, value, limit, yes, no, words, lambda a, b: a >= b, "at least")
+
+
+def _at_most(
+    question: str, threshold: str, value: float | int | None, limit: float | int | None,
+    yes: str, no: str, words: str,
+) -> Check:
+    return _compare(question, threshold, value, limit, yes, no, words, lambda a, b: a <= b, "at most")
+
+
+def _stage_is(status: SeedStatus, stage: Stage, yes: str, no: str) -> Check:
+    return _yes("stage", status.stage is stage, yes, no, str(status.stage), str(stage), f"in {status.stage}")
+
+
+def _measured(known: SeedEvidence) -> Check:
+    """Asked always: no threshold can wave through what was never seen."""
+    passed = known.samples > 0 and known.status in (ev.MEASURED, ev.HOST_UNDEFINED)
+    name = "gradient_measured" if passed else _missing_name(known)
+    return Check("measured", name, passed, known.samples, 1, known.reason)
+
+
+def _finite(known: SeedEvidence, limit: float | None) -> Check:
+    if limit is None:
+        return _not_asked("finite", "max_dropped_share", known.dropped_share)
+    if not known.samples and not known.dropped:
+        return Check("finite", _missing_name(known), False, None, limit, known.reason)
+    return _at_most(
+        "finite", "max_dropped_share", known.dropped_share, limit,
+        "gradients_finite", "gradients_not_finite", "share of the measurements dropped",
+    )
+
+
+def _fresh(known: SeedEvidence, limit: int | None) -> Check:
+    if limit is not None and known.age is None:
+        if known.samples or known.dropped or known.empty:
+            return Check("age", "samples_age_unknown", None, None, limit, "not asked: no optimizer is known")
+        return Check("age", _missing_name(known), False, None, limit, known.reason)
+    return _at_most(
+        "age", "max_sample_age", known.age, limit,
+        "samples_fresh", "samples_stale", "optimizer steps without a new measurement",
+    )
+
+
+def _in_optimizer(known: SeedEvidence, required: bool | None) -> Check:
+    if not required:
+        return _not_asked("optimizer", "require_optimizer", known.in_optimizer)
+    if known.in_optimizer is None:
+        reason = "no optimizer is known: give the monitor its optimizers"
+        return Check("optimizer", "optimizer_never_measured", False, None, True, reason)
+    if not known.in_optimizer:
+        reason = "parameters of the seed are in no optimizer: they get gradients and never move"
+        return Check("optimizer", "seed_in_no_optimizer", False, False, True, reason)
+    if known.optimizer_steps == 0:
+        reason = "the seed's optimizer has not stepped since the window began"
+        return Check("optimizer", "optimizer_never_stepped", False, 0, 1, reason)
+    steps = "" if known.optimizer_steps is None else f", {known.optimizer_steps} steps"
+    return Check("optimizer", "seed_in_optimizer", True, True, True, f"all parameters{steps}")
+
+
+def _epochs(status: SeedStatus, limit: int | None, threshold: str, yes: str, no: str) -> Check:
+    words = f"epochs in {status.stage}"
+    return _at_least("epochs", threshold, status.epochs_in_stage, limit, yes, no, words)
+
+
+def _improvement(status: SeedStatus, limit: float | None) -> Check:
+    return _at_least(
+        "improvement", "min_training_improvement", status.improvement, limit,
+        "global_improvement", "global_improvement_insufficient", "percentage points since TRAINING began",
+    )
+
+
+def _accuracy_kept(status: SeedStatus, limit: float | None) -> Check:
+    drop = None if status.accuracy_change is None else -status.accuracy_change
+    return _at_most(
+        "accuracy", "max_accuracy_drop", drop, limit,
+        "accuracy_kept", "accuracy_lost", "percentage points lost since BLENDING began",
+    )
+
+
+def _gain_in_words(known: SeedEvidence) -> str:
+    if known.blend_gain is None or known.effective_samples is None:
+        return "t of the blend gain, which was not measured"
+    return f"t of the blend gain {known.blend_gain:.3g} over {known.effective_samples:.0f} effective samples"

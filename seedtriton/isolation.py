@@ -1,0 +1,123 @@
+"""How a seed trains behind the host: the host's output and gradients are, bit for bit, those without it.
+
+The seed sees a detached copy of the host's features; what it puts out goes nowhere, and only the
+gradient that the host's output receives is handed to it. A leak is found in the graph, not by numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """The seed gets dL/dout as it is.
+
+    That objective is linear and has no floor: a seed that trains long enough grows without bound and
+    wrecks the host when it is blended. It is what earlier systems do, and here for comparison.
+    """
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """The seed gets ``g + lambda (s - h)`` with ``lambda = |g| / (rho |h|)``, once per batch.
+
+    For a seed output s, the host's features h and g = dL/dout, the gradient vanishes where the seed's
+    contribution s - h is the negative gradient scaled to a fraction ``rho`` of the host's features: a
+    bounded target instead of a direction without end. Where h is all zero there is no scale to hold the
+    seed to, and it gets g alone.
+
+    Raises:
+        ConfigurationError: ``rho`` is not a finite number above 0.
+    """
+
+    rho: float = 0.5
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.rho, (int, float)) and not isinstance(self.rho, bool)
+        if not number or not 0.0 < self.rho < math.inf:
+            raise ConfigurationError(f"rho must be a finite number above 0, got {self.rho!r}")
+
+
+Isolation = StraightThrough | TrustRegion
+
+
+class _Behind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, host: Tensor, seed: Tensor, alpha: Tensor, rho: float | None) -> Tensor:
+        ctx.save_for_backward(host, seed)
+        ctx.rho = rho
+        # A copy, not the input itself: autograd forbids in-place operations on an input that a custom
+        # function returned, and ReLU(inplace=True) behind a slot is everyday code.
+        return host.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        host, seed = ctx.saved_tensors
+        difference = seed - host
+        to_alpha = to_seed = None
+        # bf16 sums keep three digits: everything that sums is at least fp32.
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        if ctx.needs_input_grad[2]:
+            to_alpha = (gradient.to(wide) * difference.to(wide)).sum().float()
+        if ctx.needs_input_grad[1]:
+            to_seed = gradient
+            if ctx.rho is not None:
+                radius = ctx.rho * torch.linalg.vector_norm(host, dtype=wide)
+                norm = torch.linalg.vector_norm(gradient, dtype=wide)
+                weight = torch.where(radius > 0, norm / radius, torch.zeros_like(norm))
+                to_seed = gradient + weight.to(gradient.dtype) * difference
+        return gradient if ctx.needs_input_grad[0] else None, to_seed, to_alpha, None
+
+
+def behind(host: Tensor, seed: Tensor, alpha: Tensor, isolation: Isolation) -> Tensor:
+    """The host's features, while the seed learns behind them.
+
+    In the backward pass the host gets the incoming gradient g unchanged, the seed what ``isolation`` says,
+    and ``alpha`` gets <g, seed - host>: the slope of the loss along the blend, at alpha = 0.
+
+    Args:
+        host: features of the host, any shape, floating.
+        seed: the seed's output for the detached features, same shape and dtype.
+        alpha: 0-dim float32 leaf that requires a gradient; its value is not used.
+        isolation: what the seed is trained by.
+
+    Returns:
+        A copy of ``host``, same bits and memory format.
+    """
+    rho = isolation.rho if isinstance(isolation, TrustRegion) else None
+    out: Tensor = _Behind.apply(host, seed, alpha, rho)
+    return out
+
+
+def leaks(output: Tensor, own: Iterable[Tensor]) -> int:
+    """How many leaves outside ``own`` a backward pass from ``output`` would reach.
+
+    0 for a seed that is isolated. Looks at the autograd graph of the seed, which its detached input keeps
+    as small as the seed; not for use inside a compiled region.
+    """
+    allowed = {id(tensor) for tensor in own}
+    foreign = set()
+    if output.grad_fn is None:
+        # A leaf, or no graph at all: then the output itself is what a backward pass would reach.
+        return int(output.requires_grad and id(output) not in allowed)
+    seen = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # an AccumulateGrad node
+        if leaf is not None and id(leaf) not in allowed:
+            foreign.add(id(leaf))
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return len(foreign)

@@ -1,0 +1,295 @@
+"""Every op in eager torch: its definition, the CPU path and the oracle of the kernels' tests.
+
+Sums of squares are fp32 over rows of ``ROW`` elements and fp64 across rows. `torch._foreach_norm`
+on a CPU is off by 1e-3 and more for large fp32 tensors, and rounds to the gradients' dtype for
+bf16 and fp16; this stays within 1e-6 of fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Squares summed in fp32 before fp64 takes over. At 1024 the error on bf16 data is 1.4e-7; at 4096 it
+# is 9e-7, because sums of squares of 8-bit mantissas round the same way again and again.
+ROW = 1024
+# Elements converted at a time on a CPU (2 MiB of fp32, stays in cache): vector_norm(dtype=float32) of
+# a bf16 tensor takes ten times as long, because it converts element by element.
+BLOCK = 1 << 19
+# A value at which torch.nn.utils.clip_grad_norm_ keeps a zero norm from dividing by zero.
+CLIP_EPS = 1e-6
+
+# The ring holds one row per sample, fp64 [window, segments, QUANTITIES]; segment 0 is the host.
+SUMSQ = 0  # sum of squares of the segment's gradients
+LIVE = 1  # gradient tensors of the segment that are not all zero
+TENSORS = 2  # gradient tensors of the segment
+ELEMENTS = 3  # their elements
+EXTRA = 4  # seeds: the blend gain (NaN: none); host: 1.0 when the optimizer will skip this step
+QUANTITIES = 5
+
+# The summary holds what the training step itself can use, fp64 [SUMMARY_HEAD + segments].
+TOTAL_NORM = 0  # root of the sum over all segments
+CLIP_COEFFICIENT = 1  # min(1, max_norm / (total norm + CLIP_EPS))
+SUMMARY_HEAD = 2  # then the ratio of each segment to the host, of this sample alone
+
+
+def dense_view(tensor: Tensor) -> Tensor | None:
+    """All elements as a contiguous 1-D view in storage order, or None when there is no such view.
+
+    Covers contiguous, channels_last and every other layout without holes and overlaps; the order of
+    the elements is the storage's, which a sum over all of them does not care about.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape) if sz != 1):
+        if stride != expected:
+            return None
+        expected *= size
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements certainly share memory (an expanded dimension)."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+
+
+def flat_values(tensor: Tensor) -> Tensor:
+    """The values whose squares count, as a contiguous 1-D real tensor.
+
+    Complex numbers become pairs (|z|² = re² + im²), sparse COO tensors their coalesced values; what has
+    no dense view (expanded, strided) is copied.
+    """
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    view = dense_view(tensor)
+    return tensor.contiguous().view(-1) if view is None else view
+
+
+def _row_norms(values: Tensor, lanes: torch.dtype) -> list[Tensor]:
+    """L2 norms of rows of ``ROW`` elements and of the rest, in dtype ``lanes``."""
+    if values.dtype != lanes and (values.device.type == "cpu" or values.dtype.itemsize == 1):
+        if values.numel() <= BLOCK:
+            return _row_norms(values.to(lanes), lanes)
+        buffer = torch.empty(BLOCK, dtype=lanes, device=values.device)
+        return [
+            norms
+            for block in values.split(BLOCK)
+            for norms in _row_norms(buffer[: block.numel()].copy_(block), lanes)
+        ]
+    whole = values.numel() // ROW * ROW
+    norms = []
+    if whole:
+        norms.append(torch.linalg.vector_norm(values[:whole].view(-1, ROW), dim=1, dtype=lanes))
+    if whole < values.numel():
+        norms.append(torch.linalg.vector_norm(values[whole:], dtype=lanes).view(1))
+    return norms
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor of host-known numbers, made once per signature instead of once per call."""
+    # inference_mode(False): a tensor cached inside somebody's inference block could not be used outside.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sums of consecutive runs of ``values`` (fp64), in order: the same bits on every call."""
+    counts = _constant(tuple(lengths), torch.int64, values.device)
+    # unsafe=True only skips the check that lengths are non-negative and add up, which would synchronise.
+    return torch.segment_reduce(values, "sum", lengths=counts, initial=0.0, unsafe=True)
+
+
+def tensor_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.device) -> Tensor:
+    """Sum of squares of each tensor, float64 [len(tensors)] on ``device``; tensors may lie on several."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(index)
+    sums = torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    for indices in by_device.values():
+        rows: list[Tensor] = []
+        lengths = []
+        for index in indices:
+            values = flat_values(tensors[index])
+            norms = _row_norms(values, torch.float64 if values.dtype == torch.float64 else lanes)
+            # Lanes may differ (an fp64 gradient keeps fp64 lanes), so they meet in fp64 here.
+            rows += norms
+            lengths.append(sum(norm.numel() for norm in norms))
+        if not rows:
+            continue
+        if len({norm.dtype for norm in rows}) > 1:
+            rows = [norm.double() for norm in rows]
+        found = _segment_sum(torch.cat(rows).double().square_(), lengths).to(device)
+        if len(by_device) == 1:
+            return found
+        sums.index_copy_(0, _constant(tuple(indices), torch.int64, device), found)
+    return sums
+
+
+def _sum_by_segment(values: Tensor, segments: Sequence[int], num_segments: int) -> Tensor:
+    """Sums of ``values`` (one per tensor) by segment, in tensor order within each."""
+    order = sorted(range(len(segments)), key=segments.__getitem__)
+    if order != list(range(len(segments))):
+        values = values.index_select(0, _constant(tuple(order), torch.int64, values.device))
+    lengths = [0] * num_segments
+    for segment in segments:
+        lengths[segment] += 1
+    return _segment_sum(values, lengths)
+
+
+@torch.no_grad()
+def segmented_sumsq(
+    tensors: Sequence[Tensor],
+    segments: Sequence[int],
+    num_segments: int,
+    lanes: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
+    """``out[k]`` = sum of g² over all elements g of the tensors of segment k; float64 [num_segments].
+
+    A segment without tensors is 0. The result lies on ``device`` (the first tensor's, unless told).
+    """
+    if device is None:
+        device = tensors[0].device if tensors else torch.device("cpu")
+    if not tensors:
+        return torch.zeros(num_segments, dtype=torch.float64, device=device)
+    return _sum_by_segment(tensor_sumsq(tensors, lanes, device), segments, num_segments)
+
+
+@torch.no_grad()
+def segmented_sums_and_live(
+    tensors: Sequence[Tensor],
+    segments: Sequence[int],
+    num_segments: int,
+    lanes: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Columns SUMSQ and LIVE of one row of the ring: float64 [num_segments, 2].
+
+    A tensor is live when its sum of squares is not zero; NaN counts as live, it is not silence.
+    """
+    if not tensors:
+        return torch.zeros(num_segments, 2, dtype=torch.float64, device=device)
+    sums = tensor_sumsq(tensors, lanes, device)
+    live = sums.ne(0.0).double()
+    return torch.stack([_sum_by_segment(column, segments, num_segments) for column in (sums, live)], dim=1)
+
+
+@torch.no_grad()
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """Multiply every tensor in place by a 0-dim ``coefficient``; nothing is touched when it is exactly 1.
+
+    On a CPU the value is looked at first. Elsewhere this eager form multiplies always, because looking
+    would wait for the device; the Triton kernel looks on the device.
+    """
+    if coefficient.device.type == "cpu" and coefficient.item() == 1.0:
+        return
+    by_place: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    for tensor in tensors:
+        place = (tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        if place not in by_place:
+            by_place[place] = coefficient.to(device=place[0], dtype=place[1])
+        tensor.mul_(by_place[place])
+
+
+@torch.no_grad()
+def record_(
+    gradients: Sequence[Tensor],
+    segments: Sequence[int],
+    gains: Sequence[Tensor],
+    gain_segments: Sequence[int],
+    ring: Tensor,
+    count: Tensor,
+    summary: Tensor,
+    max_norm: float,
+    eps: float,
+    grad_scale: Tensor | None = None,
+    gain_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    lanes: torch.dtype = torch.float32,
+) -> None:
+    """Measure one sample: write row ``count % window`` of the ring, the summary, and add 1 to ``count``.
+
+    Args:
+        gradients: the gradients that exist in this step, any shapes and floating dtypes.
+        segments: the segment of each; 0 is the host.
+        gains: gradients of the blend factors alpha (0-dim). The blend gain is -alpha.grad; each is set to
+            zero once read, so that the next step starts afresh.
+        gain_segments: the seed segment of each of them.
+        ring: float64 [window, segments, QUANTITIES], one row overwritten.
+        count: int64 0-dim, samples ever written.
+        summary: float64 [SUMMARY_HEAD + segments], overwritten.
+        max_norm: for the clip coefficient; inf leaves it at 1.
+        eps: added to the host's norm in the ratio of this sample.
+        grad_scale: 0-dim or [1]; the gradients are this many times too large (loss scaling).
+        gain_scale: the same for ``gains``, which ``GradScaler.unscale_`` never reaches.
+        found_inf: 0-dim or [1]; not zero means the optimizer will skip this step.
+        lanes: dtype in which squares are summed inside a row: float32, or float64 for magnitudes
+            outside 1e-19 .. 1e19.
+    """
+    num_segments = ring.shape[1]
+    device = ring.device
+    both = segmented_sums_and_live(gradients, segments, num_segments, lanes, device)
+    finish_(
+        both, gradients, segments, gains, gain_segments, ring, count, summary,
+        max_norm, eps, grad_scale, gain_scale, found_inf,
+    )
+
+
+def finish_(
+    both: Tensor,
+    gradients: Sequence[Tensor],
+    segments: Sequence[int],
+    gains: Sequence[Tensor],
+    gain_segments: Sequence[int],
+    ring: Tensor,
+    count: Tensor,
+    summary: Tensor,
+    max_norm: float,
+    eps: float,
+    grad_scale: Tensor | None,
+    gain_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """The epilogue: from sums and live tensors (float64 [segments, 2]) to the row and the summary."""
+    num_segments = ring.shape[1]
+    device = ring.device
+    sumsq = both[:, 0]
+    if grad_scale is not None:
+        sumsq = sumsq / grad_scale.to(device).double().reshape(()).square()
+
+    counts = [0] * num_segments
+    elements = [0] * num_segments
+    for gradient, segment in zip(gradients, segments):
+        counts[segment] += 1
+        elements[segment] += gradient.numel()
+    extra = torch.full((num_segments,), float("nan"), dtype=torch.float64, device=device)
+    extra[0] = 0.0 if found_inf is None else found_inf.to(device).reshape(()).ne(0).double()
+    for gain, segment in zip(gains, gain_segments):
+        value = -gain.to(device).double().reshape(())
+        extra[segment] = value if gain_scale is None else value / gain_scale.to(device).double().reshape(())
+        gain.zero_()
+    row = torch.stack(
+        [
+            sumsq,
+            both[:, 1],
+            _constant(tuple(counts), torch.float64, device),
+            _constant(tuple(elements), torch.float64, device),
+            extra,
+        ],
+        dim=1,
+    )
+    ring.index_copy_(0, count.remainder(ring.shape[0]).view(1), row.unsqueeze(0))
+    count.add_(1)
+
+    total = sumsq.sum().sqrt()
+    summary[TOTAL_NORM] = total
+    # As torch.nn.utils.clip_grad_norm_: clamp keeps NaN, so a NaN norm makes NaN gradients, not silence.
+    summary[CLIP_COEFFICIENT] = (max_norm / (total + CLIP_EPS)).clamp(max=1.0)
+    summary[SUMMARY_HEAD:] = sumsq.sqrt() / (sumsq[0].sqrt() + eps)

@@ -1,0 +1,129 @@
+"""How numbers change over time: alpha along a curve, a threshold with the progress of training.
+
+Pure functions of a step or of progress; who ticks, and when, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ._state import PlainState
+from .errors import ConfigurationError
+
+SIGMOID_STEEPNESS = 12.0
+
+
+def linear(t: float) -> float:
+    """``t``."""
+    return t
+
+
+def cosine(t: float) -> float:
+    """``(1 - cos(pi t)) / 2``."""
+    return (1.0 - math.cos(math.pi * t)) / 2.0
+
+
+def sigmoid(t: float) -> float:
+    """A logistic curve of steepness 12, shifted and stretched so that it begins at 0 and ends at 1."""
+
+    def logistic(x: float) -> float:
+        return 1.0 / (1.0 + math.exp(-x))
+
+    low = logistic(-SIGMOID_STEEPNESS / 2.0)
+    high = logistic(SIGMOID_STEEPNESS / 2.0)
+    return (logistic(SIGMOID_STEEPNESS * (t - 0.5)) - low) / (high - low)
+
+
+CURVES: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaSchedule(PlainState):
+    """Alpha from ``start`` to ``target`` in ``steps`` steps along ``curve``.
+
+    ``schedule(step)`` is exactly ``start`` at step 0 and exactly ``target`` from ``steps`` on; 0 steps is
+    a jump. Monotone in between.
+
+    Raises:
+        ConfigurationError: unknown curve, steps below 0, start or target outside [0, 1].
+    """
+
+    target: float = 1.0
+    start: float = 0.0
+    steps: int = 200
+    curve: str = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.curve not in CURVES:
+            raise ConfigurationError(f"unknown curve {self.curve!r}; known curves: {sorted(CURVES)}")
+        if type(self.steps) is not int or self.steps < 0:
+            raise ConfigurationError(f"steps must be a whole number of at least 0, got {self.steps!r}")
+        for name in ("start", "target"):
+            _require_share(name, getattr(self, name))
+
+    def __call__(self, step: int) -> float:
+        """Alpha after ``step`` steps.
+
+        Raises:
+            ConfigurationError: ``step`` is negative.
+        """
+        if step < 0:
+            raise ConfigurationError(f"step must be at least 0, got {step}")
+        if step >= self.steps:
+            return self.target
+        if step == 0:
+            return self.start
+        alpha = self.start + (self.target - self.start) * CURVES[self.curve](step / self.steps)
+        # The last bit of a curve may step over an end; alpha never leaves the interval it moves in.
+        low, high = sorted((self.start, self.target))
+        return min(max(alpha, low), high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressThreshold(PlainState):
+    """A threshold by the phase of training: ``early``, then ``mid`` from ``mid_from`` on, then ``late``.
+
+    ``threshold(progress)`` takes the share of training that is done, in [0, 1].
+
+    Raises:
+        ConfigurationError: a negative or non-finite threshold, phases out of order or outside [0, 1].
+    """
+
+    early: float
+    mid: float
+    late: float
+    mid_from: float = 1 / 3
+    late_from: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        for name in ("early", "mid", "late"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0.0 <= value < math.inf:
+                raise ConfigurationError(f"{name} must be a finite number of at least 0, got {value!r}")
+        for name in ("mid_from", "late_from"):
+            _require_share(name, getattr(self, name))
+        if self.mid_from > self.late_from:
+            raise ConfigurationError(
+                f"mid_from ({self.mid_from}) must not come after late_from ({self.late_from})"
+            )
+
+    def __call__(self, progress: float) -> float:
+        """The threshold at ``progress``; ConfigurationError when that is outside [0, 1]."""
+        _require_share("progress", progress)
+        if progress >= self.late_from:
+            return self.late
+        return self.mid if progress >= self.mid_from else self.early
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require_share(name: str, value: object) -> None:
+    if not _is_number(value) or not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise ConfigurationError(f"{name} must lie in [0, 1], got {value!r}")

@@ -1,0 +1,295 @@
+"""SeedSlot: the place in a network where a seed lives. Empty, it is the identity.
+
+It holds the seed, alpha and the position in the life cycle, and knows how each stage computes. It
+decides nothing: who may move, and when, is the gates' and the controller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import blending
+from ._state import check_state
+from .errors import ConfigurationError, StateDictError, WiringError
+from .isolation import Isolation, StraightThrough, TrustRegion, behind, leaks
+from .lifecycle import Lifecycle, Stage
+
+BEHIND = "behind"  # the seed trains, the output is the host's
+BLENDED = "blended"  # the output is the blend
+_FORWARD = {
+    Stage.TRAINING: BEHIND,
+    Stage.BLENDING: BLENDED,
+    Stage.HOLDING: BLENDED,
+    Stage.FOSSILIZED: BLENDED,
+}
+
+
+class SeedSlot(nn.Module):
+    """A place for one seed, called with the host's features and returning features of the same shape.
+
+    Put it where a seed may grow: ``x = self.slot(x)``, or ``nn.Sequential(layer, SeedSlot())``. A seed is any
+    module that maps features to features of the same shape and dtype; it replaces them, so a residual
+    seed returns ``x + f(x)``. An empty slot adds no key to the ``state_dict``.
+
+    Attributes:
+        seed: the module in the slot, or None.
+        alpha: 0-dim float32 blend factor, a leaf that requires a gradient and no parameter (an optimizer
+            would train it); None while the slot is empty.
+        lifecycle: where the seed is in its life.
+        isolation: how it trains behind the host.
+        isolation_violations: checked forward passes in which the seed reached into the host.
+    """
+
+    VERSION = 1
+    alpha: Tensor | None
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        super().__init__()
+        self.seed: nn.Module | None = None
+        self.register_buffer("alpha", None)
+        self.lifecycle = Lifecycle()
+        self.isolation: Isolation = TrustRegion()
+        self.isolation_violations = 0
+        self.preserves_shape: bool | None = None
+        self._alpha_value = 0.0
+        self._mode: str | None = None
+        self._copy_input = False
+        self._check_due = False
+        self.register_load_state_dict_post_hook(_after_load)
+
+    @property
+    def stage(self) -> Stage:
+        """The seed's stage; DORMANT when the slot is empty."""
+        return self.lifecycle.stage
+
+    @property
+    def alpha_value(self) -> float:
+        """Alpha as a number, kept on the host: reading it never waits for the device."""
+        return self._alpha_value
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Host features in, features of the same shape and dtype out, as the stage says."""
+        if self._mode is None or self.seed is None or self.alpha is None:
+            return features
+        if self._mode == BEHIND and not torch.is_grad_enabled():
+            return features  # nothing to learn from, and the output would be the host's anyway
+        inner = features.detach() if self._mode == BEHIND else features
+        if self._copy_input:
+            inner = inner.clone()
+        output = self.seed(inner)
+        if output.shape != features.shape or (
+            output.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type)
+        ):
+            raise WiringError(_shape_complaint(features, output))
+        output = output.to(features.dtype)
+        if self._mode == BLENDED:
+            return blending.add(features, output, self.alpha)
+        if self._check_due and not torch.compiler.is_compiling():
+            self._check_isolation(output)
+        return behind(features, output, self.alpha, self.isolation)
+
+    def germinate(
+        self,
+        seed: nn.Module | Callable[[], nn.Module],
+        *,
+        probe: Tensor | None = None,
+        isolation: Isolation | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Put a seed into the slot: stage GERMINATED, not yet part of the forward pass.
+
+        Args:
+            seed: a module, or a factory that makes one.
+            probe: features as the slot will see them, any batch size. The seed is run on them once, in eval
+                mode, without gradients or a change of random state. Without it the first forward pass checks.
+            isolation: how it will train; ``TrustRegion()`` unless told.
+            device: moved there; the probe's device unless told.
+            dtype: floating parameters are converted to it; the probe's dtype unless told.
+
+        Raises:
+            WiringError: the slot is occupied, the seed has no trainable parameter, or it changes the shape
+                or dtype of the probe; the slot is as it was.
+            ConfigurationError: ``seed`` is neither a module nor a factory of one.
+        """
+        if self.stage is not Stage.DORMANT:
+            raise WiringError(
+                f"the slot is occupied or resting (stage {self.stage}); prune its seed and wait for DORMANT"
+            )
+        module = seed if isinstance(seed, nn.Module) else seed() if callable(seed) else seed
+        if not isinstance(module, nn.Module):
+            raise ConfigurationError(f"a seed is a module or a factory of one, got {type(module).__name__}")
+        if not sum(p.numel() for p in module.parameters() if p.requires_grad):
+            raise WiringError("the seed has no trainable parameter: it could never learn")
+        if isolation is not None and not isinstance(isolation, (StraightThrough, TrustRegion)):
+            raise ConfigurationError(f"isolation must be TrustRegion or StraightThrough, got {isolation!r}")
+        if probe is not None:
+            device, dtype = device or probe.device, dtype or probe.dtype
+        module.to(device=device, dtype=dtype)
+        # Without a probe nobody knows whether the seed writes into its input, so it gets a copy.
+        self._copy_input = _try_seed(module, probe) if probe is not None else True
+        self.preserves_shape = True if probe is not None else None
+        self.seed = module.train(self.training)
+        place = device or next(module.parameters()).device
+        self.alpha = torch.zeros((), dtype=torch.float32, device=place).requires_grad_()
+        self._alpha_value = 0.0
+        self.isolation = isolation or TrustRegion()
+        self.isolation_violations = 0
+        self.move(Stage.GERMINATED)
+
+    def move(self, target: Stage, reason: str = "") -> None:
+        """Move to ``target`` by the table, and compute as that stage does from the next forward pass on.
+
+        Raises:
+            TransitionError: the table does not allow it; nothing has changed.
+        """
+        self.lifecycle.move(target, reason)
+        self._mode = _FORWARD.get(target)
+        self._check_due = target is Stage.TRAINING
+        if target is Stage.PRUNED:
+            self._clear()
+        elif target is Stage.FOSSILIZED and self.alpha is not None:
+            self.alpha.requires_grad_(False)
+            self.alpha.grad = None
+
+    def set_alpha(self, value: float) -> None:
+        """Set the blend factor, in place and without waiting for the device.
+
+        Raises:
+            ConfigurationError: outside [0, 1] or NaN.
+            WiringError: the slot is empty.
+        """
+        if not 0.0 <= value <= 1.0:
+            raise ConfigurationError(f"alpha must lie in [0, 1], got {value}")
+        if self.alpha is None:
+            raise WiringError("an empty slot has no alpha: germinate a seed first")
+        with torch.no_grad():
+            self.alpha.fill_(value)
+        self._alpha_value = float(value)
+
+    def check_isolation_again(self) -> None:
+        """Look for leaks in the next eager forward pass in TRAINING; the first one always looks."""
+        self._check_due = self._mode == BEHIND
+
+    def lifecycle_state(self) -> dict[str, Any]:
+        """Plain values that the module's ``state_dict`` does not hold; for ``load_lifecycle_state``."""
+        return {
+            "version": self.VERSION,
+            "lifecycle": self.lifecycle.state_dict(),
+            "alpha": self._alpha_value,
+            "rho": self.isolation.rho if isinstance(self.isolation, TrustRegion) else None,
+            "isolation_violations": self.isolation_violations,
+            "preserves_shape": self.preserves_shape,
+            "copy_input": self._copy_input,
+        }
+
+    def load_lifecycle_state(self, state: object) -> None:
+        """Take over ``lifecycle_state``; the seed must already be in the slot if the state has one.
+
+        Raises:
+            StateDictError: it does not fit; nothing has changed.
+        """
+        keys = ("lifecycle", "alpha", "rho", "isolation_violations", "preserves_shape", "copy_input")
+        values = check_state(state, "SeedSlot", self.VERSION, keys)
+        restored = Lifecycle()
+        restored.load_state_dict(values["lifecycle"])
+        occupied = restored.stage not in (Stage.DORMANT, Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING)
+        if occupied != (self.seed is not None):
+            raise StateDictError(
+                f"SeedSlot: the saved stage is {restored.stage}, but the slot is "
+                f"{'empty: germinate the same seed first' if occupied else 'occupied: use a fresh model'}"
+            )
+        alpha, violations = values["alpha"], values["isolation_violations"]
+        if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or type(violations) is not int:
+            raise StateDictError(f"SeedSlot: bad alpha {alpha!r} or isolation_violations {violations!r}")
+        isolation = StraightThrough() if values["rho"] is None else TrustRegion(values["rho"])
+        self.lifecycle, self.isolation, self.isolation_violations = restored, isolation, violations
+        self.preserves_shape, self._copy_input = values["preserves_shape"], values["copy_input"]
+        self._mode = _FORWARD.get(restored.stage)
+        self._check_due = restored.stage is Stage.TRAINING
+        if self.alpha is not None:
+            self.set_alpha(alpha)
+            self.alpha.requires_grad_(restored.stage is not Stage.FOSSILIZED)
+
+    def extra_repr(self) -> str:
+        """Stage and alpha, for ``print(model)``."""
+        return str(self.stage) if self.seed is None else f"{self.stage}, alpha={self._alpha_value:.3g}"
+
+    def _clear(self) -> None:
+        self.seed = None
+        self.alpha = None
+        self._alpha_value = 0.0
+        self.preserves_shape = None
+
+    def _check_isolation(self, output: Tensor) -> None:
+        self._check_due = False
+        self.preserves_shape = True
+        assert self.seed is not None
+        own = [*self.seed.parameters(), *self.seed.buffers()]
+        self.isolation_violations += int(leaks(output, own) > 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
+        super()._apply(fn, recurse)
+        self._keep_alpha_a_leaf()
+        return self
+
+    def _keep_alpha_a_leaf(self) -> None:
+        """After ``.to()`` or an assigning load, alpha must again be a float32 leaf that gets a gradient.
+
+        Converting a buffer that requires a gradient makes a non-leaf, silently: its ``.grad`` stays None.
+        """
+        alpha = self.alpha
+        wanted = self.stage is not Stage.FOSSILIZED
+        if alpha is None or (alpha.is_leaf and alpha.dtype == torch.float32 and alpha.requires_grad == wanted):
+            return
+        # From the number on the host: a trip through half precision would have rounded the tensor.
+        fresh = torch.full((), self._alpha_value, dtype=torch.float32, device=alpha.device)
+        self.alpha = fresh.requires_grad_(wanted)
+
+
+def _after_load(slot: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(slot, SeedSlot)
+    if slot.alpha is not None:
+        slot._alpha_value = float(slot.alpha.detach())
+        slot._keep_alpha_a_leaf()
+
+
+def _try_seed(seed: nn.Module, probe: Tensor) -> bool:
+    """Run the seed on the probe once; whether it writes into its input. WiringError if it changes shapes."""
+    with _undisturbed(seed, probe.device), torch.no_grad():
+        features = probe.detach().clone()
+        version = features._version
+        output = seed(features)
+    if not isinstance(output, Tensor):
+        raise WiringError(f"a seed returns one tensor, this one returned {type(output).__name__}")
+    if output.shape != probe.shape or output.dtype != probe.dtype:
+        raise WiringError(_shape_complaint(probe, output))
+    return features._version != version
+
+
+@contextmanager
+def _undisturbed(seed: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode inside; afterwards training flags and random state are as they were."""
+    flags = [(module, module.training) for module in seed.modules()]
+    devices = [device] if device.type not in ("cpu", "meta") else []
+    kind = device.type if devices else "cuda"
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=kind):
+            seed.eval()
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _shape_complaint(features: Tensor, output: Tensor) -> str:
+    return (
+        f"a seed must keep shape and dtype: features {tuple(features.shape)} {features.dtype}, "
+        f"seed's output {tuple(output.shape)} {output.dtype}; change the seed, or prune it"
+    )
