@@ -24,6 +24,7 @@ from .schedules import ProgressThreshold
 STRICT = "strict"
 PERMISSIVE = "permissive"
 RATIOS = ("norm", "rms")
+PERMISSIVE_ASKS = frozenset({"stage", "measured", "finite", "exploding", "epochs"})
 
 
 class Gate(enum.IntEnum):
@@ -337,28 +338,11 @@ class QualityGates:
 
     def _g2(self, status: SeedStatus) -> list[Check]:
         limits, known = self.thresholds, status.known
+        # Causes before symptoms: the first refusals in the list are the ones to act on.
         checks = [
             _stage_is(status, Stage.TRAINING, "in_training", "not_in_training"),
             _measured(known),
             _finite(known, limits.max_dropped_share),
-            self._not_exploding(known),
-            _epochs(
-                status, limits.min_training_epochs, "min_training_epochs", "seed_ready", "seed_not_ready"
-            ),
-        ]
-        others = [
-            _improvement(status, limits.min_training_improvement),
-            _at_most(
-                "isolation", "max_isolation_violations", status.isolation_violations,
-                limits.max_isolation_violations, "isolated", "isolation_violated",
-                "forward passes in which the seed reached into the host",
-            ),
-            self._ratio(status, known),
-            _at_least(
-                "samples", "min_samples", known.samples, limits.min_samples,
-                "samples_sufficient", "samples_insufficient", "samples in the window",
-            ),
-            _fresh(known, limits.max_sample_age),
             _in_optimizer(known, limits.require_optimizer),
             _at_least(
                 "displacement", "min_displacement", known.displacement, limits.min_displacement,
@@ -368,16 +352,32 @@ class QualityGates:
                 "live_share", "min_live_share", known.live_share, limits.min_live_share,
                 "gradients_alive", "gradients_dead", "share of the parameters whose gradient is not all zero",
             ),
+            self._ratio(status, known),
+            self._not_exploding(known),
+            _at_least(
+                "samples", "min_samples", known.samples, limits.min_samples,
+                "samples_sufficient", "samples_insufficient", "samples in the window",
+            ),
+            _fresh(known, limits.max_sample_age),
+            _epochs(
+                status, limits.min_training_epochs, "min_training_epochs", "seed_ready", "seed_not_ready"
+            ),
+            _improvement(status, limits.min_training_improvement),
+            _at_most(
+                "isolation", "max_isolation_violations", status.isolation_violations,
+                limits.max_isolation_violations, "isolated", "isolation_violated",
+                "forward passes in which the seed reached into the host",
+            ),
             _at_least(
                 "blend_gain", "min_blend_gain_t", known.blend_gain_t, limits.min_blend_gain_t,
                 "blend_gain_significant", "blend_gain_insignificant", _gain_in_words(known),
             ),
         ]
-        if self.mode == PERMISSIVE:
-            others = [
-                dataclasses.replace(check, passed=None, reason="not asked: permissive") for check in others
-            ]
-        return checks + others
+        if self.mode == STRICT:
+            return checks
+        return [
+            check if check.question in PERMISSIVE_ASKS else _unasked(check) for check in checks
+        ]
 
     def _g3(self, status: SeedStatus) -> list[Check]:
         limits = self.thresholds
@@ -472,6 +472,10 @@ def _yes(
     question: str, passed: bool, yes: str, no: str, value: Any = None, limit: Any = None, reason: str = ""
 ) -> Check:
     return Check(question, yes if passed else no, passed, value, limit, reason)
+
+
+def _unasked(check: Check) -> Check:
+    return dataclasses.replace(check, passed=None, reason="not asked: permissive")
 
 
 def _not_asked(question: str, threshold: str, value: Any) -> Check:

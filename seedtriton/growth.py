@@ -147,7 +147,8 @@ class GrowthController:
             added = self._add_group(place.seed, group) if add_to_optimizer else None
         except Exception:
             place.move(Stage.PRUNED, "its parameter group was refused")
-            self._rest(place, all_the_way=True)
+            while place.stage is not Stage.DORMANT:
+                place.move(FORWARD[place.stage])
             raise
         self.monitor.add_seed(slot, place.seed, alpha=place)
         self._lives[slot] = life = _Life(slot, place, added, schedule or self.schedule)
@@ -198,6 +199,7 @@ class GrowthController:
         self.epoch += 1
         self._accuracy = accuracy
         evidence = self.monitor.read() if self._lives else {}
+        self._emit("epoch", None, accuracy=accuracy, loss=loss)
         verdicts = []
         for name, life in list(self._lives.items()):
             life.slot.lifecycle.tick()
@@ -216,7 +218,7 @@ class GrowthController:
                 life.slot.check_isolation_again()
         for name, slot in self.slots.items():
             if name not in self._lives:
-                self._rest(slot)
+                self._rest(name, slot)
         return verdicts
 
     def prune(self, slot: str, reason: str = "pruned by the script") -> None:
@@ -285,12 +287,12 @@ class GrowthController:
             # Evidence belongs to a stage: what the seed did behind the host says nothing of the blend.
             self.monitor.reset(life.name)
 
-    def _rest(self, slot: SeedSlot, all_the_way: bool = False) -> None:
-        """One step of the rest after a prune, or all of it."""
-        while slot.stage in (Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING):
-            slot.move(FORWARD[slot.stage])
-            if not all_the_way:
-                return
+    def _rest(self, name: str, slot: SeedSlot) -> None:
+        """One step of the rest after a prune; an epoch each, then the slot may be used again."""
+        source = slot.stage
+        if source in (Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING):
+            slot.move(FORWARD[source])
+            self._emit("stage", name, source=str(source), target=str(slot.stage), reason="time")
 
     def _refuse_shared(self, slot: str, module: nn.Module) -> None:
         known = {id(parameter) for parameter in self.model.parameters()}
@@ -345,8 +347,8 @@ class GrowthController:
                 del values[index]
         del groups[index]
 
-    def _emit(self, event: str, name: str, **fields: Any) -> None:
-        stage = str(self.slots[name].stage)
+    def _emit(self, event: str, name: str | None, **fields: Any) -> None:
+        stage = None if name is None else str(self.slots[name].stage)
         self.telemetry.emit(
             {"event": event, "seed": name, "epoch": self.epoch, "step": self.step, "stage": stage, **fields}
         )

@@ -47,7 +47,8 @@ def main() -> None:
         python = folder / "venv" / "bin" / "python"
         run(str(python), "-m", "pip", "install", "-q", "--no-deps", str(wheel))
         torch_home = subprocess.check_output(
-            [sys.executable, "-c", "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)"], text=True
+            [sys.executable, "-c", "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)"],
+            text=True,
         ).strip()
         code = f"import sys; sys.path.append({torch_home!r}); KERNELS = {modules!r}\nimport importlib\n" + CHECK
         run(str(python), "-I", "-c", code, cwd=folder)
