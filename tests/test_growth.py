@@ -1,0 +1,458 @@
+"""The whole street on real training: nothing here sets a metric by hand."""
+
+import copy
+import json
+
+import pytest
+import torch
+from networks import Mlp, Residual
+from torch import nn
+
+from seedtriton import (
+    AlphaSchedule,
+    ConfigurationError,
+    GateThresholds,
+    GrowthController,
+    SeedSlot,
+    Stage,
+    StraightThrough,
+    TrustRegion,
+    WiringError,
+)
+
+# A host that has stopped improving cannot pass the improvement check, and these hosts soon do.
+THRESHOLDS = GateThresholds(min_training_improvement=None)
+
+
+class TwoSlots(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.first = nn.Linear(8, width)
+        self.early = SeedSlot()
+        self.second = nn.Linear(width, width)
+        self.late = SeedSlot()
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.last(self.late(torch.relu(self.second(self.early(torch.relu(self.first(x)))))))
+
+
+class Script:
+    """An ordinary training script: random teacher, AdamW, an accuracy per epoch."""
+
+    def __init__(self, model=None, optimizer=None, thresholds=THRESHOLDS, measure=True, **options):
+        torch.manual_seed(0)
+        self.model = model or TwoSlots()
+        self.optimizer = optimizer or torch.optim.AdamW(self.model.parameters(), lr=5e-3)
+        self.events = []
+        self.growth = GrowthController(
+            self.model, self.optimizer, thresholds=thresholds, sinks=[self.events.append], **options
+        )
+        self.measure = measure
+        teacher = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+        self.x = torch.randn(512, 8)
+        self.y = teacher(self.x).argmax(dim=1).detach()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def epoch(self):
+        for batch in torch.randperm(len(self.x), generator=self.generator).split(32):
+            nn.functional.cross_entropy(self.model(self.x[batch]), self.y[batch]).backward()
+            if self.measure:
+                self.growth.measure()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        with torch.no_grad():
+            accuracy = float((self.model(self.x).argmax(dim=1) == self.y).double().mean())
+        return self.growth.end_epoch(accuracy=accuracy)
+
+    def epochs(self, count):
+        return [self.epoch() for _ in range(count)]
+
+    def of(self, event):
+        return [entry for entry in self.events if entry["event"] == event]
+
+
+def test_a_healthy_seed_lives_from_germinated_to_fossilized_on_measurements_alone():
+    script = Script(schedule=AlphaSchedule(steps=48))
+    script.epochs(3)
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    for _ in range(30):
+        script.epoch()
+        if script.growth.slots["early"].stage is Stage.FOSSILIZED:
+            break
+    moves = [(event["source"], event["target"]) for event in script.of("stage")]
+    assert moves == [
+        ("GERMINATED", "TRAINING"),
+        ("TRAINING", "BLENDING"),
+        ("BLENDING", "HOLDING"),
+        ("HOLDING", "FOSSILIZED"),
+    ]
+    assert script.growth.slots["early"].alpha_value == 1.0
+    passed = [event["gate"] for event in script.of("gate") if event["passed"]]
+    assert passed == ["G0", "G1", "G2", "G3", "G5"]
+    g2 = next(event for event in script.of("gate") if event["gate"] == "G2" and event["passed"])
+    assert g2["ratio"] >= 0.05
+    assert g2["blend_gain_t"] >= 4
+    assert len(script.of("fossilized")) == 1
+    assert script.growth.monitor.seeds == ()
+
+
+def test_not_calling_measure_makes_the_gate_say_so():
+    script = Script(measure=False)
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    verdicts = script.epochs(6)
+    assert script.growth.slots["early"].stage is Stage.TRAINING
+    last = verdicts[-1][0]
+    assert not last.passed
+    assert "gradient_never_measured" in {check.name for check in last.failed}
+    assert "gradient_never_measured" in str(last)
+
+
+def test_forgetting_to_go_on_measuring_makes_the_samples_stale():
+    script = Script()
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    script.epochs(1)
+    script.measure = False
+    (verdict,) = script.epochs(2)[-1]
+    assert "samples_stale" in {check.name for check in verdict.failed}
+
+
+SABOTAGE = {
+    "no optimizer": ({"add_to_optimizer": False}, "seed_in_no_optimizer"),
+    "learning rate 0": ({"lr": 0.0, "weight_decay": 0.0}, "weights_not_moved"),
+}
+
+
+@pytest.mark.parametrize("how", SABOTAGE)
+def test_a_seed_that_cannot_learn_is_refused_with_its_reason(how):
+    options, reason = SABOTAGE[how]
+    script = Script()
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6), **options)
+    for verdicts in script.epochs(12):
+        assert not verdicts[0].passed
+    assert reason in {check.name for check in verdicts[0].failed}
+    # The bare ratio of the original gate would have passed it.
+    ratio = next(check for check in verdicts[0].checks if check.question == "gradient_ratio")
+    assert ratio.passed
+
+
+def test_a_detached_seed_has_no_gradient_and_the_gate_says_so():
+    class Detached(Residual):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    script = Script()
+    script.growth.germinate("early", Detached(6), probe=torch.randn(2, 6))
+    (verdict,) = script.epochs(4)[-1]
+    assert "seed_gradient_missing" in {check.name for check in verdict.failed}
+
+
+def test_a_seed_that_reaches_into_the_host_is_refused():
+    class Leaky(Residual):
+        def forward(self, x):
+            return super().forward(x) + 0 * host.first.bias.sum()
+
+    script = Script(thresholds=GateThresholds(min_training_improvement=None, max_isolation_violations=0))
+    host = script.model
+    script.growth.germinate("early", Leaky(6))
+    (verdict,) = script.epochs(2)[-1]
+    assert "isolation_violated" in {check.name for check in verdict.failed}
+
+
+def test_nan_batches_are_dropped_counted_and_refused_beyond_the_limit():
+    script = Script(thresholds=GateThresholds(min_training_improvement=None, min_training_epochs=1))
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    script.epochs(1)
+    for parameter in script.model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    for _ in range(4):
+        script.growth.measure()
+    verdict = script.growth.end_epoch(accuracy=0.5)[0]
+    assert "gradients_not_finite" in {check.name for check in verdict.failed}
+    assert next(check for check in verdict.checks if check.question == "finite").value == pytest.approx(4 / 20)
+
+
+def flat(model):
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.optim.AdamW])
+def test_without_a_seed_training_is_bit_identical(make):
+    results = []
+    for with_growth in (True, False):
+        torch.manual_seed(0)
+        model = TwoSlots()
+        optimizer = make(model.parameters())
+        growth = GrowthController(model, optimizer, sinks=[]) if with_growth else None
+        for _ in range(20):
+            model(torch.randn(16, 8)).square().mean().backward()
+            if growth:
+                growth.measure()
+            optimizer.step()
+            optimizer.zero_grad()
+        if growth:
+            growth.end_epoch(accuracy=0.5)
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("isolation", [TrustRegion(), StraightThrough()])
+def test_behind_the_host_training_of_the_host_is_bit_identical(isolation):
+    results = []
+    for with_seed in (True, False):
+        torch.manual_seed(0)
+        model = Mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        growth = GrowthController(model, optimizer, sinks=[])
+        inputs = torch.randn(20, *Mlp.shape)
+        if with_seed:
+            growth.germinate("slot", Residual(7), isolation=isolation, probe=torch.randn(2, 7))
+        for x in inputs:
+            model(x).square().mean().backward()
+            growth.measure()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(torch.cat([p.flatten() for n, p in model.named_parameters() if not n.startswith("slot")]))
+    assert torch.equal(*results)
+
+
+def test_the_seed_is_in_the_optimizer_as_its_own_group_with_the_first_groups_settings():
+    script = Script()
+    script.optimizer.param_groups[0]["lr"] = 0.123
+    script.growth.germinate("early", Residual(6), weight_decay=0.5)
+    group = script.optimizer.param_groups[1]
+    assert group["params"] == list(script.model.early.seed.parameters())
+    assert (group["lr"], group["weight_decay"]) == (0.123, 0.5)
+    assert script.optimizer.param_groups[0]["weight_decay"] != 0.5
+
+
+def test_pruning_takes_group_and_state_out_of_the_optimizer_and_nothing_else():
+    script = Script()
+    script.growth.germinate("early", Residual(6))
+    script.growth.germinate("late", Residual(6))
+    script.epochs(1)
+    gone = set(script.model.early.seed.parameters())
+    kept = copy.deepcopy([script.optimizer.state[p]["exp_avg"] for p in script.model.late.seed.parameters()])
+    script.growth.prune("early", "not needed")
+    assert not gone & set(script.optimizer.state)
+    held = {p for group in script.optimizer.param_groups for p in group["params"]}
+    assert held == set(script.model.parameters())
+    now = [script.optimizer.state[p]["exp_avg"] for p in script.model.late.seed.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(kept, now))
+    assert script.growth.monitor.seeds == ("late",)
+    assert script.of("pruned")[0]["reason"] == "not needed"
+    script.epochs(1)
+
+
+def test_a_pruned_slot_rests_three_epochs_and_can_be_used_again():
+    script = Script()
+    script.growth.germinate("early", Residual(6))
+    script.growth.prune("early")
+    for stage in (Stage.EMBARGOED, Stage.RESETTING, Stage.DORMANT):
+        with pytest.raises(WiringError, match="resting"):
+            script.growth.germinate("early", Residual(6))
+        script.epoch()
+        assert script.growth.slots["early"].stage is stage
+    script.growth.germinate("early", Residual(6))
+    script.epoch()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 50),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=200),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o,
+            [torch.optim.lr_scheduler.ConstantLR(o, 0.5, 3), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
+            milestones=[3],
+        ),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, min_lr=[1e-5]),
+    ],
+)
+def test_learning_rate_schedulers_survive_germination_and_pruning(make):
+    model = TwoSlots()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = make(optimizer)
+    script = Script(model, optimizer, schedulers=[scheduler])
+
+    def step():
+        arguments = (1.0,) if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else ()
+        optimizer.step()
+        scheduler.step(*arguments)
+
+    step()
+    script.growth.germinate("early", Residual(6))
+    for _ in range(5):
+        step()
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert second == pytest.approx(first)
+    script.growth.prune("early")
+    step()
+
+
+def test_an_optimizer_with_an_unknown_scheduler_is_refused_before_anything_changes():
+    model = TwoSlots()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    growth = GrowthController(model, optimizer, sinks=[])
+    with pytest.raises(WiringError, match="schedulers="):
+        growth.germinate("early", Residual(6))
+    assert growth.slots["early"].stage is Stage.DORMANT
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (("middle", Residual(6)), ConfigurationError, r"\['early', 'late'\]"),
+        (("early", nn.Linear(6, 7)), WiringError, "keep shape"),
+        (("early", nn.ReLU()), WiringError, "no trainable parameter"),
+        (("early", 7), ConfigurationError, "module or a factory"),
+    ],
+)
+def test_refused_germinations_leave_everything_as_it_was(arguments, error, words):
+    script = Script()
+    with pytest.raises(error, match=words):
+        script.growth.germinate(*arguments, probe=torch.randn(2, 6))
+    assert script.growth.slots["early"].stage is Stage.DORMANT
+    assert len(script.optimizer.param_groups) == 1
+    assert script.growth.monitor.seeds == ()
+    assert script.events == []
+    script.growth.germinate("early", Residual(6), probe=torch.randn(2, 6))
+
+
+def test_an_unknown_group_setting_leaves_everything_as_it_was():
+    script = Script()
+    with pytest.raises(ConfigurationError, match="learning_rate"):
+        script.growth.germinate("early", Residual(6), learning_rate=1.0)
+    assert script.growth.slots["early"].stage is Stage.DORMANT
+    script.growth.germinate("early", Residual(6), lr=1.0)
+
+
+def test_a_seed_that_shares_parameters_with_the_host_is_refused():
+    script = Script()
+    with pytest.raises(WiringError, match="shares parameters"):
+        script.growth.germinate("early", script.model.second)
+    assert script.growth.slots["early"].stage is Stage.DORMANT
+
+
+def test_a_fossil_cannot_be_pruned_and_belongs_to_the_host():
+    script = Script(schedule=AlphaSchedule(steps=0), thresholds=THRESHOLDS.without("max_accuracy_drop"))
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    for _ in range(30):
+        script.epoch()
+    assert script.growth.slots["early"].stage is Stage.FOSSILIZED
+    with pytest.raises(WiringError, match="FOSSILIZED"):
+        script.growth.prune("early")
+    script.growth.germinate("late", Residual(6), probe=torch.randn(2, 6))
+    seeds = {id(p) for p in script.model.late.seed.parameters()}
+    host = [p for p, segment in zip(script.growth.monitor._tracked, script.growth.monitor._segments) if segment == 0]
+    assert {id(p) for p in script.model.early.seed.parameters()} <= {id(p) for p in host}
+    assert not seeds & {id(p) for p in host}
+
+
+def test_evidence_of_a_stage_begins_with_the_stage():
+    script = Script(schedule=AlphaSchedule(steps=1000))
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    while script.growth.slots["early"].stage is Stage.TRAINING:
+        script.epoch()
+    assert script.growth.evidence()["early"].samples == 0
+    script.epoch()
+    assert script.growth.evidence()["early"].samples == 16
+
+
+def test_alpha_moves_along_its_schedule_once_per_measured_step():
+    schedule = AlphaSchedule(steps=40, curve="linear", target=0.5)
+    script = Script(schedule=schedule)
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    while script.growth.slots["early"].stage is Stage.TRAINING:
+        script.epoch()
+    slot = script.growth.slots["early"]
+    assert slot.alpha_value == 0.0
+    script.epoch()
+    assert slot.alpha_value == pytest.approx(schedule(16))
+    script.epochs(2)
+    assert slot.alpha_value == 0.5
+
+
+@pytest.mark.parametrize("accuracy", [93.0, -0.1, float("nan")])
+def test_an_accuracy_that_is_no_share_is_refused_and_no_epoch_counted(accuracy):
+    script = Script()
+    script.growth.germinate("early", Residual(6))
+    with pytest.raises(ConfigurationError, match=r"\[0, 1\]"):
+        script.growth.end_epoch(accuracy=accuracy)
+    assert script.growth.epoch == 0
+    assert script.growth.slots["early"].lifecycle.epochs_in_stage == 0
+
+
+def test_without_an_accuracy_the_improvement_check_fails_closed():
+    script = Script(thresholds=GateThresholds())
+    script.growth.germinate("early", Residual(6))
+    (verdict,) = script.growth.end_epoch()
+    assert "improvement_never_measured" in {check.name for check in verdict.failed}
+
+
+def test_improvement_is_in_percentage_points_since_training_began():
+    script = Script(thresholds=GateThresholds())
+    script.growth.end_epoch(accuracy=0.5)
+    script.growth.germinate("early", Residual(6))
+    script.growth.end_epoch(accuracy=0.505)
+    (verdict,) = script.growth.end_epoch(accuracy=0.52)
+    check = next(check for check in verdict.checks if check.question == "improvement")
+    assert check.value == pytest.approx(2.0)
+    assert check.passed
+
+
+def test_events_are_flat_json_safe_and_carry_the_agreed_fields():
+    script = Script()
+    script.epochs(1)
+    script.growth.germinate("early", Residual(6))
+    script.epochs(2)
+    script.growth.prune("early")
+    for event in script.events:
+        json.dumps(event, allow_nan=False)
+        assert {"event", "seed", "epoch", "step", "stage"} <= set(event)
+        nested = {key for key, value in event.items() if isinstance(value, (list, dict))}
+        assert nested <= {"checks"}
+    gate = script.of("gate")[-1]
+    numbers = {"gate", "passed", "checks", "ratio", "host_norm", "seed_norm", "blend_gain", "blend_gain_t"}
+    assert numbers <= set(gate)
+    assert {"name", "passed", "value", "limit", "reason"} <= set(gate["checks"][0])
+    assert {event["event"] for event in script.events} == {"epoch", "germinated", "gate", "stage", "pruned"}
+
+
+def test_a_model_without_slots_is_refused():
+    model = nn.Linear(2, 2)
+    with pytest.raises(WiringError, match="SeedSlot"):
+        GrowthController(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_slots_of_a_compiled_model_keep_their_names():
+    model = TwoSlots()
+    growth = GrowthController(torch.compile(model), torch.optim.SGD(model.parameters(), lr=0.1), sinks=[])
+    assert list(growth.slots) == ["early", "late"]
+
+
+def test_permissive_mode_blends_without_asking_for_improvement_but_never_unmeasured():
+    for measure in (True, False):
+        script = Script(thresholds=GateThresholds(), mode="permissive", measure=measure)
+        script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+        script.epochs(3)
+        expected = Stage.BLENDING if measure else Stage.TRAINING
+        assert script.growth.slots["early"].stage is expected
+
+
+def test_clipping_uses_the_measurement_and_clips_host_and_seed_together():
+    script = Script()
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    twin = copy.deepcopy(script.model)
+    for model in (script.model, twin):
+        nn.functional.cross_entropy(model(script.x[:32]), script.y[:32]).backward()
+    script.growth.measure()
+    norm = script.growth.clip_grad_norm_(1e-3)
+    expected = nn.utils.clip_grad_norm_(twin.parameters(), 1e-3)
+    torch.testing.assert_close(norm, expected)
+    for ours, theirs in zip(script.model.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad)
