@@ -85,10 +85,11 @@ def lifecycle_figure(events: Sequence[dict[str, Any]], path: str | os.PathLike[s
     _draw_line(accuracy, baseline, "accuracy", "0.55", "same host, no growth", ls="--")
     accuracy.set_ylabel("validation\naccuracy")
     accuracy.set_xlabel("epoch")
-    accuracy.legend(loc="lower right", frameon=False)
     for panel in axes[1:]:
         _mark_moves(panel, bands, colours)
-    ratio.legend(loc="upper left", frameon=False, ncols=3)
+    for panel, place in ((ratio, "upper left"), (accuracy, "lower right")):
+        if panel.get_legend_handles_labels()[0]:  # a run may have measured nothing
+            panel.legend(loc=place, frameon=False, ncols=3)
     figure.align_ylabels(axes[1:])
     figure.suptitle(title or "The life of a seed", fontsize=14, fontweight="bold")
     figure.savefig(path, dpi=130)
@@ -102,9 +103,12 @@ def _draw_bands(panel: Any, bands: dict[str, list[tuple[Stage, int, int]]], colo
             if colour is None or end <= begin:
                 continue
             panel.barh(row, end - begin, left=begin, height=0.72, color=colour, edgecolor="white")
-            if end - begin > 3:
-                # A short stage has no room for its name; colours and the order of stages say it.
-                panel.text((begin + end) / 2, row, stage.name, ha="center", va="center", fontsize=8.5)
+            # A short stage has no room for its name inside; it stands above.
+            inside = end - begin > 3
+            panel.text(
+                (begin + end) / 2, row if inside else row - 0.4, stage.name,
+                ha="center", va="center" if inside else "bottom", fontsize=8.5 if inside else 7,
+            )
         pruned = [begin for stage, begin, _ in entries if stage is Stage.PRUNED]
         if pruned:
             panel.text(max(pruned) + 0.4, row, "PRUNED", ha="left", va="center", fontsize=8.5, color="0.35")
@@ -134,8 +138,9 @@ def _draw_limit(panel: Any, limit: float | None, words: str) -> None:
 
 def _mark_moves(panel: Any, bands: dict[str, list[tuple[Stage, int, int]]], colours: dict[str, str]) -> None:
     for seed, entries in bands.items():
-        for _, begin, _ in entries:
-            panel.axvline(begin, color=colours[seed], lw=0.7, alpha=0.35, zorder=0)
+        for stage, begin, _ in entries:
+            if stage not in (Stage.EMBARGOED, Stage.RESETTING, Stage.DORMANT):
+                panel.axvline(begin, color=colours[seed], lw=0.7, alpha=0.35, zorder=0)
 
 
 def _limit(events: Iterable[dict[str, Any]], question: str) -> float | None:

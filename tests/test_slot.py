@@ -288,7 +288,14 @@ def test_life_cycle_state_round_trips_through_a_weights_only_file():
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": 2}, {"alpha": 2.0}, {"alpha": float("nan")}, {"unknown": 1}, {"lifecycle": None}, {"isolation_violations": "x"}],
+    [
+        {"version": 2},
+        {"alpha": 2.0},
+        {"alpha": float("nan")},
+        {"unknown": 1},
+        {"lifecycle": None},
+        {"isolation_violations": "x"},
+    ],
 )
 def test_a_bad_life_cycle_state_is_refused_and_changes_nothing(change):
     slot = slot_in(Stage.BLENDING, alpha=0.5)
