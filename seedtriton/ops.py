@@ -54,9 +54,9 @@ def segmented_sumsq(
     Raises:
         ConfigurationError: lengths that differ, a segment out of range, a dtype without squares.
     """
-    _check_lists(tensors, segments, num_segments)
     _check_lanes(lanes)
-    if torch.compiler.is_compiling():
+    if _traced(tensors):
+        _check_lists(tensors, segments, num_segments)
         found: Tensor = torch.ops.seedtriton.segmented_sumsq(
             list(tensors), list(segments), num_segments, lanes == torch.float64
         )
@@ -76,26 +76,19 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor | float) -> None:
             that is not one number.
     """
     tensors = list(tensors)
-    for index, tensor in enumerate(tensors):
-        _check_tensor(index, tensor)
-        if tensor.layout == torch.strided and reference.overlaps_itself(tensor):
-            raise ConfigurationError(
-                f"tensor {index} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) has elements that "
-                "share memory; scaling it in place would scale them more than once: pass a contiguous tensor"
-            )
     if not tensors:
         return
     if not isinstance(coefficient, Tensor):
         if coefficient == 1.0:
             return
-        coefficient = torch.tensor(float(coefficient), dtype=torch.float32, device=tensors[0].device)
+        coefficient = torch.tensor(float(coefficient), dtype=torch.float64, device=tensors[0].device)
     if coefficient.numel() != 1 or not coefficient.is_floating_point():
         raise ConfigurationError(
             "coefficient must be a number or a floating tensor with one element, got "
             f"{coefficient.dtype} of shape {tuple(coefficient.shape)}"
         )
     coefficient = coefficient.detach().reshape(())
-    if torch.compiler.is_compiling():
+    if _traced(tensors):
         torch.ops.seedtriton.scale_(tensors, coefficient)
     else:
         _scale_(tensors, coefficient)
@@ -117,7 +110,7 @@ def record_(
     lanes: torch.dtype = torch.float32,
 ) -> None:
     """Measure one sample; arguments as ``reference.record_``. For the monitor: it checks nothing again."""
-    if torch.compiler.is_compiling():
+    if _traced((*gradients[:1], ring)):
         torch.ops.seedtriton.record_(
             list(gradients), list(segments), list(gains), list(gain_segments), ring, count, summary,
             max_norm, eps, grad_scale, gain_scale, found_inf, lanes == torch.float64,
@@ -129,13 +122,54 @@ def record_(
         )
 
 
+def _traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody is tracing: then the dispatcher has to see one operation, not what it does inside."""
+    return torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors[:1])
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+# The layout of a row and of the summary, in the order in which the kernels take it; defined in reference.py.
+_LAYOUT = (
+    reference.SUMSQ, reference.LIVE, reference.TENSORS, reference.ELEMENTS, reference.EXTRA, reference.QUANTITIES,
+    reference.TOTAL_NORM, reference.CLIP_COEFFICIENT, reference.SUMMARY_HEAD,
+)
+
+
 def _segmented_sumsq(
     tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int, lanes: torch.dtype
 ) -> Tensor:
+    if tensors and backend_of(tensors[0].device).name == "triton":
+        from .kernels import gradient_sums
+
+        # The kernel looks at what the tensors are only when their signature is new; checking each of them
+        # here, in every call, would cost more than the launch.
+        try:
+            return gradient_sums.segmented_sumsq(tensors, segments, num_segments, lanes)
+        except ValueError:  # Unsupported, or lists that the check below explains
+            _check_lists(tensors, segments, num_segments)
+        inside, outside = _split(tensors, segments, tensors[0].device)
+        if not inside[0]:
+            return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
+        rest = reference.segmented_sums_and_live(*outside, num_segments, lanes, tensors[0].device)
+        return gradient_sums.segmented_sumsq(*inside, num_segments, lanes, rest)
+    _check_lists(tensors, segments, num_segments)
     return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
 
 
 def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    if backend_of(coefficient.device).name == "triton":
+        from .kernels import gradient_scale
+
+        try:
+            gradient_scale.scale_(tensors, coefficient)
+        except gradient_scale.Unsupported:
+            _check_scalable(tensors)
+            (inside, _), (tensors, _) = _split(tensors, [0] * len(tensors), coefficient.device)
+            gradient_scale.scale_(inside, coefficient)
+        else:
+            return
+    _check_scalable(tensors)
     reference.scale_(tensors, coefficient)
 
 
@@ -154,10 +188,51 @@ def _record_(
     found_inf: Tensor | None,
     lanes: torch.dtype,
 ) -> None:
-    reference.record_(
-        gradients, segments, gains, gain_segments, ring, count, summary,
-        max_norm, eps, grad_scale, gain_scale, found_inf, lanes,
-    )
+    if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
+        reference.record_(
+            gradients, segments, gains, gain_segments, ring, count, summary,
+            max_norm, eps, grad_scale, gain_scale, found_inf, lanes,
+        )
+        return
+    from .kernels import gradient_sums
+
+    def launch(listed: _Listed, outside: Tensor | None = None, counts: Sequence[tuple[int, int]] | None = None) -> None:
+        gradient_sums.record_(
+            *listed, gains, gain_segments, ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf,
+            lanes, outside, counts, layout=_LAYOUT, clip_eps=reference.CLIP_EPS,
+        )
+
+    try:
+        launch((gradients, segments))
+    except gradient_sums.Unsupported:
+        num_segments = ring.shape[1]
+        inside, outside = _split(gradients, segments, ring.device)
+        sums = reference.segmented_sums_and_live(*outside, num_segments, lanes, ring.device)
+        counts = [(0, 0)] * num_segments
+        for gradient, segment in zip(*outside):
+            tensors, elements = counts[segment]
+            counts[segment] = tensors + 1, elements + gradient.numel()
+        launch(inside, sums, counts)
+
+
+_Listed = tuple[Sequence[Tensor], Sequence[int]]
+
+
+def _split(tensors: Sequence[Tensor], segments: Sequence[int], device: torch.device) -> tuple[_Listed, _Listed]:
+    """What the kernel can take on ``device``, and the rest, each with its segments."""
+    from .kernels import gradient_sums
+
+    inside: tuple[list[Tensor], list[int]] = ([], [])
+    outside: tuple[list[Tensor], list[int]] = ([], [])
+    for tensor, segment in zip(tensors, segments):
+        chosen = inside if gradient_sums.unsupported(tensor, device) is None else outside
+        chosen[0].append(tensor)
+        chosen[1].append(segment)
+    return inside, outside
+
+
+def _plain(gains: Sequence[Tensor], device: torch.device) -> bool:
+    return all(gain.dtype == torch.float32 and gain.device == device for gain in gains)
 
 
 def _check_lists(tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int) -> None:
@@ -184,6 +259,16 @@ def _check_tensor(index: int, tensor: Tensor) -> None:
         )
 
 
+def _check_scalable(tensors: Sequence[Tensor]) -> None:
+    for index, tensor in enumerate(tensors):
+        _check_tensor(index, tensor)
+        if tensor.layout == torch.strided and reference.overlaps_itself(tensor):
+            raise ConfigurationError(
+                f"tensor {index} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) has elements that "
+                "share memory; scaling it in place would scale them more than once: pass a contiguous tensor"
+            )
+
+
 def _check_lanes(lanes: torch.dtype) -> None:
     if lanes not in LANES:
         raise ConfigurationError(f"lanes must be one of {LANES}, got {lanes}")
@@ -203,7 +288,9 @@ _library.define(
 )
 
 
-def _segmented_sumsq_impl(tensors: list[Tensor], segments: list[int], num_segments: int, wide: bool) -> Tensor:
+def _segmented_sumsq_impl(
+    tensors: list[Tensor], segments: list[int], num_segments: int, wide: bool = False
+) -> Tensor:
     return _segmented_sumsq(tensors, segments, num_segments, _lanes(wide))
 
 
@@ -230,6 +317,8 @@ def _record_impl(
 
 # CompositeExplicitAutograd: one implementation for every device, sparse ones too; it picks the backend itself.
 _library.impl("segmented_sumsq", _segmented_sumsq_impl, "CompositeExplicitAutograd")
+# Nothing flows back through a sum that is measured: without this, autograd warns when an input requires grad.
+_library.impl("segmented_sumsq", torch.library.fallthrough_kernel, "Autograd")
 _library.impl("scale_", _scale_, "CompositeExplicitAutograd")
 _library.impl("record_", _record_impl, "CompositeExplicitAutograd")
 

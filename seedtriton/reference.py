@@ -7,22 +7,21 @@ and fp16; this stays within 1e-6 of fp64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-# Squares summed in fp32 before fp64 takes over. fp32 data is right to 6e-9 with rows of 4096, and shorter
-# rows cost up to 20 % (2-core CPU, torch 2.13). On bf16 data the same rows are off by 9e-7, because sums of
-# squares of 8-bit mantissas round the same way again and again; at 1024 it is 1.4e-7.
-ROW = 4096
-NARROW_ROW = 1024
+# Squares summed in fp32 before fp64 takes over. Equal elements, and squares of the 8-bit mantissas of bf16,
+# round the same way again and again: the worst relative error of a row of equal elements is 6e-7 at 256,
+# 2e-6 at 1024 and 7e-6 at 4096 (torch 2.13 CPU).
+ROW = 256
+# Tensors of at most this many elements, of one size and dtype, are summed as one matrix.
+SMALL = 1 << 12
 # Elements converted at a time on a CPU (2 MiB of fp32, stays in cache): vector_norm(dtype=float32) of
 # a bf16 tensor takes ten times as long, because it converts element by element.
 BLOCK = 1 << 19
-# Tensors of at most this many elements are summed together, one row each.
-SMALL = 1 << 11
 # A value at which torch.nn.utils.clip_grad_norm_ keeps a zero norm from dividing by zero.
 CLIP_EPS = 1e-6
 
@@ -75,25 +74,15 @@ def flat_values(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1) if view is None else view
 
 
-def _row_norms(values: Tensor, lanes: torch.dtype, row: int = ROW) -> list[Tensor]:
-    """L2 norms of rows of ``row`` elements and of the rest, in dtype ``lanes``."""
-    size = values.numel()
-    if values.dtype != lanes and (values.device.type == "cpu" or values.dtype.itemsize == 1):
-        if size <= BLOCK:
-            return _row_norms(values.to(lanes), lanes, NARROW_ROW)
-        buffer = torch.empty(BLOCK, dtype=lanes, device=values.device)
-        return [
-            norms
-            for block in values.split(BLOCK)
-            for norms in _row_norms(buffer[: block.numel()].copy_(block), lanes, NARROW_ROW)
-        ]
-    rest = size % row
-    if not rest:
-        return [torch.linalg.vector_norm(values.view(-1, row), dim=1, dtype=lanes)] if size else []
-    norms = [torch.linalg.vector_norm(values[size - rest :], dtype=lanes).view(1)]
-    if size > row:
-        norms.append(torch.linalg.vector_norm(values[: size - rest].view(-1, row), dim=1, dtype=lanes))
-    return norms
+def _row_norms(matrix: Tensor, lanes: torch.dtype) -> Tensor:
+    """L2 norms of pieces of at most ``ROW`` columns: [k, n] -> [k, ceil(n / ROW)], dtype ``lanes``."""
+    whole = matrix.shape[1] // ROW * ROW
+    norms = []
+    if whole:
+        norms.append(torch.linalg.vector_norm(matrix[:, :whole].unflatten(1, (-1, ROW)), dim=2, dtype=lanes))
+    if whole < matrix.shape[1]:
+        norms.append(torch.linalg.vector_norm(matrix[:, whole:], dim=1, keepdim=True, dtype=lanes))
+    return norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)
 
 
 @lru_cache(maxsize=256)
@@ -143,8 +132,10 @@ def _small_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
         step = max(1, BLOCK // max(1, size))
         for begin in range(0, len(indices), step):
             part = [tensors[index].reshape(-1) for index in indices[begin : begin + step]]
-            matrix = torch.stack(part).to(wide)
-            found.append(torch.linalg.vector_norm(matrix, dim=1).double().square_())
+            if size:
+                found.append(_row_norms(torch.stack(part).to(wide), wide).double().square_().sum(dim=1))
+            else:
+                found.append(torch.zeros(len(part), dtype=torch.float64, device=part[0].device))
     order = [index for indices in sizes.values() for index in indices]
     sums = torch.cat(found)
     if order == list(range(len(order))):
@@ -157,15 +148,26 @@ def _large_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
     lengths = []
     for tensor in tensors:
         values = flat_values(tensor)
-        norms = _row_norms(values, torch.float64 if values.dtype == torch.float64 else lanes)
-        # Lanes may differ (an fp64 gradient keeps fp64 lanes), so rows meet in fp64.
+        # Lanes may differ (an fp64 gradient keeps fp64 lanes), so rows meet in fp64 below.
+        wide = torch.float64 if values.dtype == torch.float64 else lanes
+        norms = [_row_norms(block.view(1, -1), wide).view(-1) for block in _converted(values, wide) if len(block)]
         rows += norms
-        lengths.append(sum(norm.numel() for norm in norms))
-    if len({norm.dtype for norm in rows}) > 1:
-        rows = [norm.double() for norm in rows]
+        lengths.append(sum(map(len, norms)))
     if not rows:
         return torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
+    if len({norm.dtype for norm in rows}) > 1:
+        rows = [norm.double() for norm in rows]
     return _segment_sum(torch.cat(rows).double().square_(), lengths)
+
+
+def _converted(values: Tensor, lanes: torch.dtype) -> Iterator[Tensor]:
+    """The values in blocks of dtype ``lanes``, where vector_norm would convert them one by one; else as they are."""
+    if values.dtype == lanes or (values.device.type != "cpu" and values.dtype.itemsize > 1):
+        yield values
+        return
+    buffer = torch.empty(min(BLOCK, values.numel()), dtype=lanes, device=values.device)
+    for block in values.split(BLOCK):
+        yield buffer[: block.numel()].copy_(block)
 
 
 def _sum_by_segment(values: Tensor, segments: Sequence[int], num_segments: int) -> Tensor:
@@ -228,10 +230,14 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         return
     by_place: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for tensor in tensors:
-        place = (tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        wide = tensor.dtype in (torch.float64, torch.complex128)
+        place = (tensor.device, torch.float64 if wide else torch.float32)
         if place not in by_place:
             by_place[place] = coefficient.to(device=place[0], dtype=place[1])
-        tensor.mul_(by_place[place])
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            tensor.copy_(tensor.float() * by_place[place])  # torch has no arithmetic for fp8
+        else:
+            tensor.mul_(by_place[place])
 
 
 @torch.no_grad()
