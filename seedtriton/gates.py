@@ -284,7 +284,7 @@ class SeedStatus:
 
 
 @dataclass
-class QualityGates:
+class QualityGates(PlainState):
     """Asks the questions of a gate and gives the verdict.
 
     Args:
@@ -302,6 +302,16 @@ class QualityGates:
     def __post_init__(self) -> None:
         if self.mode not in (STRICT, PERMISSIVE):
             raise ConfigurationError(f"mode must be {STRICT!r} or {PERMISSIVE!r}, got {self.mode!r}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain, JSON-safe values."""
+        return {"version": self.VERSION, "thresholds": self.thresholds.state_dict(), "mode": self.mode}
+
+    @classmethod
+    def from_state_dict(cls, state: object) -> QualityGates:
+        """The gates saved by ``state_dict``; StateDictError, or ConfigurationError for bad values."""
+        values = check_state(state, "QualityGates", cls.VERSION, ("thresholds", "mode"))
+        return cls(GateThresholds.from_state_dict(values["thresholds"]), values["mode"])
 
     def judge(self, target: Stage, status: SeedStatus) -> Verdict:
         """The verdict on moving ``status.seed`` to ``target``.

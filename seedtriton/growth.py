@@ -160,16 +160,17 @@ class GrowthController:
             self._move(life, Stage.TRAINING, str(verdict))
         return verdict
 
-    def measure(self) -> None:
+    def measure(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Measure the gradients of this step: after backward and unscaling, before clipping and the step.
 
         Also moves the alpha of blending seeds one step along its schedule, from the next forward pass on.
-        Does nothing while no slot holds a living seed.
+        Does nothing while no slot holds a living seed. A ``scaler`` is read, never touched; see
+        ``GradientMonitor.measure``.
         """
         self.step += 1
         if not self._lives:
             return
-        self.monitor.measure()
+        self.monitor.measure(scaler)
         for life in self._lives.values():
             if life.slot.stage is Stage.BLENDING and life.blend_step < life.schedule.steps:
                 life.blend_step += 1
@@ -179,26 +180,30 @@ class GrowthController:
         """``GradientMonitor.clip_grad_norm_`` over the whole model, seeds included."""
         return self.monitor.clip_grad_norm_(max_norm)
 
-    def end_epoch(self, accuracy: float | None = None, loss: float | None = None) -> list[Verdict]:
+    def end_epoch(
+        self, accuracy: float | None = None, loss: float | None = None, *, strict: bool = False
+    ) -> list[Verdict]:
         """Count one epoch, read the evidence once, and let the gates decide about every seed.
 
         Args:
             accuracy: validation accuracy as a share in [0, 1].
             loss: validation loss, for the record.
+            strict: raise when a living seed was never measured, instead of only refusing it.
 
         Returns:
             One verdict per living seed, in the order of germination; those that passed have moved.
 
         Raises:
             ConfigurationError: an accuracy outside [0, 1]; nothing has changed.
+            WiringError: with ``strict``, a seed that was never measured; nothing has changed.
         """
         if accuracy is not None and not 0.0 <= accuracy <= 1.0:
             raise ConfigurationError(
                 f"accuracy must be a share in [0, 1], got {accuracy}; divide percentages by 100"
             )
+        evidence = self.monitor.read(strict=strict) if self._lives else {}
         self.epoch += 1
         self._accuracy = accuracy
-        evidence = self.monitor.read() if self._lives else {}
         self._emit("epoch", None, accuracy=accuracy, loss=loss)
         verdicts = []
         for name, life in list(self._lives.items()):

@@ -6,24 +6,41 @@ statistic is computed on the host, in evidence.py, when somebody reads.
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from ._loss_scale import LossScale, read_scaler
+from ._parameters import Alpha, CallOnLoad, Parameters, ParameterSource
+from ._state import check_state
+from ._step_hook import StepHook
+from ._training import Mark, StepCounter
 from .errors import ConfigurationError, StateDictError, WiringError
-from .evidence import HOST_FLOOR, RATIO_EPS, Sample, SeedEvidence, collect_evidence
+from .evidence import HOST_FLOOR, NEVER_MEASURED, RATIO_EPS, Sample, SeedEvidence, collect_evidence
 
-Parameters = nn.Module | Iterable[Tensor] | Iterable[nn.Module]
+logger = logging.getLogger("seedtriton")
 
 WINDOW = 128
-# Root mean square below which weights count as this large, when their relative change is computed: a
-# layer that starts at zero would otherwise have moved infinitely far after one step.
-WEIGHT_FLOOR = 1e-3
+_version_of = attrgetter("_version")
+
+
+class Latest(NamedTuple):
+    """What ``GradientMonitor.latest`` returns.
+
+    Attributes:
+        evidence: by seed; empty until the first copy has arrived.
+        age: optimizer steps since it left the device; None when nothing has arrived or no optimizer is known.
+    """
+
+    evidence: dict[str, SeedEvidence]
+    age: int | None
 
 
 class GradientMonitor(nn.Module):
@@ -78,26 +95,27 @@ class GradientMonitor(nn.Module):
         if unknown:
             raise ConfigurationError(f"alphas for unknown seeds {unknown}; seeds are {sorted(seeds)}")
         self.window, self.eps, self.host_floor, self.lanes = window, eps, host_floor, lanes
-        self._host = _Source(host)
-        self._seeds = {name: _Source(seed) for name, seed in seeds.items()}
-        self._alphas = {name: _Alpha.of(alpha) for name, alpha in (alphas or {}).items()}
+        self._host = ParameterSource(host)
+        self._seeds = {name: ParameterSource(seed) for name, seed in seeds.items()}
+        self._alphas = {name: Alpha.of(alpha) for name, alpha in (alphas or {}).items()}
         self._handles: list[Any] = []
         self.refresh()
         segments = 1 + len(self._seeds)
-        ring = torch.zeros(window, segments, reference.QUANTITIES, dtype=torch.float64)
+        device = self._tracked[0].device
+        ring = torch.zeros(window, segments, reference.QUANTITIES, dtype=torch.float64, device=device)
         self.register_buffer("ring", ring)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("since", torch.zeros(segments, dtype=torch.int64))
-        summary = torch.zeros(reference.SUMMARY_HEAD + segments, dtype=torch.float64)
-        self.register_buffer("summary", summary, persistent=False)
-        self.to(self._tracked[0].device)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("since", torch.zeros(segments, dtype=torch.int64, device=device))
+        self.register_buffer("summary", None, persistent=False)
+        self._resize_summary()
         self.max_norm = math.inf
-        self._measured = False  # no optimizer step since the last measurement
-        self._witnesses: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
-        self._steps = _StepCounter()
+        self._steps = StepCounter()
         for optimizer in [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers:
-            self._steps.watch(optimizer, self)
-        self._marks = {name: _Mark.of(self._seed_parameters[name], self._steps.total) for name in self._seeds}
+            self._steps.watch(optimizer, self._mark_stepped)
+        self._warned = False
+        self._transit: _Transit | None = None
+        self._arrived: _Transit | None = None
+        self._marks = {name: Mark.of(self._seed_parameters[name], self._steps.total) for name in self._seeds}
         self.register_load_state_dict_pre_hook(_check_before_load)
 
     @property
@@ -109,12 +127,45 @@ class GradientMonitor(nn.Module):
         """Measure; so that ``torch.compile(monitor, fullgraph=True)`` works."""
         self.measure()
 
-    def measure(self) -> None:
+    def measure(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Measure the gradients that exist now, as one sample. Waits for nothing, changes no gradient.
 
         Of the blend factors the gradient is taken: it is zero afterwards, so that the next backward pass
         starts afresh.
+
+        Args:
+            scaler: the GradScaler in use, if any. Before ``unscale_`` the sums are divided by its scale on the
+                device; after it, a step that the scaler will skip is dropped from the window. The scaler
+                itself is never touched.
+
+        Raises:
+            WiringError: with a scaler: no optimizer is known, or one has already stepped.
         """
+        scale = LossScale() if scaler is None else read_scaler(scaler, self._steps.optimizers())
+        self._measure(scale)
+
+    def attach(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> StepHook:
+        """Measure by a hook inside the step, once per step: no line in the loop.
+
+        Args:
+            optimizers: in the order in which they step.
+            scaler: the GradScaler in use, if any.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it.
+
+        Raises:
+            ConfigurationError: no optimizer.
+            WiringError: later, in ``step(closure)``: the gradients do not exist yet when the hook runs.
+        """
+        if not optimizers:
+            raise ConfigurationError("attach() needs the optimizers, in the order in which they step")
+        for optimizer in optimizers:
+            if all(optimizer is not known for known in self._steps.optimizers()):
+                self._steps.watch(optimizer, self._mark_stepped)
+        return StepHook(self._measure, optimizers, scaler)
+
+    def _measure(self, scale: LossScale) -> None:
         if self._stale:
             self.refresh()
         gradients: list[Tensor] = []
@@ -131,27 +182,60 @@ class GradientMonitor(nn.Module):
             if slope is not None:
                 gains.append(slope)
                 gain_segments.append(segment)
+        if not gradients and not torch.compiler.is_compiling():
+            self._warn_of_nothing()
         if gradients and gradients[0].device != self.ring.device:
             self.to(gradients[0].device)
         ops.record_(
             gradients, segments, gains, gain_segments, self.ring, self.count, self.summary,
-            self.max_norm, self.eps, lanes=self.lanes,
+            self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf, self.lanes,
         )
-        self._measured = bool(gradients)
-        # Without an optimizer to watch, two gradients tell whether the sums are still those of this step.
-        self._witnesses = ()
-        if gradients and not torch.compiler.is_compiling():
-            ends = (gradients[0], gradients[-1])
-            self._witnesses = tuple((weakref.ref(gradient), gradient._version) for gradient in ends)
+        self._remember(gradients)
 
-    def read(self) -> dict[str, SeedEvidence]:
-        """What the window says of every seed. Copies to the host once, and waits for that copy."""
-        names = list(self._seeds)
-        segments = 1 + len(names)
+    def read(self, *, strict: bool = False) -> dict[str, SeedEvidence]:
+        """What the window says of every seed. Copies to the host once, and waits for that copy.
+
+        Args:
+            strict: raise when a seed has no measurement at all, instead of saying so in its evidence.
+
+        Raises:
+            WiringError: with ``strict``, a seed that was never measured.
+        """
+        evidence = self._unpack(list(self._seeds), self._pack().tolist())
+        missing = [name for name, known in evidence.items() if known.status == NEVER_MEASURED]
+        if strict and missing:
+            raise WiringError(
+                f"seeds {missing} were never measured: call measure() after backward() and before optimizer.step()"
+            )
+        return evidence
+
+    def latest(self) -> Latest:
+        """The newest evidence that has already arrived on the host, and its age. Never waits.
+
+        Each call sends the ring on its way (a pinned, asynchronous copy on a GPU), unless an earlier copy is
+        still under way. On a CPU it arrives at once.
+        """
+        if self._transit is None:
+            self._transit = _Transit(self._pack(), list(self._seeds), self._steps.total)
+        if self._transit.arrived():
+            self._arrived, self._transit = self._transit, None
+        arrived = self._arrived
+        if arrived is None or arrived.names != list(self._seeds):
+            return Latest({}, None)
+        age = self._steps.total - arrived.steps if self._steps.optimizers() else None
+        return Latest(self._unpack(arrived.names, arrived.buffer.tolist()), age)
+
+    def _pack(self) -> Tensor:
+        """Everything that a read needs, float64 on the device: count, since, displacements, the ring."""
+        if self._stale:
+            self.refresh()
         with torch.no_grad():
-            moved = [self._marks[name].displacement(self._seed_parameters[name]) for name in names]
-            parts = [self.count.view(1).double(), self.since.double(), *(part.view(1) for part in moved)]
-            packed = torch.cat([*(part.to(self.ring.device) for part in parts), self.ring.view(-1)]).tolist()
+            moved = [self._marks[name].displacement(self._seed_parameters[name]).view(1) for name in self._seeds]
+            parts = [self.count.view(1).double(), self.since.double(), *moved, self.ring.view(-1)]
+            return torch.cat([part.to(self.ring.device) for part in parts])
+
+    def _unpack(self, names: list[str], packed: list[float]) -> dict[str, SeedEvidence]:
+        segments = 1 + len(names)
         count = int(packed[0])
         since = [int(value) for value in packed[1 : 1 + segments]]
         moved_at = 1 + segments
@@ -225,10 +309,12 @@ class GradientMonitor(nn.Module):
         Raises:
             ConfigurationError: no seed has this name.
         """
+        if self._stale:
+            self.refresh()
         for seed in self._seeds if name is None else [self._known(name)]:
             segment = 1 + list(self._seeds).index(seed)
             self.since[segment : segment + 1].copy_(self.count.view(1))
-            self._marks[seed] = _Mark.of(self._seed_parameters[seed], self._steps.total, self._steps.by_optimizer())
+            self._marks[seed] = Mark.of(self._seed_parameters[seed], self._steps.total, self._steps.by_optimizer())
 
     def add_seed(self, name: str, seed: Parameters, *, alpha: Any = None) -> None:
         """Watch one more seed from now on; the samples of the others stay.
@@ -239,13 +325,14 @@ class GradientMonitor(nn.Module):
         """
         if name in self._seeds:
             raise ConfigurationError(f"a seed is already called {name!r}; seeds are {list(self._seeds)}")
-        source, blend = _Source(seed), None if alpha is None else _Alpha.of(alpha)
+        source, blend = ParameterSource(seed), None if alpha is None else Alpha.of(alpha)
         self._seeds[name] = source
         if blend is not None:
             self._alphas[name] = blend
         try:
             self.refresh()
-        except WiringError:
+            mark = Mark.of(self._seed_parameters[name], self._steps.total, self._steps.by_optimizer())
+        except Exception:
             del self._seeds[name]
             self._alphas.pop(name, None)
             self.refresh()
@@ -254,7 +341,7 @@ class GradientMonitor(nn.Module):
         self.ring = torch.cat([self.ring, column], dim=1)
         self.since = torch.cat([self.since, self.count.view(1)])
         self._resize_summary()
-        self._marks[name] = _Mark.of(self._seed_parameters[name], self._steps.total, self._steps.by_optimizer())
+        self._marks[name] = mark
 
     def remove_seed(self, name: str) -> None:
         """Forget a seed: what is left of it in the host counts as host from now on.
@@ -305,7 +392,7 @@ class GradientMonitor(nn.Module):
         ]
         for handle in self._handles:
             handle.remove()
-        hook = _MarkStale(self)
+        hook = CallOnLoad(self._mark_stale)
         self._handles = [
             module.register_load_state_dict_post_hook(hook)
             for source in (self._host, *self._seeds.values())
@@ -318,15 +405,29 @@ class GradientMonitor(nn.Module):
         return {
             "version": self.VERSION,
             "seeds": list(self._seeds),
-            "steps": self._steps.total,
+            "steps": self._steps.by_optimizer(),
             "marks": {name: mark.state_dict() for name, mark in self._marks.items()},
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over ``get_extra_state``, which the load has already checked."""
-        self._steps.total = state["steps"]
+        self._steps.restore(state["steps"])
         for name, mark in state["marks"].items():
-            self._marks[name] = _Mark.from_state_dict(mark, self._seed_parameters[name])
+            self._marks[name] = Mark.from_state_dict(mark, self._seed_parameters[name])
+
+    def _warn_of_nothing(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "measure() found no gradient at all: it belongs after backward() and before "
+                "zero_grad(set_to_none=True); such samples count as empty"
+            )
+
+    def _mark_stale(self) -> None:
+        self._stale = True
+
+    def _mark_stepped(self) -> None:
+        self._measured = False
 
     def _known(self, name: str) -> str:
         if name not in self._seeds:
@@ -337,16 +438,25 @@ class GradientMonitor(nn.Module):
         self.summary = torch.zeros(
             reference.SUMMARY_HEAD + self.ring.shape[1], dtype=torch.float64, device=self.ring.device
         )
-        self._measured = False
+        self._measured = False  # no optimizer step and no clipping since the last measurement
+        self._witnesses: list[weakref.ref[Tensor]] = []
+        self._versions = 0
+
+    def _remember(self, gradients: Sequence[Tensor]) -> None:
+        """Note what was measured, so that clipping knows whether those sums are still true."""
+        self._measured = True
+        # Weak: no gradient may live longer because it was measured. Not while compiling: what is set there is
+        # set for good, and clipping then makes its own pass.
+        self._witnesses = [] if torch.compiler.is_compiling() else list(map(weakref.ref, gradients))
+        self._versions = 0 if torch.compiler.is_compiling() else sum(map(_version_of, gradients))
 
     def _still_measured(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the last measurement was of these very gradients, in their present state."""
-        if not self._measured or not gradients:
-            return False
-        ends = (gradients[0], gradients[-1])
-        return all(
-            seen() is gradient and gradient._version == version
-            for (seen, version), gradient in zip(self._witnesses, ends)
+        return (
+            self._measured
+            and len(gradients) == len(self._witnesses) > 0
+            and all(seen() is gradient for seen, gradient in zip(self._witnesses, gradients))
+            and sum(map(_version_of, gradients)) == self._versions
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> GradientMonitor:
@@ -358,176 +468,22 @@ class GradientMonitor(nn.Module):
         return self
 
 
-class _Source:
-    """Where parameters come from: looked up again on every call, each once."""
+class _Transit:
+    """A copy of packed evidence on its way to the host."""
 
-    def __init__(self, source: Parameters) -> None:
-        items: tuple[object, ...] = (source,) if isinstance(source, nn.Module) else tuple(source)
-        self._items: list[nn.Module | Tensor] = []
-        for item in items:
-            if not isinstance(item, (nn.Module, Tensor)):
-                raise ConfigurationError(
-                    f"host and seeds are modules or iterables of parameters, got {type(item).__name__} inside"
-                )
-            self._items.append(item)
+    def __init__(self, packed: Tensor, names: list[str], steps: int) -> None:
+        self.names, self.steps = names, steps
+        self._event = None
+        if packed.device.type == "cpu":
+            self.buffer = packed
+            return
+        self.buffer = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        self.buffer.copy_(packed, non_blocking=True)
+        self._event = torch.get_device_module(packed.device).Event()
+        self._event.record()
 
-    def parameters(self) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        for item in self._items:
-            tensors: Iterable[Tensor] = (item,) if isinstance(item, Tensor) else item.parameters()
-            for tensor in tensors:
-                found.setdefault(id(tensor), tensor)
-        return list(found.values())
-
-    def modules(self) -> list[nn.Module]:
-        return [module for item in self._items if isinstance(item, nn.Module) for module in item.modules()]
-
-
-class _Alpha:
-    """A blend factor, looked up again each time: ``.to()`` replaces the tensor of a slot."""
-
-    def __init__(self, holder: Any) -> None:
-        self.holder = holder
-
-    @classmethod
-    def of(cls, alpha: Any) -> _Alpha:
-        if isinstance(alpha, Tensor):
-            alpha = _Holder(alpha)
-        if not hasattr(alpha, "alpha"):
-            raise ConfigurationError(
-                f"an alpha is a 0-dim tensor or an object with one as attribute `alpha`, got {type(alpha).__name__}"
-            )
-        return cls(alpha)
-
-    def gradient(self) -> Tensor | None:
-        tensor: Tensor | None = self.holder.alpha
-        return None if tensor is None else tensor.grad
-
-
-class _Holder:
-    def __init__(self, alpha: Tensor) -> None:
-        self.alpha = alpha
-
-
-class _MarkStale:
-    """A load hook: after ``load_state_dict(assign=True)`` the parameters are other objects."""
-
-    def __init__(self, monitor: GradientMonitor | None) -> None:
-        self._monitor = weakref.ref(monitor) if monitor is not None else lambda: None
-
-    def __call__(self, module: nn.Module, incompatible_keys: object) -> None:
-        monitor = self._monitor()
-        if monitor is not None:
-            monitor._stale = True
-
-    def __reduce__(self) -> tuple[type[_MarkStale], tuple[None]]:
-        # The hook lives in the user's modules, which must stay copyable and picklable.
-        return _MarkStale, (None,)
-
-
-class _StepCounter:
-    """Optimizer steps taken, by hooks that change nothing. Skipped steps of a GradScaler never arrive."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._watched: list[tuple[weakref.ref[torch.optim.Optimizer], list[int]]] = []
-
-    def watch(self, optimizer: torch.optim.Optimizer, monitor: GradientMonitor) -> None:
-        steps = [0]
-        owner = weakref.ref(monitor)
-
-        def count(*_: object) -> None:
-            steps[0] += 1
-            self.total += 1
-            alive = owner()
-            if alive is not None:
-                alive._measured = False
-
-        optimizer.register_step_post_hook(count)
-        self._watched.append((weakref.ref(optimizer), steps))
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [optimizer for ref, _ in self._watched if (optimizer := ref()) is not None]
-
-    def hold(self, parameters: Sequence[Tensor]) -> bool | None:
-        """Whether every parameter that requires a gradient is in an optimizer; None without optimizers."""
-        optimizers = self.optimizers()
-        if not optimizers:
-            return None
-        held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-        wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        return bool(wanted) and all(id(parameter) in held for parameter in wanted)
-
-    def by_optimizer(self) -> list[int]:
-        return [steps[0] for _, steps in self._watched]
-
-    def since(self, mark: _Mark, parameters: Sequence[Tensor]) -> int | None:
-        """Steps since the mark of the optimizers that hold a parameter of the seed; the fewest of them."""
-        wanted = {id(parameter) for parameter in parameters}
-        found = []
-        for index, (ref, steps) in enumerate(self._watched):
-            optimizer = ref()
-            if optimizer is not None and any(
-                id(p) in wanted for group in optimizer.param_groups for p in group["params"]
-            ):
-                begun = mark.by_optimizer[index] if index < len(mark.by_optimizer) else 0
-                found.append(steps[0] - begun)
-        return min(found, default=None)
-
-
-class _Mark:
-    """Where a seed's window began: its weights then, and the steps taken by then."""
-
-    def __init__(self, weights: list[Tensor], steps: int, by_optimizer: list[int]) -> None:
-        self.weights = weights
-        self.by_optimizer = by_optimizer
-        self.newest = -1  # number of the newest usable sample that a read has seen
-        self.steps_then = steps
-
-    @classmethod
-    def of(cls, parameters: Sequence[Tensor], steps: int, by_optimizer: Sequence[int] = ()) -> _Mark:
-        return cls([p.detach().clone() for p in parameters], steps, list(by_optimizer))
-
-    def displacement(self, parameters: Sequence[Tensor]) -> Tensor:
-        """``|w - w0| / max(|w0|, WEIGHT_FLOOR sqrt(n))``, float64 0-dim; NaN when the shapes have changed."""
-        device = parameters[0].device
-        if [p.shape for p in parameters] != [w.shape for w in self.weights]:
-            return torch.full((), math.nan, dtype=torch.float64, device=device)
-        weights = [w.to(p.device) for p, w in zip(parameters, self.weights)]
-        apart = [p.detach().to(_wide(p)) - w.to(_wide(p)) for p, w in zip(parameters, weights)]
-        ones = [0] * len(apart)
-        moved = ops.segmented_sumsq(apart, ones, 1)[0].sqrt()
-        size = ops.segmented_sumsq(weights, ones, 1)[0].sqrt()
-        floor = WEIGHT_FLOOR * math.sqrt(sum(w.numel() for w in weights))
-        return moved / size.clamp(min=floor)
-
-    def age(self, samples: Sequence[Sample], first: int, steps: int) -> int:
-        """Optimizer steps since the last read that found a usable sample it had not seen."""
-        usable = [first + i for i, sample in enumerate(samples) if sample.usable and not sample.empty]
-        newest = max(usable, default=-1)
-        if newest > self.newest:
-            self.newest, self.steps_then = newest, steps
-        return steps - self.steps_then
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "weights": self.weights,
-            "by_optimizer": self.by_optimizer,
-            "newest": self.newest,
-            "steps_then": self.steps_then,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], parameters: Sequence[Tensor]) -> _Mark:
-        weights = [w.to(p.device, copy=True) for w, p in zip(state["weights"], parameters)]
-        mark = cls(weights, state["steps_then"], list(state["by_optimizer"]))
-        mark.newest = state["newest"]
-        return mark
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    # Weights that moved by less than a bf16 ulp did not move; their difference must not be rounded again.
-    return torch.promote_types(tensor.dtype, torch.float32)
+    def arrived(self) -> bool:
+        return self._event is None or bool(self._event.query())
 
 
 def _sample(rows: Sequence[float], row: int, segment: int, segments: int) -> Sample:
@@ -547,26 +503,30 @@ def _sample(rows: Sequence[float], row: int, segment: int, segments: int) -> Sam
     )
 
 
-def _check_before_load(
-    monitor: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
-) -> None:
+def _check_before_load(monitor: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Refuse a state that does not fit before anything of it is taken over."""
     assert isinstance(monitor, GradientMonitor)
-    state = state_dict.get(f"{prefix}_extra_state")
-    if not isinstance(state, dict) or state.get("version") != GradientMonitor.VERSION:
-        found = state.get("version") if isinstance(state, dict) else None
+    kind = "GradientMonitor"
+    buffers = ("ring", "count", "since")
+    entries = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
+    expected = {*buffers, "_extra_state"}
+    if entries != expected:
         raise StateDictError(
-            f"GradientMonitor: state has version {found!r}, this release reads {GradientMonitor.VERSION}"
+            f"{kind}: missing {sorted(expected - entries)}, unknown {sorted(entries - expected)} entries"
         )
-    if state.get("seeds") != list(monitor.seeds):
+    state = check_state(state_dict[f"{prefix}_extra_state"], kind, monitor.VERSION, ("seeds", "steps", "marks"))
+    if state["seeds"] != list(monitor.seeds):
         raise StateDictError(
-            f"GradientMonitor: the state is of seeds {state.get('seeds')}, the monitor has {list(monitor.seeds)}"
+            f"{kind}: the state is of seeds {state['seeds']}, the monitor has {list(monitor.seeds)}"
         )
-    for name in ("ring", "count", "since"):
-        saved, own = state_dict.get(prefix + name), getattr(monitor, name)
+    watched = len(monitor._steps.by_optimizer())
+    if not isinstance(state["steps"], list) or len(state["steps"]) != watched:
+        raise StateDictError(f"{kind}: the state counts steps {state['steps']!r}, the monitor {watched} optimizers")
+    for name in buffers:
+        saved, own = state_dict[prefix + name], getattr(monitor, name)
         if not isinstance(saved, Tensor) or saved.shape != own.shape:
-            raise StateDictError(f"GradientMonitor: entry {name!r} is missing or not of shape {tuple(own.shape)}")
+            raise StateDictError(f"{kind}: entry {name!r} is not a tensor of shape {tuple(own.shape)}")
+    if not isinstance(state["marks"], dict) or state["marks"].keys() != set(monitor.seeds):
+        raise StateDictError(f"{kind}: the state does not hold one mark for each of {list(monitor.seeds)}")
     for name, parameters in monitor._seed_parameters.items():
-        saved_shapes = [tuple(w.shape) for w in state["marks"][name]["weights"]]
-        if saved_shapes != [tuple(p.shape) for p in parameters]:
-            raise StateDictError(f"GradientMonitor: the weights saved for seed {name!r} have other shapes")
+        Mark.check_state(state["marks"][name], f"{kind}: seed {name!r}", parameters)

@@ -1,0 +1,78 @@
+"""What a GradScaler has done to the gradients so far: read on the device, without waiting and without a change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+
+from .errors import WiringError
+
+logger = logging.getLogger("seedtriton")
+
+
+class LossScale(NamedTuple):
+    """By what to divide, and whether the step will be skipped; None: by nothing, nobody knows."""
+
+    gradients: Tensor | None = None
+    gains: Tensor | None = None  # of the blend factors, which no optimizer holds and nobody unscales
+    found_inf: Tensor | None = None
+
+
+def read_scaler(
+    scaler: torch.amp.GradScaler, optimizers: Sequence[torch.optim.Optimizer], *, in_step: bool = False
+) -> LossScale:
+    """The state of the scaler for these optimizers, before or after ``unscale_``.
+
+    When one optimizer was unscaled and another was not, no ratio of their gradients means anything: the
+    sample is marked as one to drop.
+
+    Args:
+        scaler: read, never touched.
+        optimizers: whose gradients are measured.
+        in_step: the last of them is about to step; the others have, and their gradients are still there.
+
+    Raises:
+        WiringError: no optimizer is known, or one has already stepped.
+    """
+    # The public get_scale() waits for the device; these attributes are what torch's own optimizers are given.
+    # A scaler that is switched off has none of them.
+    scale: Tensor | None = scaler._scale if scaler.is_enabled() else None
+    if scale is None:
+        return LossScale()
+    if not optimizers:
+        raise WiringError(
+            "a scaler says for each optimizer whether its gradients are still scaled: give the monitor its optimizers"
+        )
+    # get(): looking up an unknown optimizer would add it to the scaler's table.
+    states = [scaler._per_optimizer_states.get(id(optimizer)) for optimizer in optimizers]
+    stages = {state["stage"] if state else OptState.READY for state in states}
+    if in_step:
+        stages = {OptState.UNSCALED if stage is OptState.STEPPED else stage for stage in stages}
+    if OptState.STEPPED in stages:
+        raise WiringError("measure before scaler.step(optimizer): after it the gradients are those of a step gone by")
+    if stages == {OptState.READY}:
+        return LossScale(scale, scale)
+    if stages == {OptState.UNSCALED}:
+        found = [inf.to(scale.device) for state in states if state for inf in state["found_inf_per_device"].values()]
+        return LossScale(None, scale, found[0] if len(found) == 1 else torch.stack(found).sum() if found else None)
+    return mixed(scale)
+
+
+def mixed(scale: Tensor) -> LossScale:
+    """The scale of a sample that is to be dropped, because it mixes scaled and unscaled gradients; warns once."""
+    global _warned
+    if not _warned:
+        _warned = True
+        logger.warning(
+            "one optimizer was unscaled and another was not: such samples are dropped; "
+            "call scaler.unscale_ for all optimizers before measure(), or for none"
+        )
+    return LossScale(None, scale, torch.ones_like(scale))
+
+
+_warned = False
