@@ -60,27 +60,31 @@ def root_mean(values: Sequence[float]) -> float:
     """``sqrt(mean(values))`` for sums of squares up to the end of fp64; 0.0 for none.
 
     Raises:
-        ConfigurationError: a negative value, which no sum of squares can be.
+        ConfigurationError: a value that is negative, NaN or infinite.
     """
-    if any(value < 0.0 for value in values):
-        raise ConfigurationError(f"a sum of squares cannot be negative, got {min(values)}")
+    for value in values:
+        if not 0.0 <= value < math.inf:
+            raise ConfigurationError(f"a sum of squares cannot be negative, NaN or infinite, got {value}")
     largest = max(values, default=0.0)
     if largest == 0.0:
         return 0.0
-    # Scaled by the largest, because the plain sum of two values of 1e308 is infinite.
-    mean = math.fsum(value / largest for value in values) / len(values)
-    return math.sqrt(largest) * math.sqrt(mean)
+    # The plain sum of two values of 1e308 is infinite; an even power of two scales without rounding.
+    exponent = math.frexp(largest)[1] // 2 * 2
+    mean = math.fsum(math.ldexp(value, -exponent) for value in values) / len(values)
+    return math.ldexp(math.sqrt(mean), exponent // 2)
 
 
 def gradient_ratio(seed_norm: float, host_norm: float, eps: float = RATIO_EPS) -> float:
     """``seed_norm / (host_norm + eps)``, the formula of the original gate.
 
     Raises:
-        ConfigurationError: a norm is negative, NaN or infinite.
+        ConfigurationError: a norm is negative, NaN or infinite, or there is nothing to divide by.
     """
     for name, norm in (("seed_norm", seed_norm), ("host_norm", host_norm)):
         if not 0.0 <= norm < math.inf:
             raise ConfigurationError(f"{name} must be finite and at least 0, got {norm}")
+    if not host_norm + eps > 0.0:
+        raise ConfigurationError(f"the host's norm and eps are both 0 (eps {eps}): the ratio has no value")
     return seed_norm / (host_norm + eps)
 
 
@@ -107,6 +111,8 @@ def effective_sample_size(values: Sequence[float]) -> float:
     Geyer, "Practical Markov Chain Monte Carlo", Statistical Science 7, 1992).
     """
     n = len(values)
+    if n == 0:
+        return 0.0
     mean = math.fsum(values) / n
     centred = [value - mean for value in values]
     variance = math.fsum(value * value for value in centred)
@@ -264,7 +270,7 @@ def collect_evidence(
         dropped=dropped,
         empty=empty,
         age=age,
-        blend_gain=math.fsum(gain / len(gains) for gain in gains) if gains else None,
+        blend_gain=sum(gain / len(gains) for gain in gains) if gains else None,
         blend_gain_t=gain_t,
         effective_samples=effective,
         displacement=displacement,

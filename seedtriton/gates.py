@@ -157,7 +157,7 @@ def _check_limit(name: str, value: object, *, whole: bool) -> None:
         kind = "a whole number" if whole else "a number"
         raise ConfigurationError(f"{name} must be {kind} or None, got {value!r}")
     highest = 1.0 if name.endswith("_share") else math.inf
-    if not 0.0 <= value <= highest or math.isinf(value):  # type: ignore[operator,arg-type]
+    if not 0.0 <= value <= highest or value == math.inf:  # type: ignore[operator]
         limit = "[0, 1]" if highest == 1.0 else "[0, inf)"
         raise ConfigurationError(f"{name} must lie in {limit}, got {value!r}")
 
@@ -214,7 +214,8 @@ class Verdict:
         if self.passed:
             labels = ", ".join(check.label for check in self.checks if check.passed)
             return f"{head}: {labels}"
-        return f"{head}: " + "; ".join(f"{check.label} ({check.reason})" for check in self.failed)
+        # What was never measured fails several questions, in the same words.
+        return f"{head}: " + "; ".join(dict.fromkeys(f"{check.label} ({check.reason})" for check in self.failed))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain, JSON-safe values."""
@@ -233,15 +234,18 @@ class Verdict:
         """The verdict saved by ``state_dict``; StateDictError when it does not fit."""
         keys = ("gate", "target", "seed", "passed", "checks", "mode")
         values = check_state(state, "Verdict", cls.VERSION, keys)
-        if values["gate"] not in Gate.__members__ or not isinstance(values["checks"], list):
-            raise StateDictError(f"Verdict: unknown gate {values['gate']!r} or checks that are no list")
+        gate, checks, passed, mode = (values[name] for name in ("gate", "checks", "passed", "mode"))
+        if not isinstance(gate, str) or gate not in Gate.__members__ or not isinstance(checks, list):
+            raise StateDictError(f"Verdict: unknown gate {gate!r} or checks that are no list")
+        if type(passed) is not bool or mode not in (STRICT, PERMISSIVE):
+            raise StateDictError(f"Verdict: passed is {passed!r} and mode {mode!r}")
         return cls(
-            gate=Gate[values["gate"]],
+            gate=Gate[gate],
             target=stage_named(values["target"]),
             seed=values["seed"],
-            passed=values["passed"],
-            checks=tuple(Check.from_state_dict(check) for check in values["checks"]),
-            mode=values["mode"],
+            passed=passed,
+            checks=tuple(Check.from_state_dict(check) for check in checks),
+            mode=mode,
         )
 
 
@@ -319,7 +323,7 @@ class QualityGates(PlainState):
         Raises:
             ConfigurationError: no gate guards ``target``.
         """
-        gate = GATE_OF.get(target)
+        gate = GATE_OF.get(target) if isinstance(target, Stage) else None
         if gate is None:
             guarded = ", ".join(str(stage) for stage in GATE_OF)
             raise ConfigurationError(f"no gate leads to {target}; gates lead to {guarded}")
@@ -424,10 +428,7 @@ class QualityGates(PlainState):
         if limit is None:
             return _not_asked("exploding", "max_gradient_ratio", value)
         if value is None:
-            # Without a ratio there is nothing to hold against the limit; why is another question's answer.
-            finite = known.status in (ev.HOST_UNDEFINED, ev.NO_GRADIENT)
-            reason = known.reason
-            return Check("exploding", _missing_name(known), None if finite else False, None, limit, reason)
+            return Check("exploding", _missing_name(known), False, None, limit, known.reason)
         return _yes(
             "exploding", value <= limit, "seed_gradient_bounded", "seed_gradient_exploding",
             value, limit, f"{self.thresholds.ratio} ratio {value:.3g}, at most {limit:.3g}",
@@ -503,7 +504,7 @@ def _compare(
         return Check(question, f"{question}_never_measured", False, None, limit, f"unknown: {words}")
     shown = f"{value:.3g}" if isinstance(value, float) else str(value)
     reason = f"{words}: {shown}, {bound} {limit:.3g}"
-    return _yes(question, holds(value, limit), yes, no, value, limit, reason)
+    return _yes(question, math.isfinite(value) and holds(value, limit), yes, no, value, limit, reason)
 
 
 def _at_least(
@@ -544,9 +545,10 @@ def _finite(known: SeedEvidence, limit: float | None) -> Check:
 
 def _fresh(known: SeedEvidence, limit: int | None) -> Check:
     if limit is not None and known.age is None:
-        if known.samples or known.dropped or known.empty:
-            return Check("age", "samples_age_unknown", None, None, limit, "not asked: no optimizer is known")
-        return Check("age", _missing_name(known), False, None, limit, known.reason)
+        unknown = known.samples or known.dropped or known.empty
+        name = "samples_age_unknown" if unknown else _missing_name(known)
+        reason = "no optimizer is known: give the monitor its optimizers" if unknown else known.reason
+        return Check("age", name, False, None, limit, reason)
     return _at_most(
         "age", "max_sample_age", known.age, limit,
         "samples_fresh", "samples_stale", "optimizer steps without a new measurement",
@@ -555,7 +557,8 @@ def _fresh(known: SeedEvidence, limit: int | None) -> Check:
 
 def _in_optimizer(known: SeedEvidence, required: bool | None) -> Check:
     if not required:
-        return _not_asked("optimizer", "require_optimizer", known.in_optimizer)
+        check = _not_asked("optimizer", "require_optimizer", known.in_optimizer)
+        return dataclasses.replace(check, reason=f"not asked: require_optimizer is {required}")
     if known.in_optimizer is None:
         reason = "no optimizer is known: give the monitor its optimizers"
         return Check("optimizer", "optimizer_never_measured", False, None, True, reason)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ._state import check_state
-from .errors import ConfigurationError, StateDictError, TransitionError
+from .errors import StateDictError, TransitionError
 
 HISTORY_LIMIT = 100  # entries kept; older ones are forgotten first
 
@@ -76,8 +76,8 @@ class Lifecycle:
         self.history: list[dict[str, str | int]] = []
 
     def can_move(self, target: Stage) -> bool:
-        """Whether the table allows a move to ``target`` from here."""
-        return target in TRANSITIONS[self.stage]
+        """Whether the table allows a move to ``target`` from here; a bare number is no stage."""
+        return isinstance(target, Stage) and target in TRANSITIONS[self.stage]
 
     def move(self, target: Stage, reason: str = "") -> None:
         """Move to ``target`` and start counting its epochs at 0.
@@ -125,7 +125,7 @@ class Lifecycle:
         """
         keys = ("stage", "epochs_in_stage", "epochs_total", "history")
         values = check_state(state, "Lifecycle", self.VERSION, keys)
-        stage = _stage_named(values["stage"])
+        stage = stage_named(values["stage"])
         in_stage, total, history = values["epochs_in_stage"], values["epochs_total"], values["history"]
         if not (type(in_stage) is int and type(total) is int and 0 <= in_stage <= total):
             raise StateDictError(
@@ -142,24 +142,17 @@ class Lifecycle:
         self.history = [dict(entry) for entry in history]
 
 
-def _stage_named(name: object) -> Stage:
-    try:
-        return Stage[name]  # type: ignore[misc]
-    except KeyError:
-        known = [str(stage) for stage in Stage]
-        raise StateDictError(f"unknown stage {name!r}; known stages: {known}") from None
-
-
-def stage_named(name: str) -> Stage:
-    """The stage of this name.
+def stage_named(name: object) -> Stage:
+    """The stage of this name, as it stands in a saved state.
 
     Raises:
-        ConfigurationError: no stage has this name.
+        StateDictError: no stage has this name.
     """
     try:
-        return _stage_named(name)
-    except StateDictError as error:
-        raise ConfigurationError(str(error)) from None
+        return Stage[name]  # type: ignore[misc]
+    except (KeyError, TypeError):
+        known = [str(stage) for stage in Stage]
+        raise StateDictError(f"unknown stage {name!r}; known stages: {known}") from None
 
 
 def diagram() -> str:

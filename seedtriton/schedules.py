@@ -59,7 +59,7 @@ class AlphaSchedule(PlainState):
     curve: str = "cosine"
 
     def __post_init__(self) -> None:
-        if self.curve not in CURVES:
+        if not isinstance(self.curve, str) or self.curve not in CURVES:
             raise ConfigurationError(f"unknown curve {self.curve!r}; known curves: {sorted(CURVES)}")
         if type(self.steps) is not int or self.steps < 0:
             raise ConfigurationError(f"steps must be a whole number of at least 0, got {self.steps!r}")
@@ -72,7 +72,7 @@ class AlphaSchedule(PlainState):
         Raises:
             ConfigurationError: ``step`` is negative.
         """
-        if step < 0:
+        if not step >= 0:
             raise ConfigurationError(f"step must be at least 0, got {step}")
         if step >= self.steps:
             return self.target

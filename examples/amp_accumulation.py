@@ -1,0 +1,53 @@
+"""Loss scaling and gradient accumulation with a slot. Run: python examples/amp_accumulation.py."""
+
+import torch
+from torch import nn
+
+from seedtriton import GateThresholds, GrowthController, SeedSlot
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.float16 if device == "cuda" else torch.bfloat16
+ACCUMULATE = 4
+
+
+class Seed(nn.Module):
+    """A residual block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(width, 32), nn.ReLU(), nn.Linear(32, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.block(x)
+
+
+model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), SeedSlot(), nn.Linear(8, 4)).to(device)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+# The accuracy is not measured here, so the questions about it are switched off; the verdicts say so.
+thresholds = GateThresholds(min_training_improvement=None, max_accuracy_drop=None)
+growth = GrowthController(model, optimizer, thresholds=thresholds)
+growth.germinate("2", Seed(8))
+
+inputs = torch.randn(1024, 16, device=device)
+labels = (inputs[:, :4] + inputs[:, 4:8]).argmax(dim=1)
+
+for epoch in range(14):
+    for micro, batch in enumerate(torch.randperm(1024, device=device).split(16), start=1):
+        with torch.autocast(device, dtype=dtype):
+            loss = nn.functional.cross_entropy(model(inputs[batch]), labels[batch]) / ACCUMULATE
+        scaler.scale(loss).backward()
+        if micro % ACCUMULATE:
+            continue  # gradients are still partial: nothing to measure
+        scaler.unscale_(optimizer)
+        growth.measure(scaler)  # once per optimizer step; a step that overflowed is dropped
+        growth.clip_grad_norm_(1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    for verdict in growth.end_epoch():
+        print(f"epoch {epoch + 1}  {verdict}")
+
+assert growth.slots["2"].lifecycle.history[-1]["target"] != "TRAINING", "the seed was never blended"

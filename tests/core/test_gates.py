@@ -1,0 +1,816 @@
+"""Every question of every gate: passes at its limit, fails one step beyond, and says what it did not know."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seedtriton.errors import ConfigurationError
+from seedtriton.evidence import (
+    HOST_UNDEFINED,
+    MEASURED,
+    NEVER_MEASURED,
+    NO_GRADIENT,
+    NOT_FINITE,
+    STATUSES,
+    Sample,
+    SeedEvidence,
+    collect_evidence,
+)
+from seedtriton.gates import (
+    GATE_OF,
+    PERMISSIVE,
+    STRICT,
+    Check,
+    Gate,
+    GateThresholds,
+    QualityGates,
+    SeedStatus,
+)
+from seedtriton.lifecycle import Stage
+from seedtriton.schedules import ProgressThreshold
+
+NAN, INF = math.nan, math.inf
+
+ALWAYS_ASKED = {"stage", "measured"}
+# question: the threshold that switches it off
+QUESTIONS = {
+    "finite": "max_dropped_share",
+    "optimizer": "require_optimizer",
+    "displacement": "min_displacement",
+    "live_share": "min_live_share",
+    "gradient_ratio": "min_gradient_ratio",
+    "exploding": "max_gradient_ratio",
+    "samples": "min_samples",
+    "age": "max_sample_age",
+    "epochs": "min_training_epochs",
+    "improvement": "min_training_improvement",
+    "isolation": "max_isolation_violations",
+    "blend_gain": "min_blend_gain_t",
+}
+# question, what is changed, at the default limit, one step beyond it, name of yes, name of no
+LIMITS = [
+    (
+        "improvement", "improvement", 1.0, math.nextafter(1.0, 0),
+        "global_improvement", "global_improvement_insufficient",
+    ),
+    ("isolation", "isolation_violations", 3, 4, "isolated", "isolation_violated"),
+    ("epochs", "epochs_in_stage", 3, 2, "seed_ready", "seed_not_ready"),
+    ("gradient_ratio", "ratio", 0.05, math.nextafter(0.05, 0), "seed_gradient_active", "seed_gradient_low"),
+    ("exploding", "ratio", 1e3, math.nextafter(1e3, INF), "seed_gradient_bounded", "seed_gradient_exploding"),
+    ("samples", "samples", 32, 31, "samples_sufficient", "samples_insufficient"),
+    ("age", "age", 20, 21, "samples_fresh", "samples_stale"),
+    ("displacement", "displacement", 1e-4, math.nextafter(1e-4, 0), "weights_moved", "weights_not_moved"),
+    ("live_share", "live_share", 0.5, math.nextafter(0.5, 0), "gradients_alive", "gradients_dead"),
+    (
+        "blend_gain", "blend_gain_t", 4.0, math.nextafter(4.0, 0),
+        "blend_gain_significant", "blend_gain_insignificant",
+    ),
+]  # fmt: skip
+
+EVIDENCE = {field.name for field in dataclasses.fields(SeedEvidence)}
+
+
+def seed_status(**changes):
+    """A seed in TRAINING of which everything is known and good; ``changes`` go where they belong."""
+    known = {
+        "seed": "s",
+        "status": MEASURED,
+        "reason": "ratio 0.5 = seed 1 / host 2, 100 samples",
+        "ratio": 0.5,
+        "rms_ratio": 0.5,
+        "seed_norm": 1.0,
+        "host_norm": 2.0,
+        "samples": 100,
+        "age": 0,
+        "blend_gain": 0.1,
+        "blend_gain_t": 10.0,
+        "effective_samples": 50.0,
+        "displacement": 0.1,
+        "live_share": 1.0,
+        "in_optimizer": True,
+        "optimizer_steps": 100,
+    }
+    rest = {
+        "stage": Stage.TRAINING,
+        "epochs_in_stage": 10,
+        "parameters": 50,
+        "preserves_shape": True,
+        "improvement": 3.0,
+        "accuracy_change": 0.0,
+        "alpha": 1.0,
+    }
+    if "evidence" not in changes:
+        known |= {name: changes.pop(name) for name in EVIDENCE & changes.keys()}
+        changes["evidence"] = SeedEvidence(**known)
+    return SeedStatus(**{"seed": "s", **rest, **changes})
+
+
+def judge(target=Stage.BLENDING, thresholds=None, mode=STRICT, **changes):
+    return QualityGates(thresholds or GateThresholds(), mode).judge(target, seed_status(**changes))
+
+
+def answer(verdict, question):
+    (found,) = [check for check in verdict.checks if check.question == question]
+    return found
+
+
+def failed(verdict):
+    return [check.question for check in verdict.failed]
+
+
+def without_ratio():
+    return GateThresholds().without("min_gradient_ratio")
+
+
+# --- G2, question by question -----------------------------------------------------------------------
+
+
+def test_g2_asks_these_questions_and_a_good_seed_passes_all():
+    verdict = judge()
+    assert (verdict.gate, verdict.target, verdict.seed, verdict.mode) == (Gate.G2, Stage.BLENDING, "s", STRICT)
+    assert verdict.passed is True
+    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys()
+    assert len(verdict.checks) == 14
+    assert all(check.passed is True and check.reason for check in verdict.checks)
+
+
+@pytest.mark.parametrize("question, field, limit, beyond, yes, no", LIMITS, ids=[case[0] for case in LIMITS])
+def test_exactly_at_the_limit_passes_and_one_step_beyond_fails(question, field, limit, beyond, yes, no):
+    passed = judge(**{field: limit})
+    check = answer(passed, question)
+    assert passed.passed is True
+    assert (check.name, check.passed, check.value, check.limit) == (yes, True, limit, limit)
+
+    refused = judge(**{field: beyond})
+    check = answer(refused, question)
+    assert refused.passed is False
+    assert failed(refused) == [question]
+    assert (check.name, check.passed, check.value, check.limit) == (no, False, beyond, limit)
+    assert check.reason
+
+
+@pytest.mark.parametrize("question, field, limit, beyond, yes, no", LIMITS, ids=[case[0] for case in LIMITS])
+def test_a_question_switched_off_is_listed_and_decides_nothing(question, field, limit, beyond, yes, no):
+    name = QUESTIONS[question]
+    verdict = judge(thresholds=GateThresholds().without(name), **{field: beyond})
+    check = answer(verdict, question)
+    assert verdict.passed is True
+    assert (check.passed, check.value, check.limit) == (None, beyond, None)
+    assert check.reason == f"not asked: {name} is None"
+    assert check not in verdict.failed
+
+
+@pytest.mark.parametrize(
+    "question, field",
+    [
+        ("improvement", "improvement"),
+        ("displacement", "displacement"),
+        ("live_share", "live_share"),
+        ("blend_gain", "blend_gain_t"),
+        ("optimizer", "in_optimizer"),
+        ("gradient_ratio", "ratio"),
+        ("exploding", "ratio"),
+    ],
+)
+def test_what_is_not_known_does_not_pass(question, field):
+    verdict = judge(**{field: None})
+    check = answer(verdict, question)
+    assert verdict.passed is False
+    assert (check.passed, check.value) == (False, None)
+    assert check.name.endswith(("_never_measured", "_undefined"))
+    assert set(failed(verdict)) <= {question, "gradient_ratio", "exploding"}
+
+
+@pytest.mark.parametrize(
+    "question, field",
+    [
+        ("improvement", "improvement"),
+        ("displacement", "displacement"),
+        ("live_share", "live_share"),
+        ("blend_gain", "blend_gain_t"),
+        ("gradient_ratio", "ratio"),
+        ("exploding", "ratio"),
+    ],
+)
+def test_nan_does_not_pass(question, field):
+    verdict = judge(**{field: NAN})
+    assert verdict.passed is False
+    assert question in failed(verdict)
+
+
+def test_the_share_of_dropped_samples_passes_at_its_limit():
+    at = judge(samples=90, dropped=10)
+    check = answer(at, "finite")
+    assert at.passed is True
+    assert (check.name, check.value, check.limit) == ("gradients_finite", 0.1, 0.1)
+
+    beyond = judge(samples=90, dropped=10, thresholds=GateThresholds(max_dropped_share=math.nextafter(0.1, 0)))
+    assert failed(beyond) == ["finite"]
+    assert answer(beyond, "finite").name == "gradients_not_finite"
+    assert failed(judge(samples=89, dropped=10)) == ["finite"]
+
+    off = judge(samples=50, dropped=50, thresholds=GateThresholds(max_dropped_share=None))
+    assert off.passed is True
+    assert (answer(off, "finite").passed, answer(off, "finite").value) == (None, 0.5)
+
+
+def test_a_seed_must_be_in_an_optimizer_that_steps():
+    for changes, name, value in [
+        ({"in_optimizer": True}, "seed_in_optimizer", True),
+        ({"optimizer_steps": 1}, "seed_in_optimizer", True),
+        ({"optimizer_steps": None}, "seed_in_optimizer", True),
+        ({"optimizer_steps": 0}, "optimizer_never_stepped", 0),
+        ({"in_optimizer": False}, "seed_in_no_optimizer", False),
+        ({"in_optimizer": None}, "optimizer_never_measured", None),
+    ]:
+        verdict = judge(**changes)
+        check = answer(verdict, "optimizer")
+        passes = name == "seed_in_optimizer"
+        assert (check.name, check.passed, check.value) == (name, passes, value)
+        assert check.reason
+        assert failed(verdict) == ([] if passes else ["optimizer"])
+        for off in (None, False):
+            verdict = judge(thresholds=GateThresholds(require_optimizer=off), **changes)
+            assert verdict.passed is True
+            assert answer(verdict, "optimizer").passed is None
+
+
+def test_g2_is_only_for_a_seed_in_training():
+    for stage in set(Stage) - {Stage.TRAINING}:
+        verdict = judge(stage=stage)
+        assert failed(verdict) == ["stage"]
+        assert answer(verdict, "stage").name == "not_in_training"
+        assert answer(verdict, "stage").value == str(stage)
+
+
+def test_without_an_optimizer_the_age_is_unknown_and_the_optimizer_question_refuses():
+    verdict = judge(age=None, in_optimizer=None, optimizer_steps=None)
+    assert failed(verdict) == ["optimizer", "age"]
+    check = answer(verdict, "age")
+    assert (check.name, check.passed) == ("samples_age_unknown", False)
+    assert "give the monitor its optimizers" in check.reason
+
+
+def test_the_ratio_is_of_the_kind_that_the_thresholds_name():
+    low, high, limits = 0.01, 5000.0, GateThresholds(ratio="rms")
+    assert failed(judge(rms_ratio=low)) == failed(judge(rms_ratio=high)) == []
+    assert failed(judge(thresholds=limits, rms_ratio=low)) == ["gradient_ratio"]
+    assert failed(judge(thresholds=limits, rms_ratio=high)) == ["exploding"]
+    assert failed(judge(thresholds=limits, ratio=low)) == failed(judge(thresholds=limits, ratio=high)) == []
+    unknown = judge(thresholds=limits, rms_ratio=None)
+    assert answer(unknown, "gradient_ratio").name == "gradient_ratio_undefined"
+    assert "rms" in answer(judge(thresholds=limits, rms_ratio=low), "gradient_ratio").reason
+
+
+# --- five answers -----------------------------------------------------------------------------------
+
+GOOD = Sample(16.0, 9.0, 3, 5, 400, 100, 5, 0.5, False)
+WINDOWS = {
+    "gradient_never_measured": [],
+    "seed_gradient_missing": [GOOD._replace(seed_sumsq=0.0, seed_tensors=0)] * 40,
+    "gradient_not_finite": [GOOD._replace(seed_sumsq=NAN)] * 40,
+    "host_gradient_undefined": [GOOD._replace(host_sumsq=0.0)] * 40,
+    "seed_gradient_low": [GOOD._replace(seed_sumsq=1e-6)] * 40,
+}
+
+
+def measured(window):
+    """Evidence of a real window, everything else good."""
+    found = collect_evidence(
+        "s", window, parameters=5, age=0, displacement=1.0, in_optimizer=True, optimizer_steps=40
+    )
+    return dataclasses.replace(found, blend_gain_t=10.0, live_share=1.0)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_five_answers_have_five_names_and_none_of_them_passes(name):
+    verdict = judge(evidence=measured(WINDOWS[name]))
+    check = answer(verdict, "gradient_ratio")
+    assert verdict.passed is False
+    assert (check.name, check.passed) == (name, False)
+    assert check.reason
+    assert [other for other in WINDOWS if other in str(verdict)] == [name]
+
+
+def test_the_window_behind_the_five_answers_passes_when_it_is_good():
+    assert judge(evidence=measured([GOOD] * 40)).passed is True
+
+
+def test_measuring_after_zero_grad_is_refused_and_says_why():
+    nothing = Sample(0.0, 0.0, 0, 0, 0, 0, 0, NAN, False)
+    verdict = judge(evidence=measured([nothing] * 40))
+    assert "measured" in failed(verdict)
+    assert "zero_grad" in str(verdict)
+
+
+def test_no_evidence_is_never_measured():
+    for mode in (STRICT, PERMISSIVE):
+        verdict = judge(mode=mode, evidence=None)
+        assert verdict.passed is False
+        assert answer(verdict, "measured").name == "gradient_never_measured"
+        assert "gradient_never_measured" in str(verdict)
+
+
+def test_a_missing_gradient_fails_the_questions_that_ask_for_it():
+    assert failed(judge(evidence=measured([]))) == [
+        "measured", "finite", "gradient_ratio", "exploding", "samples",
+    ]  # fmt: skip
+    assert failed(judge(evidence=measured(WINDOWS["seed_gradient_missing"]))) == [
+        "measured", "gradient_ratio", "exploding",
+    ]  # fmt: skip
+    assert failed(judge(evidence=measured(WINDOWS["gradient_not_finite"]))) == [
+        "measured", "finite", "gradient_ratio", "exploding", "samples",
+    ]  # fmt: skip
+    assert failed(judge(evidence=measured(WINDOWS["host_gradient_undefined"]))) == ["gradient_ratio", "exploding"]
+    assert failed(judge(evidence=measured(WINDOWS["seed_gradient_low"]))) == ["gradient_ratio"]
+
+
+def test_age_without_any_measurement_is_not_fresh():
+    verdict = judge(evidence=SeedEvidence(seed="s"))
+    assert (answer(verdict, "age").name, answer(verdict, "age").passed) == ("gradient_never_measured", False)
+    for counter in ("samples", "dropped", "empty"):
+        verdict = judge(evidence=SeedEvidence(seed="s", **{counter: 1}))
+        assert (answer(verdict, "age").name, answer(verdict, "age").passed) == ("samples_age_unknown", False)
+
+
+def test_a_frozen_host_can_pass_by_criteria_without_the_host():
+    """Upstream read a host norm near 0 as a dead seed, and a frozen host could never pass."""
+    frozen = measured(WINDOWS["host_gradient_undefined"])
+    assert failed(judge(thresholds=without_ratio(), evidence=frozen)) == ["exploding"]
+    thresholds = without_ratio().without("max_gradient_ratio")
+    verdict = judge(thresholds=thresholds, evidence=frozen)
+    assert verdict.passed is True
+    assert answer(verdict, "exploding").passed is None
+    refused = judge(thresholds=thresholds, evidence=dataclasses.replace(frozen, blend_gain_t=3.9))
+    assert failed(refused) == ["blend_gain"]
+
+
+@pytest.mark.parametrize("mode", [STRICT, PERMISSIVE])
+@pytest.mark.parametrize("ratio", [1e30, INF])
+def test_the_upper_alarm_refuses_an_enormous_ratio(mode, ratio):
+    verdict = judge(mode=mode, ratio=ratio)
+    assert failed(verdict) == ["exploding"]
+    assert answer(verdict, "exploding").name == "seed_gradient_exploding"
+
+
+# --- thresholds that change with progress -----------------------------------------------------------
+
+BY_PROGRESS = GateThresholds(min_gradient_ratio=ProgressThreshold(early=0.1, mid=0.2, late=0.3))
+
+
+@pytest.mark.parametrize("progress, limit", [(0.0, 0.1), (0.5, 0.2), (1.0, 0.3)])
+def test_a_threshold_by_progress_is_exact_at_its_limit(progress, limit):
+    passed = judge(thresholds=BY_PROGRESS, progress=progress, ratio=limit)
+    assert passed.passed is True
+    assert answer(passed, "gradient_ratio").limit == limit
+    assert failed(judge(thresholds=BY_PROGRESS, progress=progress, ratio=math.nextafter(limit, 0))) == [
+        "gradient_ratio"
+    ]
+
+
+def test_unknown_progress_does_not_pass():
+    verdict = judge(thresholds=BY_PROGRESS, ratio=5.0)
+    assert failed(verdict) == ["gradient_ratio"]
+    assert answer(verdict, "gradient_ratio").name == "progress_unknown"
+    assert answer(verdict, "gradient_ratio").value == 5.0
+
+
+def test_unknown_progress_does_not_matter_in_permissive_mode():
+    assert judge(thresholds=BY_PROGRESS, mode=PERMISSIVE).passed is True
+
+
+# --- permissive -------------------------------------------------------------------------------------
+
+
+def test_permissive_asks_five_questions_and_lists_the_others():
+    verdict = judge(mode=PERMISSIVE)
+    asked = {check.question for check in verdict.checks if check.passed is not None}
+    assert asked == {"stage", "measured", "finite", "exploding", "epochs"}
+    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys()
+    assert {check.reason for check in verdict.checks if check.passed is None} == {"not asked: permissive"}
+    assert verdict.mode == PERMISSIVE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"improvement": None},
+        {"isolation_violations": 99},
+        {"ratio": 0.0},
+        {"samples": 1},
+        {"age": 999},
+        {"displacement": 0.0},
+        {"live_share": 0.0},
+        {"blend_gain_t": -9.0},
+        {"in_optimizer": False},
+    ],
+    ids=str,
+)
+def test_permissive_lets_a_seed_pass_that_strict_refuses(changes):
+    assert judge(**changes).passed is False
+    assert judge(mode=PERMISSIVE, **changes).passed is True
+
+
+@pytest.mark.parametrize("name", ["gradient_never_measured", "seed_gradient_missing", "gradient_not_finite"])
+def test_permissive_still_refuses_what_was_not_measured(name):
+    verdict = judge(mode=PERMISSIVE, evidence=measured(WINDOWS[name]))
+    assert verdict.passed is False
+    assert answer(verdict, "measured").name == name
+
+
+def test_permissive_still_refuses_nan_exploding_short_and_dropped():
+    assert failed(judge(mode=PERMISSIVE, ratio=NAN)) == ["exploding"]
+    assert failed(judge(mode=PERMISSIVE, ratio=None)) == ["exploding"]
+    assert failed(judge(mode=PERMISSIVE, ratio=math.nextafter(1e3, INF))) == ["exploding"]
+    assert failed(judge(mode=PERMISSIVE, epochs_in_stage=2)) == ["epochs"]
+    assert failed(judge(mode=PERMISSIVE, samples=8, dropped=1)) == ["finite"]
+    assert failed(judge(mode=PERMISSIVE, stage=Stage.HOLDING)) == ["stage"]
+
+
+def test_permissive_changes_no_other_gate():
+    for target, stage in [
+        (Stage.GERMINATED, Stage.DORMANT),
+        (Stage.TRAINING, Stage.GERMINATED),
+        (Stage.HOLDING, Stage.BLENDING),
+        (Stage.FOSSILIZED, Stage.HOLDING),
+    ]:
+        for changes in ({}, {"age": 99, "accuracy_change": -50.0, "parameters": 0, "alpha": 0.5}):
+            strict = judge(target, stage=stage, **changes)
+            assert judge(target, mode=PERMISSIVE, stage=stage, **changes).checks == strict.checks
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ConfigurationError, match="'lenient'"):
+        QualityGates(mode="lenient")
+
+
+# --- no vacuous pass --------------------------------------------------------------------------------
+
+LIMIT_NAMES = {field.name for field in dataclasses.fields(GateThresholds)} - {"ratio"}
+NOTHING_ASKED = GateThresholds().without(*LIMIT_NAMES)
+
+
+def test_with_every_limit_off_gradients_must_still_be_measured():
+    for target, stage in [
+        (Stage.BLENDING, Stage.TRAINING),
+        (Stage.HOLDING, Stage.BLENDING),
+        (Stage.FOSSILIZED, Stage.HOLDING),
+    ]:
+        assert judge(target, NOTHING_ASKED, stage=stage).passed is True
+        for evidence in (None, measured([]), *map(measured, list(WINDOWS.values())[1:3])):
+            verdict = judge(target, NOTHING_ASKED, stage=stage, evidence=evidence)
+            assert failed(verdict) == ["measured"]
+
+
+shares = st.one_of(st.none(), st.floats(0.0, 1.0))
+limits = st.one_of(st.none(), st.floats(0.0, 1e9))
+wholes = st.one_of(st.none(), st.integers(0, 50))
+thresholds = st.builds(
+    GateThresholds,
+    min_training_improvement=limits,
+    max_isolation_violations=wholes,
+    min_training_epochs=wholes,
+    min_gradient_ratio=st.one_of(limits, st.just(ProgressThreshold(early=0.0, mid=0.0, late=0.0))),
+    ratio=st.sampled_from(["norm", "rms"]),
+    max_gradient_ratio=limits,
+    min_samples=wholes,
+    max_sample_age=wholes,
+    max_dropped_share=shares,
+    require_optimizer=st.sampled_from([True, False, None]),
+    min_displacement=limits,
+    min_live_share=shares,
+    min_blend_gain_t=limits,
+)
+numbers = st.one_of(st.none(), st.floats())
+unmeasured = st.builds(
+    SeedEvidence,
+    seed=st.just("s"),
+    status=st.sampled_from(STATUSES),
+    samples=st.just(0),
+    dropped=st.integers(0, 5),
+    empty=st.integers(0, 5),
+    ratio=numbers,
+    rms_ratio=numbers,
+    age=wholes,
+    blend_gain_t=numbers,
+    displacement=numbers,
+    live_share=numbers,
+    in_optimizer=st.sampled_from([True, False, None]),
+    optimizer_steps=wholes,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    thresholds=thresholds,
+    mode=st.sampled_from([STRICT, PERMISSIVE]),
+    evidence=st.one_of(st.none(), unmeasured),
+    improvement=numbers,
+    epochs=st.integers(0, 1000),
+    progress=st.one_of(st.none(), st.floats(0.0, 1.0)),
+)
+def test_no_seed_without_samples_ever_passes_g2(thresholds, mode, evidence, improvement, epochs, progress):
+    verdict = judge(
+        thresholds=thresholds,
+        mode=mode,
+        evidence=evidence,
+        improvement=improvement,
+        epochs_in_stage=epochs,
+        progress=progress,
+    )
+    assert verdict.passed is False
+    assert "measured" in failed(verdict)
+
+
+# --- G0, G1, G3, G5 ---------------------------------------------------------------------------------
+
+
+def test_g0_wants_a_free_slot_and_something_to_train():
+    passed = judge(Stage.GERMINATED, stage=Stage.DORMANT, evidence=None, parameters=1)
+    assert (passed.gate, passed.passed) == (Gate.G0, True)
+    assert [check.name for check in passed.checks] == ["slot_free", "has_parameters"]
+    assert [check.name for check in judge(Stage.GERMINATED, stage=Stage.DORMANT, parameters=0).failed] == [
+        "no_parameters"
+    ]
+    for stage in set(Stage) - {Stage.DORMANT}:
+        assert [check.name for check in judge(Stage.GERMINATED, stage=stage).failed] == ["slot_occupied"]
+
+
+def test_g1_wants_a_germinated_seed_that_keeps_the_shape():
+    passed = judge(Stage.TRAINING, stage=Stage.GERMINATED, evidence=None)
+    assert (passed.gate, passed.passed) == (Gate.G1, True)
+    assert [check.name for check in passed.checks] == ["germinated", "shape_preserved"]
+    changed = judge(Stage.TRAINING, stage=Stage.GERMINATED, preserves_shape=False)
+    assert [check.name for check in changed.failed] == ["shape_changed"]
+    untried = judge(Stage.TRAINING, stage=Stage.GERMINATED, preserves_shape=None)
+    assert untried.passed is True
+    assert (answer(untried, "shape").name, answer(untried, "shape").passed) == ("shape_untried", None)
+    for stage in set(Stage) - {Stage.GERMINATED}:
+        assert [check.name for check in judge(Stage.TRAINING, stage=stage).failed] == ["not_germinated"]
+
+
+# changes, question, yes, no; the first value stands at its limit, the second one step beyond.
+BLENDED = [
+    ({"age": 20}, {"age": 21}, "age", "samples_fresh", "samples_stale"),
+    ({"samples": 9, "dropped": 1}, {"samples": 8, "dropped": 1}, "finite", "gradients_finite", "gradients_not_finite"),
+    (
+        {"accuracy_change": -5.0}, {"accuracy_change": math.nextafter(-5.0, -INF)},
+        "accuracy", "accuracy_kept", "accuracy_lost",
+    ),
+    ({"accuracy_change": 50.0}, {"accuracy_change": NAN}, "accuracy", "accuracy_kept", "accuracy_lost"),
+    ({}, {"accuracy_change": None}, "accuracy", "accuracy_kept", "accuracy_never_measured"),
+    ({}, {"status": NO_GRADIENT, "ratio": None}, "measured", "gradient_measured", "seed_gradient_missing"),
+    ({}, {"status": NOT_FINITE, "ratio": None}, "measured", "gradient_measured", "gradient_not_finite"),
+    (
+        {"status": HOST_UNDEFINED}, {"status": NEVER_MEASURED},
+        "measured", "gradient_measured", "gradient_never_measured",
+    ),
+]  # fmt: skip
+HOLDING = [
+    *BLENDED,
+    ({"epochs_in_stage": 1}, {"epochs_in_stage": 0}, "epochs", "blending_complete", "blending_incomplete"),
+    ({"alpha": 1.0}, {"alpha": math.nextafter(1.0, 0)}, "alpha", "alpha_target_reached", "alpha_not_at_target"),
+    (
+        {"alpha": 0.5, "alpha_target": 0.5}, {"alpha": 1.0, "alpha_target": 0.5},
+        "alpha", "alpha_target_reached", "alpha_not_at_target",
+    ),
+    ({"stage": Stage.BLENDING}, {"stage": Stage.TRAINING}, "stage", "in_blending", "not_in_blending"),
+]  # fmt: skip
+FOSSILIZED = [
+    *BLENDED,
+    ({"epochs_in_stage": 1}, {"epochs_in_stage": 0}, "epochs", "held", "not_held_long_enough"),
+    ({"stage": Stage.HOLDING}, {"stage": Stage.BLENDING}, "stage", "in_holding", "not_in_holding"),
+]
+
+
+@pytest.mark.parametrize(
+    "target, stage, gate, case",
+    [
+        *((Stage.HOLDING, Stage.BLENDING, Gate.G3, case) for case in HOLDING),
+        *((Stage.FOSSILIZED, Stage.HOLDING, Gate.G5, case) for case in FOSSILIZED),
+    ],
+)
+def test_g3_and_g5_pass_at_each_limit_and_refuse_beyond_it(target, stage, gate, case):
+    good, bad, question, yes, no = case
+    passed = judge(target, **{"stage": stage, **good})
+    assert (passed.gate, passed.passed) == (gate, True)
+    assert (answer(passed, question).name, answer(passed, question).passed) == (yes, True)
+    refused = judge(target, **{"stage": stage, **bad})
+    assert refused.passed is False
+    assert [check.name for check in refused.failed] == [no]
+
+
+def test_g3_and_g5_ask_these_questions():
+    shared = {"stage", "measured", "finite", "age", "epochs", "accuracy"}
+    assert {check.question for check in judge(Stage.HOLDING).checks} == shared | {"alpha"}
+    assert {check.question for check in judge(Stage.FOSSILIZED).checks} == shared
+
+
+def test_questions_of_g3_and_g5_can_be_switched_off():
+    for target, stage, names in [
+        (Stage.HOLDING, Stage.BLENDING, ("min_blending_epochs", "max_accuracy_drop", "max_sample_age")),
+        (Stage.FOSSILIZED, Stage.HOLDING, ("min_holding_epochs", "max_accuracy_drop", "max_sample_age")),
+    ]:
+        bad = {"stage": stage, "epochs_in_stage": 0, "accuracy_change": -99.0, "age": 1000}
+        assert len(judge(target, **bad).failed) == 3
+        for name in names:
+            assert len(judge(target, GateThresholds().without(name), **bad).failed) == 2
+        verdict = judge(target, GateThresholds().without(*names), **bad)
+        assert verdict.passed is True
+        assert sum(check.passed is None for check in verdict.checks) == 3
+
+
+def test_five_targets_are_guarded_and_any_other_is_an_error():
+    guarded = {"GERMINATED": "G0", "TRAINING": "G1", "BLENDING": "G2", "HOLDING": "G3", "FOSSILIZED": "G5"}
+    assert {str(stage): str(gate) for stage, gate in GATE_OF.items()} == guarded
+    assert {gate.name: gate.value for gate in Gate} == {"G0": 0, "G1": 1, "G2": 2, "G3": 3, "G5": 5}
+    for target in (Stage.DORMANT, Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING, 5, None):
+        with pytest.raises(ConfigurationError) as caught:
+            judge(target)
+        for name in guarded:
+            assert name in str(caught.value)
+        assert str(target) in str(caught.value)
+
+
+# --- thresholds -------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_design():
+    limits = GateThresholds()
+    assert limits.min_training_improvement == 1.0
+    assert limits.max_isolation_violations == 3
+    assert limits.min_training_epochs == 3
+    assert limits.min_gradient_ratio == 0.05
+    assert limits.ratio == "norm"
+
+
+WHOLE = {
+    "max_isolation_violations", "min_training_epochs", "min_samples", "max_sample_age",
+    "min_blending_epochs", "min_holding_epochs",
+}  # fmt: skip
+SHARES = {"max_dropped_share", "min_live_share"}
+NUMBERS = {
+    "min_training_improvement", "min_gradient_ratio", "max_gradient_ratio", "min_displacement",
+    "min_blend_gain_t", "max_accuracy_drop",
+}  # fmt: skip
+
+
+def test_every_limit_is_of_a_known_kind():
+    names = {field.name for field in dataclasses.fields(GateThresholds)}
+    assert names == WHOLE | SHARES | NUMBERS | {"ratio", "require_optimizer"}
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE | SHARES | NUMBERS))
+def test_an_impossible_limit_is_refused_at_construction(name):
+    bad = [-1, NAN, INF, -INF, True, False, "1", [1], ProgressThreshold(early=0, mid=0, late=0)]
+    if name == "min_gradient_ratio":
+        bad.pop()
+    if name in WHOLE:
+        bad += [1.0, 0.5]
+    if name in SHARES:
+        bad += [math.nextafter(1.0, 2.0), 2]
+    if name not in WHOLE:
+        bad += [-5e-324]
+    for value in bad:
+        with pytest.raises(ConfigurationError) as caught:
+            GateThresholds(**{name: value})
+        assert name in str(caught.value)
+        assert repr(value) in str(caught.value)
+    for value in [0, 1, None] + [0.5] * (name not in WHOLE) + [1000] * (name not in SHARES):
+        assert getattr(GateThresholds(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("value", ["cosine", None, 1, True])
+def test_an_unknown_ratio_is_refused(value):
+    with pytest.raises(ConfigurationError, match="ratio must be one of"):
+        GateThresholds(ratio=value)
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", 1.0])
+def test_require_optimizer_is_yes_or_no(value):
+    with pytest.raises(ConfigurationError, match="require_optimizer"):
+        GateThresholds(require_optimizer=value)
+
+
+def test_an_unknown_limit_is_refused():
+    with pytest.raises(TypeError, match="min_gradient"):
+        GateThresholds(min_gradient=0.1)
+    with pytest.raises(TypeError):
+        GateThresholds(1.0)
+
+
+def test_thresholds_and_verdicts_cannot_be_changed():
+    for frozen, name in [(GateThresholds(), "ratio"), (judge(), "passed"), (judge().checks[0], "passed")]:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, name, True)
+
+
+def test_without_switches_off_what_it_is_told_and_nothing_else():
+    limits = GateThresholds(min_samples=7)
+    changed = limits.without("min_blend_gain_t", "min_training_epochs")
+    assert changed == GateThresholds(min_samples=7, min_blend_gain_t=None, min_training_epochs=None)
+    assert limits == GateThresholds(min_samples=7)
+    assert limits.without() == limits
+    for name in ("ratio", "min_gradient", "version"):
+        with pytest.raises(ConfigurationError, match=repr(name)):
+            limits.without("min_samples", name)
+
+
+def test_the_numbers_of_esper_lite():
+    limits = GateThresholds.esper()
+    assert limits.min_training_improvement == 0.5
+    assert limits.min_training_epochs == 10
+    assert limits.min_gradient_ratio == 0.10
+    assert limits.ratio == "rms"
+    assert limits.min_blending_epochs == 10
+    assert limits.max_isolation_violations == 3
+    assert GateThresholds.esper(min_training_epochs=2) == dataclasses.replace(limits, min_training_epochs=2)
+
+
+def test_esper_lite_passes_at_10_epochs_and_a_ratio_of_exactly_0_10():
+    limits = GateThresholds.esper()
+    at = {"rms_ratio": 0.10, "epochs_in_stage": 10, "improvement": 0.5}
+    assert judge(thresholds=limits, **at).passed is True
+    assert failed(judge(thresholds=limits, **{**at, "epochs_in_stage": 9})) == ["epochs"]
+    assert failed(judge(thresholds=limits, **{**at, "rms_ratio": math.nextafter(0.1, 0)})) == ["gradient_ratio"]
+
+
+# --- in words ---------------------------------------------------------------------------------------
+
+
+def test_names_are_words_and_questions_are_asked_once():
+    for target in GATE_OF:
+        for mode in (STRICT, PERMISSIVE):
+            for changes in ({}, {"evidence": None, "improvement": None, "accuracy_change": None}, {"ratio": NAN}):
+                for thresholds in (None, NOTHING_ASKED):
+                    checks = judge(target, thresholds, mode, **changes).checks
+                    questions = [check.question for check in checks]
+                    assert len(set(questions)) == len(questions)
+                    for word in questions + [check.name for check in checks]:
+                        assert word.replace("_", "").isalpha()
+                        assert word.islower()
+
+
+def test_questions_keep_their_names_and_their_order_whatever_the_answer():
+    good = [check.question for check in judge().checks]
+    for verdict in (judge(evidence=None), judge(thresholds=NOTHING_ASKED), judge(mode=PERMISSIVE, ratio=1e9)):
+        assert [check.question for check in verdict.checks] == good
+
+
+def test_labels_are_those_of_the_original():
+    assert answer(judge(ratio=0.01), "gradient_ratio").label == "seed_gradient_low_0.01"
+    assert answer(judge(ratio=0.1), "gradient_ratio").label == "seed_gradient_active_0.10"
+    assert answer(judge(evidence=None), "gradient_ratio").label == "gradient_never_measured"
+    assert Check("q", "in_training", True, "TRAINING").label == "in_training"
+    assert Check("q", "seed_in_optimizer", True, True).label == "seed_in_optimizer"
+
+
+def test_a_refusal_is_one_readable_line():
+    line = str(judge(ratio=0.01, displacement=0.0))
+    assert "\n" not in line
+    assert line.startswith("G2 refused 's' for BLENDING: ")
+    assert "weights_not_moved_0.00" in line
+    assert "seed_gradient_low_0.01" in line
+    assert "at least 0.05" in line
+    assert "seed_gradient_bounded" not in line
+
+
+def test_a_pass_is_one_readable_line():
+    line = str(judge(ratio=0.1, thresholds=GateThresholds(min_samples=None)))
+    assert line.startswith("G2 passed 's' for BLENDING: ")
+    assert "seed_gradient_active_0.10" in line
+    assert "samples" not in line.replace("samples_fresh", "")
+
+
+def test_the_gain_is_told_with_its_samples():
+    assert "0.1 over 50 effective samples" in answer(judge(), "blend_gain").reason
+    assert "not measured" in answer(judge(blend_gain=None, blend_gain_t=None), "blend_gain").reason
+    assert "not measured" in answer(judge(effective_samples=None, blend_gain_t=None), "blend_gain").reason
+
+
+# --- what is wrong in kind ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [4, "BLENDING", None])
+def test_a_target_that_is_no_stage_is_refused(target):
+    with pytest.raises(ConfigurationError, match="no gate leads to"):
+        QualityGates().judge(target, SeedStatus(seed="s", stage=Stage.TRAINING))
+
+
+@pytest.mark.parametrize("number", [INF, -INF, math.nan])
+@pytest.mark.parametrize("name", ["displacement", "blend_gain_t", "live_share"])
+def test_a_number_that_is_not_finite_passes_nothing(name, number):
+    assert not judge(**{name: number}).passed
+
+
+def test_what_fails_several_questions_in_the_same_words_is_said_once():
+    line = str(judge(evidence=None))
+    assert line.count("call measure()") == 1
+
+
+def test_an_optimizer_that_is_not_required_is_said_to_be_so():
+    check = answer(judge(thresholds=GateThresholds(require_optimizer=False)), "optimizer")
+    assert check.reason == "not asked: require_optimizer is False"

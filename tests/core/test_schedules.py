@@ -1,0 +1,156 @@
+"""Curves are exact at both ends and never turn back; thresholds change at their boundary exactly."""
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from seedtriton.errors import ConfigurationError
+from seedtriton.schedules import CURVES, AlphaSchedule, ProgressThreshold, cosine, linear, sigmoid
+
+shares = st.floats(0.0, 1.0)
+curves = st.sampled_from(["linear", "cosine", "sigmoid"])
+
+
+def test_there_are_three_curves():
+    assert dict(CURVES) == {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+
+
+@settings(deadline=None, max_examples=150)
+@given(curve=curves, steps=st.integers(0, 500), start=shares, target=shares)
+@example(curve="sigmoid", steps=3, start=1.0, target=0.0)
+@example(curve="cosine", steps=500, start=0.1, target=0.3)
+def test_a_curve_is_exact_at_both_ends_monotone_and_stays_between_them(curve, steps, start, target):
+    schedule = AlphaSchedule(target=target, start=start, steps=steps, curve=curve)
+    values = [schedule(step) for step in range(steps + 1)]
+    assert values[-1] == schedule(steps + 1) == schedule(10**9) == target
+    if steps:
+        assert values[0] == start
+    for a, b in pairwise(values):
+        assert a <= b if start <= target else a >= b
+    assert all(min(start, target) <= value <= max(start, target) for value in values)
+
+
+@pytest.mark.parametrize("start, target", [(0.47, 0.1), (0.1, 0.47)])
+@pytest.mark.parametrize("curve", CURVES)
+def test_the_last_bit_of_a_very_long_curve_does_not_step_over_the_end(curve, start, target):
+    """0.47 + (0.1 - 0.47) is below 0.1, and the cosine of a billion steps rounds to 1 before its last step."""
+    steps = 10**9
+    schedule = AlphaSchedule(start=start, target=target, steps=steps, curve=curve)
+    assert 0.47 + (0.1 - 0.47) < 0.1
+    for step in (1, steps - 1):
+        assert 0.1 <= schedule(step) <= 0.47
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_no_steps_is_a_jump(curve):
+    assert AlphaSchedule(start=0.2, target=0.7, steps=0, curve=curve)(0) == 0.7
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_curves_are_symmetric_about_their_middle(curve):
+    schedule = AlphaSchedule(steps=10, curve=curve)
+    assert schedule(5) == pytest.approx(0.5, abs=1e-15)
+    for step in range(11):
+        assert schedule(step) + schedule(10 - step) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_values_on_the_curves():
+    assert AlphaSchedule(steps=4, curve="linear")(1) == 0.25
+    assert AlphaSchedule(steps=4, curve="cosine")(1) == pytest.approx((1 - math.sqrt(0.5)) / 2, rel=1e-12)
+    low = 1 / (1 + math.exp(6))
+    quarter = (1 / (1 + math.exp(3)) - low) / (1 - 2 * low)
+    assert AlphaSchedule(steps=4, curve="sigmoid")(1) == pytest.approx(quarter, rel=1e-12)
+    assert AlphaSchedule(start=0.8, target=0.4, steps=4, curve="linear")(1) == pytest.approx(0.7)
+
+
+def test_a_negative_step_is_refused():
+    with pytest.raises(ConfigurationError, match=r"step.*-1"):
+        AlphaSchedule()(-1)
+    with pytest.raises(ConfigurationError, match=r"step.*-1"):
+        AlphaSchedule(steps=0)(-1)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("curve", "cubic"),
+        ("steps", -1),
+        ("steps", 1.5),
+        ("steps", True),
+        ("steps", "10"),
+        ("start", -0.1),
+        ("start", math.nextafter(1.0, 2.0)),
+        ("start", math.nan),
+        ("start", "0"),
+        ("start", True),
+        ("target", 1.1),
+        ("target", -math.inf),
+        ("target", None),
+    ],
+)
+def test_a_bad_argument_of_a_curve_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ConfigurationError) as caught:
+        AlphaSchedule(**{name: value})
+    assert name in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_a_threshold_changes_at_its_boundaries_exactly():
+    threshold = ProgressThreshold(early=0.01, mid=0.05, late=0.1, mid_from=0.25, late_from=0.75)
+    assert threshold(0.0) == 0.01
+    assert threshold(math.nextafter(0.25, 0.0)) == 0.01
+    assert threshold(0.25) == 0.05
+    assert threshold(math.nextafter(0.75, 0.0)) == 0.05
+    assert threshold(0.75) == 0.1
+    assert threshold(1.0) == 0.1
+
+
+def test_phases_are_thirds_unless_told():
+    threshold = ProgressThreshold(early=1, mid=2, late=3)
+    assert [threshold(p) for p in (0, math.nextafter(1 / 3, 0), 1 / 3, math.nextafter(2 / 3, 0), 2 / 3, 1)] == [
+        1, 1, 2, 2, 3, 3,
+    ]  # fmt: skip
+
+
+def test_a_phase_may_be_empty():
+    threshold = ProgressThreshold(early=1, mid=2, late=3, mid_from=0.5, late_from=0.5)
+    assert [threshold(p) for p in (0.0, 0.5, 1.0)] == [1, 3, 3]
+    assert ProgressThreshold(early=1, mid=2, late=3, mid_from=0, late_from=1)(0) == 2
+
+
+@pytest.mark.parametrize("name", ["early", "mid", "late"])
+@pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, None, "0.1", True])
+def test_a_bad_threshold_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ConfigurationError) as caught:
+        ProgressThreshold(**{"early": 0.1, "mid": 0.1, "late": 0.1, name: value})
+    assert name in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mid_from", "late_from"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.5", False])
+def test_a_boundary_outside_the_training_is_refused(name, value):
+    with pytest.raises(ConfigurationError, match=name):
+        ProgressThreshold(early=1, mid=1, late=1, **{name: value})
+
+
+def test_phases_out_of_order_are_refused():
+    with pytest.raises(ConfigurationError, match=r"mid_from \(0.8\).*late_from \(0.2\)"):
+        ProgressThreshold(early=1, mid=1, late=1, mid_from=0.8, late_from=0.2)
+
+
+@pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan, None])
+def test_progress_outside_the_training_is_refused(progress):
+    with pytest.raises(ConfigurationError, match="progress"):
+        ProgressThreshold(early=1, mid=1, late=1)(progress)
+
+
+def test_schedules_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AlphaSchedule().steps = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ProgressThreshold(early=1, mid=1, late=1).mid = 3
