@@ -300,7 +300,7 @@ class GradientMonitor(nn.Module):
                 )
             ops.scale_(gradients, coefficient)
         self.max_norm = max_norm  # the next measurement computes the coefficient in its own pass
-        self._measured = False
+        self._mark_stepped()
         return total.float()
 
     def reset(self, name: str | None = None) -> None:
@@ -428,6 +428,8 @@ class GradientMonitor(nn.Module):
 
     def _mark_stepped(self) -> None:
         self._measured = False
+        # Even a weak reference to a gradient stands in the way of torch.utils.swap_tensors.
+        self._witnesses = []
 
     def _known(self, name: str) -> str:
         if name not in self._seeds:

@@ -221,12 +221,20 @@ def segmented_sums_and_live(
 
 @torch.no_grad()
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """Multiply every tensor in place by a 0-dim ``coefficient``; nothing is touched when it is exactly 1.
+    """Multiply every tensor in place by a 0-dim ``coefficient``, in fp32 or wider, rounded once.
 
-    On a CPU the value is looked at first. Elsewhere this eager form multiplies always, because looking
-    would wait for the device; the Triton kernel looks on the device.
+    At exactly 1 nothing is touched, if that can be seen: on a CPU the value is looked at; elsewhere looking
+    would wait for the device, and this eager form multiplies always (the Triton kernel looks on the device).
     """
-    if coefficient.device.type == "cpu" and coefficient.item() == 1.0:
+    if coefficient.device.type == "cpu":
+        value = coefficient.item()
+        if value == 1.0:
+            return
+        for tensor in tensors:
+            if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+                tensor.copy_(tensor.float() * value)  # torch has no arithmetic for fp8
+            else:
+                tensor.mul_(value)
         return
     by_place: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for tensor in tensors:
@@ -234,8 +242,8 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         place = (tensor.device, torch.float64 if wide else torch.float32)
         if place not in by_place:
             by_place[place] = coefficient.to(device=place[0], dtype=place[1])
-        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            tensor.copy_(tensor.float() * by_place[place])  # torch has no arithmetic for fp8
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 4:
+            tensor.copy_(tensor.float() * by_place[place])
         else:
             tensor.mul_(by_place[place])
 

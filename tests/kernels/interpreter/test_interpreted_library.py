@@ -1,0 +1,160 @@
+"""The library on the kernels: ops and monitor with ``SEEDTRITON_BACKEND=triton`` give what eager torch gives."""
+
+import pytest
+import torch
+from torch import nn
+
+from seedtriton import GradientMonitor, GrowthController, SeedSlot, ops, reference
+from seedtriton.kernels import _launch
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture
+def through(monkeypatch):
+    """Switch the backend, and count the launches of the one that has some."""
+    launches = []
+    launch = _launch.Tables.launch
+
+    def counting(self, kernel, *rest):
+        launches.append(kernel)
+        return launch(self, kernel, *rest)
+
+    monkeypatch.setattr(_launch.Tables, "launch", counting)
+
+    def switch(backend):
+        monkeypatch.setenv("SEEDTRITON_BACKEND", backend)
+        launches.clear()
+        return launches
+
+    return switch
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(size, generator=generator) for size in (1, 63, 1000, 4097)]
+    made += [torch.randn(513, generator=generator).bfloat16(), torch.randn(77, generator=generator).half()]
+    made += [torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last), torch.randn(0)]
+    return made
+
+
+def outsiders():
+    """What the kernel cannot take."""
+    sparse = torch.sparse_coo_tensor([[0, 2, 0]], torch.tensor([[1.0], [2.0], [3.0]]), (4, 1), check_invariants=True)
+    return [
+        torch.randn(5).double(),
+        torch.randn(3, dtype=torch.complex64),
+        torch.ones(1).expand(7),
+        torch.randn(8, 8)[:, ::2],
+        sparse,
+    ]
+
+
+@pytest.mark.parametrize("more", [[], outsiders()], ids=["plain", "with what the kernel cannot take"])
+def test_sums_are_the_same_through_both_backends_within_1e_6_of_fp64(through, more):
+    given = tensors() + more
+    segments = [index % 3 for index in range(len(given))]
+    truth = torch.zeros(4, dtype=torch.float64)
+    for tensor, segment in zip(given, segments):
+        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor.to_dense()
+        truth[segment] += values.double().square().sum()
+    for backend in ("torch", "triton"):
+        launches = through(backend)
+        found = ops.segmented_sumsq(given, segments, 4)
+        assert len(launches) == (1 if backend == "triton" else 0)
+        torch.testing.assert_close(found, truth, rtol=1e-6, atol=0)
+
+
+def test_only_what_the_kernel_cannot_take_still_gives_a_sum(through):
+    through("triton")
+    assert ops.segmented_sumsq([torch.ones(3).double()], [1], 2).tolist() == pytest.approx([0.0, 3.0])
+
+
+def test_scaling_is_the_same_through_both_backends(through):
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        launches = through(backend)
+        given = tensors() + [t for t in outsiders() if not reference.overlaps_itself(t)]
+        ops.scale_(given, torch.tensor(0.3))
+        assert len(launches) == (1 if backend == "triton" else 0)
+        results.append([t.to_dense() for t in given])
+    for eager, kernel in zip(*results):
+        # The interpreter cuts fp32 off to bf16 where a device rounds.
+        torch.testing.assert_close(kernel, eager, rtol=2**-7 if eager.dtype == torch.bfloat16 else 0, atol=0)
+
+
+def test_a_bad_list_is_the_same_error_through_both_backends(through):
+    for backend in ("torch", "triton"):
+        through(backend)
+        with pytest.raises(ValueError, match="outside"):
+            ops.segmented_sumsq([torch.ones(2)], [3], 2)
+        with pytest.raises(ValueError, match="share memory"):
+            ops.scale_([torch.ones(1).expand(4)], 0.5)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4, sparse=True)
+        self.first = nn.Linear(4, 6)
+        self.slot = SeedSlot()
+        self.last = nn.Linear(6, 3).bfloat16()
+
+    def forward(self, tokens):
+        x = self.slot(torch.tanh(self.first(self.embed(tokens))))
+        return self.last(x.bfloat16())
+
+
+def evidence(backend, through, steps=4):
+    """Real training with a mixed host: sparse, fp32 and bf16 gradients, a seed with its alpha.
+
+    The limit clips nothing: clipped bf16 gradients would differ, which the interpreter cuts off.
+    """
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    growth = GrowthController(model, optimizer, sinks=[], window=3)
+    growth.germinate("slot", nn.Linear(6, 6), probe=torch.randn(2, 6))
+    for _ in range(steps):
+        model(torch.randint(5, (8,))).float().square().mean().backward()
+        launches = through(backend)
+        growth.measure()
+        measured = len(launches)
+        growth.clip_grad_norm_(1e6)
+        assert (measured, len(launches)) == ((1, 2) if backend == "triton" else (0, 0))
+        optimizer.step()
+        optimizer.zero_grad()
+    return growth.monitor, growth.evidence()["slot"]
+
+
+def test_the_monitor_needs_one_launch_to_measure_and_one_to_clip_and_sees_what_eager_sees(through):
+    (eager_monitor, eager), (kernel_monitor, kernel) = evidence("torch", through), evidence("triton", through)
+    assert kernel.samples == eager.samples == 3
+    torch.testing.assert_close(kernel_monitor.ring, eager_monitor.ring, rtol=1e-5, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(kernel_monitor.summary, eager_monitor.summary, rtol=1e-5, atol=1e-12)
+    assert kernel.ratio == pytest.approx(eager.ratio, rel=1e-5)
+    assert kernel.blend_gain == pytest.approx(eager.blend_gain, rel=1e-4)
+
+
+def test_an_alpha_that_the_kernel_cannot_take_goes_through_eager_torch(through):
+    launches = through("triton")
+    host, seed = nn.Linear(2, 2), nn.Linear(2, 2)
+    alpha = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    monitor = GradientMonitor(host, {"a": seed}, alphas={"a": alpha})
+    x = host(torch.ones(1, 2))
+    (x + alpha * seed(x)).sum().backward()
+    slope = alpha.grad.item()
+    monitor.measure()
+    assert launches == []
+    assert monitor.ring[0, 1, reference.EXTRA].item() == pytest.approx(-slope)
+    assert alpha.grad == 0
+
+
+def test_doctor_checks_the_kernels(through, monkeypatch, capsys):
+    from seedtriton.cli import main
+
+    launches = through("triton")
+    assert main(["doctor"]) == 0
+    assert len(launches) == 1
+    assert "interpreter" in capsys.readouterr().out
