@@ -1,0 +1,130 @@
+"""Gradients -> work items, in plain arithmetic: neither torch nor Triton is imported here.
+
+An item is a piece of one tensor that one program sums. The plan depends on sizes, dtypes and segments
+alone, never on addresses or on the machine, so that the same gradients give the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Elements per item. 8 Ki keeps small models spread over all multiprocessors; beyond 64 Ki the records are
+# noise already (0.01 % of the bytes) and larger items would only lengthen the tail of the launch.
+MIN_CHUNK = 8 * 1024
+MAX_CHUNK = 64 * 1024
+# Items aimed at between those bounds: about 15 waves on 132 multiprocessors with 4 programs each.
+TARGET_ITEMS = 8192
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Work items as columns, sorted by (segment, tensor, offset).
+
+    A *slot* is a tensor that is not empty; slots are numbered in item order, so that the slots of a segment
+    are consecutive, like its items. Item i covers elements
+    ``pieces[i] * chunk`` to ``pieces[i] * chunk + lengths[i]`` of slot ``slots[i]``.
+    """
+
+    chunk: int
+    num_segments: int
+    tensors: tuple[int, ...]  # [slots] index of the tensor in the list that was planned
+    lengths: tuple[int, ...]  # [items] elements
+    segments: tuple[int, ...]  # [items]
+    dtypes: tuple[int, ...]  # [items] the caller's dtype codes
+    slots: tuple[int, ...]  # [items]
+    pieces: tuple[int, ...]  # [items]
+    segment_starts: tuple[int, ...]  # [num_segments + 1] first item of each segment
+    slot_starts: tuple[int, ...]  # [num_segments + 1] first slot of each segment
+    tensor_counts: tuple[int, ...]  # [num_segments] tensors, empty ones too
+    element_counts: tuple[int, ...]  # [num_segments]
+
+    @property
+    def items(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def busy_segments(self) -> int:
+        """Segments with at least one item: the number of times a segment reports that it is done."""
+        return sum(a != b for a, b in zip(self.segment_starts, self.segment_starts[1:]))
+
+
+def chunk_elements(total: int) -> int:
+    """Elements per item for ``total`` elements in all: a power of two, hence whole 16-byte words.
+
+    So the items of a tensor are all aligned as the tensor itself is.
+    """
+    wanted = -(-total // TARGET_ITEMS)
+    return min(max(1 << max(wanted - 1, 0).bit_length(), MIN_CHUNK), MAX_CHUNK)
+
+
+def make_plan(
+    numels: Sequence[int],
+    dtypes: Sequence[int],
+    segments: Sequence[int],
+    num_segments: int,
+    chunk: int | None = None,
+) -> Plan:
+    """Plan the tensors with these numbers of elements, dtype codes and segments.
+
+    Empty tensors count in ``tensor_counts`` and get no item; a segment may be empty. A plan without
+    elements still has one item, of length 0 in segment 0, so that a launch always has a program which
+    finishes the sample. Raises ValueError when the columns disagree or a segment is out of range.
+    """
+    if not len(numels) == len(dtypes) == len(segments):
+        raise ValueError(f"{len(numels)} sizes, {len(dtypes)} dtypes and {len(segments)} segments")
+    if num_segments < 1:
+        raise ValueError(f"num_segments is {num_segments}; there has to be at least one")
+    tensor_counts = [0] * num_segments
+    element_counts = [0] * num_segments
+    for index, (numel, segment) in enumerate(zip(numels, segments)):
+        if not 0 <= segment < num_segments:
+            raise ValueError(f"tensor {index} is in segment {segment}, outside 0..{num_segments - 1}")
+        tensor_counts[segment] += 1
+        element_counts[segment] += numel
+    if chunk is None:
+        chunk = chunk_elements(sum(element_counts))
+
+    # sorted() is stable: within a segment the tensors keep their order.
+    tensors = tuple(i for i in sorted(range(len(numels)), key=segments.__getitem__) if numels[i])
+    lengths: list[int] = []
+    item_segments: list[int] = []
+    item_dtypes: list[int] = []
+    slots: list[int] = []
+    pieces: list[int] = []
+    items_of = [0] * num_segments
+    slots_of = [0] * num_segments
+    for slot, index in enumerate(tensors):
+        count = -(-numels[index] // chunk)
+        lengths += [chunk] * (count - 1)
+        lengths.append(numels[index] - (count - 1) * chunk)
+        item_segments += [segments[index]] * count
+        item_dtypes += [dtypes[index]] * count
+        slots += [slot] * count
+        pieces += range(count)
+        items_of[segments[index]] += count
+        slots_of[segments[index]] += 1
+    if not lengths:
+        lengths, item_segments, item_dtypes, slots, pieces = [0], [0], [0], [0], [0]
+        items_of[0] = 1
+    return Plan(
+        chunk=chunk,
+        num_segments=num_segments,
+        tensors=tensors,
+        lengths=tuple(lengths),
+        segments=tuple(item_segments),
+        dtypes=tuple(item_dtypes),
+        slots=tuple(slots),
+        pieces=tuple(pieces),
+        segment_starts=_starts(items_of),
+        slot_starts=_starts(slots_of),
+        tensor_counts=tuple(tensor_counts),
+        element_counts=tuple(element_counts),
+    )
+
+
+def _starts(counts: Sequence[int]) -> tuple[int, ...]:
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    return tuple(starts)

@@ -1,0 +1,516 @@
+"""One launch for every gradient: sums of squares by segment, and from them one row of the ring.
+
+Each byte is read once. Programs write partial sums; the last one of a segment adds them in index order, the
+last one of all finishes the sample. Equal input at equal alignment gives equal bits, on any grid. What a row
+means is defined in seedtriton/reference.py; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seedtriton.kernels import _launch
+from seedtriton.kernels._launch import Unsupported, release, unsupported
+
+__all__ = ["Unsupported", "record_", "release", "segmented_sumsq", "unsupported"]
+
+# Bytes that a program reads per block, by lanes and by the width of its 8 warps: 32 bytes per thread, two
+# independent 128-bit loads, of which the assembler unrolls four. fp64 lanes take twice the registers, hence
+# half of that, but never less than one 128-bit load; fp32 lanes have one size, for one order of additions.
+BLOCK_BYTES = {
+    (torch.float32, 32): 8192,
+    (torch.float32, 64): 8192,
+    (torch.float64, 32): 4096,
+    (torch.float64, 64): 8192,
+}
+LANES = {torch.float32: tl.float32, torch.float64: tl.float64}
+# Partial sums read at a time by whoever closes a segment: 4 loads per thread in flight, times the unrolling.
+SUM_BLOCK = 1024
+# Smallest block of segments; larger ones are powers of two, so that few variants are ever compiled.
+MIN_SEGMENTS = 32
+# ``layout`` of ``segmented_sumsq``: the columns of ``outside``, and zeros for what only a row has.
+SUMS_LAYOUT = (0, 1, 0, 0, 0, 0, 0, 0, 0)
+
+
+@triton.jit
+def _sum_squares(  # type: ignore[no-untyped-def]
+    address, length, DTYPE: tl.constexpr, LANES: tl.constexpr, BYTES: tl.constexpr
+):
+    """Sum of x² over ``length`` elements at ``address`` (int64, a multiple of the element's size); fp64.
+
+    The body from the first 16-byte boundary to the last is read by 128-bit loads, whole blocks without a mask;
+    at most 15 bytes before it and 15 after it, the edge, by one masked load of 16 lanes.
+    """
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    WORD: tl.constexpr = 16 // SIZE
+    # Blocks of equal bytes, hence of different shapes: accesses of one shape share one layout, and the eight
+    # bf16 of a word would make each thread read 32 bytes of fp32, every warp-wide load half coalesced.
+    BLOCK: tl.constexpr = BYTES // SIZE
+    head = tl.minimum(((-address & 15) // SIZE).to(tl.int32), length)
+    words = (length - head) // WORD
+    blocks = words // (BLOCK // WORD)
+    lane = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], LANES)
+    # The promise of alignment counts only on the pointer: on the integer the compiler forgets it.
+    body = tl.multiple_of((address + head * SIZE).to(tl.pointer_type(DTYPE)), 16)
+    for block in range(blocks):
+        x = tl.load(body + block * BLOCK + lane).to(LANES)  # [BLOCK]
+        squares += x * x
+    # A mask lets vector loads be only if it is known to cut between them, hence a bound of whole words.
+    rest = words * WORD - blocks * BLOCK
+    y = tl.load(body + blocks * BLOCK + lane, mask=lane < rest, other=0.0).to(LANES)  # [BLOCK]
+    squares += y * y
+
+    edge = tl.arange(0, 16)
+    start = address.to(tl.pointer_type(DTYPE))
+    z = tl.load(
+        start + tl.where(edge < head, edge, edge + words * WORD), mask=edge < length - words * WORD, other=0.0
+    ).to(LANES)  # [16]
+    # fp64 across lanes costs one add per lane and item, and leaves at most 33 fp32 additions in a row.
+    return tl.sum(squares.to(tl.float64)) + tl.sum((z * z).to(tl.float64))
+
+
+@triton.jit
+def _sum_range(values, first, last, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum of fp64 ``values[first:last]``, in an order that depends on the range alone."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for block in range(first, last, BLOCK):
+        # .cg reads in L2, where the other programs' stores are; L1 may hold what was there before.
+        total += tl.load(values + block + lane, mask=block + lane < last, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)
+
+
+@triton.jit
+def _close_segment(  # type: ignore[no-untyped-def]
+    segment, work, item_starts, slot_starts, items, num_segments, BLOCK: tl.constexpr, EPILOGUE: tl.constexpr
+):
+    """Add up a segment whose items are all done; for a row, count its live marks too, and clear them."""
+    sumsq = _sum_range(work, tl.load(item_starts + segment), tl.load(item_starts + segment + 1), BLOCK)
+    tl.store(work + items + segment, sumsq)
+    if EPILOGUE:
+        marks = work + items + 2 * num_segments
+        first = tl.load(slot_starts + segment)
+        last = tl.load(slot_starts + segment + 1)
+        live = _sum_range(marks, first, last, BLOCK)
+        tl.store(work + items + num_segments + segment, live)
+        lane = tl.arange(0, BLOCK)
+        for block in range(first, last, BLOCK):
+            tl.store(marks + block + lane, 0.0, mask=block + lane < last)
+
+
+@triton.jit
+def _scalar_or(address, default):  # type: ignore[no-untyped-def]
+    """The fp32 number at ``address`` (int64) as fp64, or ``default`` when the address is 0."""
+    return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=default).to(tl.float64)
+
+
+# Not inlined: the compiler would compute the addresses below at the start of every program and keep them in
+# registers across the loads, 128 of them on sm_90 instead of 48.
+@triton.jit(noinline=True)
+def _finish(  # type: ignore[no-untyped-def]
+    work, item_starts, counts, gain_addresses, items, num_segments,
+    ring, window, count, summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps, clip_eps,
+    EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
+    TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
+    TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """By the last program: the row of the ring, the gains, the summary, the count; or the sums alone."""
+    segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
+    inside = segment < num_segments
+    # An empty segment never closes, so its cells hold nothing of this sample.
+    first = tl.load(item_starts + segment, mask=inside, other=0)
+    busy = inside & (tl.load(item_starts + segment + 1, mask=inside, other=0) > first)
+    closed = work + items + segment
+    sumsq = tl.load(closed, mask=busy, other=0.0, cache_modifier=".cg")
+    live = tl.load(closed + num_segments, mask=busy, other=0.0, cache_modifier=".cg")
+    added = outside.to(tl.pointer_type(tl.float64)) + segment * 2
+    has_added = inside & (outside != 0)
+    sumsq += tl.load(added + SUMSQ, mask=has_added, other=0.0)
+    live += tl.load(added + LIVE, mask=has_added, other=0.0)
+    summary_cell = summary.to(tl.pointer_type(tl.float64))
+    if EPILOGUE:
+        samples_cell = count.to(tl.pointer_type(tl.int64))
+        samples = tl.load(samples_cell)
+        tl.store(samples_cell, samples + 1)
+        row = ring.to(tl.pointer_type(tl.float64)) + (samples % window) * num_segments * QUANTITIES
+        cell = row + segment * QUANTITIES
+        # Each fp64 division is a call, so there is one per scalar and a product per lane.
+        scale = _scalar_or(grad_scale, 1.0)
+        sumsq *= 1.0 / (scale * scale)
+        tl.store(cell + SUMSQ, sumsq, mask=inside)
+        tl.store(cell + LIVE, live, mask=inside)
+        tl.store(cell + TENSORS, tl.load(counts + segment, mask=inside, other=0.0), mask=inside)
+        tl.store(cell + ELEMENTS, tl.load(counts + num_segments + segment, mask=inside, other=0.0), mask=inside)
+
+        address = tl.load(gain_addresses + segment, mask=inside, other=0)
+        present = address != 0
+        gain_cell = address.to(tl.pointer_type(tl.float32))
+        gain = tl.load(gain_cell, mask=present, other=0.0).to(tl.float64) * (-1.0 / _scalar_or(gain_scale, 1.0))
+        tl.store(gain_cell, 0.0, mask=present)
+        skipped = tl.where(_scalar_or(found_inf, 0.0) != 0.0, 1.0, 0.0)
+        absent = tl.where(segment == 0, skipped, float("nan"))
+        tl.store(cell + EXTRA, tl.where(present, gain, absent), mask=inside)
+
+        norms = tl.sqrt(sumsq)
+        host = tl.sum(tl.where(segment == 0, norms, 0.0))
+        tl.store(summary_cell + SUMMARY_HEAD + segment, norms * (1.0 / (host + eps)), mask=inside)
+        total = tl.sqrt(tl.sum(sumsq))
+        coefficient = max_norm / (total + clip_eps)
+        tl.store(summary_cell + TOTAL_NORM, total)
+        # Comparing and not minimum(): IEEE's minimum drops NaN, and a NaN norm has to make NaN gradients.
+        tl.store(summary_cell + CLIP_COEFFICIENT, tl.where(coefficient > 1.0, 1.0, coefficient))
+    else:
+        tl.store(summary_cell + segment, sumsq, mask=inside)
+
+
+@triton.jit
+def _sum_item(  # type: ignore[no-untyped-def]
+    item, addresses, meta, work, items, num_segments, chunk, base, LANES: tl.constexpr, BYTES: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """Read one item, store its partial sum and its tensor's live mark; returns its segment."""
+    length = tl.load(meta + item)
+    segment = tl.load(meta + items + item)
+    dtype = tl.load(meta + 2 * items + item)
+    slot = tl.load(meta + 3 * items + item)
+    offset = tl.load(meta + 4 * items + item).to(tl.int64) * chunk
+    address = base + tl.load(addresses + slot)
+    # A uniform branch: all threads of a program take the same side. One helper call per dtype, because a
+    # variable cannot hold pointers of two types.
+    if dtype == 0:
+        partial = _sum_squares(address + offset * 4, length, tl.float32, LANES, BYTES)
+    elif dtype == 1:
+        partial = _sum_squares(address + offset * 2, length, tl.bfloat16, LANES, BYTES)
+    else:
+        partial = _sum_squares(address + offset * 2, length, tl.float16, LANES, BYTES)
+    tl.store(work + item, partial)
+    if EPILOGUE:
+        # Every item of a tensor stores the same value, so no order is needed. NaN is not silence: NaN != 0.
+        tl.store(work + items + 2 * num_segments + slot, 1.0, mask=partial != 0.0)
+    return segment
+
+
+@triton.jit
+def _run_item(  # type: ignore[no-untyped-def]
+    item, addresses, meta, counts, work, counters, items, slots, num_segments, busy_segments, chunk, base,
+    ring, window, count, summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps, clip_eps,
+    LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
+    TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
+    TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Sum an item; whoever completes its segment closes it, whoever closes the last segment finishes."""
+    segment = _sum_item(item, addresses, meta, work, items, num_segments, chunk, base, LANES, BYTES, EPILOGUE)
+    if COUNTERS:
+        item_starts = meta + 5 * items
+        slot_starts = item_starts + num_segments + 1
+        expected = tl.load(item_starts + segment + 1) - tl.load(item_starts + segment)
+        # Release: whoever sees the count sees this thread's stores above. Acquire: the last one sees the
+        # stores of all others (without it, sums went wrong on 8 GPUs: pytorch#128455).
+        done = tl.atomic_add(counters + segment, 1, sem="acq_rel", scope="gpu")
+        if done == expected - 1:
+            tl.store(counters + segment, 0)
+            _close_segment(segment, work, item_starts, slot_starts, items, num_segments, SUM_BLOCK, EPILOGUE)
+            closed = tl.atomic_add(counters + num_segments, 1, sem="acq_rel", scope="gpu")
+            # Only segments that have items ever close, so only those are counted.
+            if closed == busy_segments - 1:
+                tl.store(counters + num_segments, 0)
+                _finish(
+                    work, item_starts, counts, addresses + slots, items, num_segments,
+                    ring, window, count, summary, outside, grad_scale, gain_scale, found_inf,
+                    max_norm, eps, clip_eps, EPILOGUE, SEGMENTS, SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA,
+                    QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
+                )  # fmt: skip
+
+
+# Nothing is specialised on values: one compiled kernel then serves every call, and can be called directly.
+_RUNTIME = (
+    "addresses", "meta", "counts", "work", "counters", "items", "slots", "num_segments", "busy_segments",
+    "chunk", "base", "ring", "window", "count", "summary", "outside", "grad_scale", "gain_scale", "found_inf",
+    "max_norm", "eps", "clip_eps",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _sums_kernel(  # type: ignore[no-untyped-def]
+    addresses: tl.int64, meta: tl.int64, counts: tl.int64, work: tl.int64, counters: tl.int64,
+    items: tl.int32, slots: tl.int32, num_segments: tl.int32, busy_segments: tl.int32, chunk: tl.int32,
+    base: tl.int64, ring: tl.int64, window: tl.int32, count: tl.int64, summary: tl.int64,
+    outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64, found_inf: tl.int64,
+    max_norm: tl.float64, eps: tl.float64, clip_eps: tl.float64,
+    LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, PERSISTENT: tl.constexpr,
+    SUMSQ: tl.constexpr, LIVE: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr,
+    EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
+    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """sumsq[k] = sum of x² over segment k; with EPILOGUE a row of the ring and the summary, else the sums.
+
+    addresses: int64 [slots + num_segments], of the tensors (relative to ``base``) and of the gains (0: none)
+    meta: int32, columns of the plan: 5 x [items], item and slot starts 2 x [num_segments + 1]
+    counts: fp64 [2, num_segments], tensors and elements
+    work: fp64, partial sums [items], closed segments [2, num_segments], live marks [slots] (zero between calls)
+    counters: int32 [num_segments + 1], zero between calls
+    """
+    # Addresses come as integers, so that nothing depends on how a pointer argument happens to be aligned.
+    address_table = addresses.to(tl.int64).to(tl.pointer_type(tl.int64))
+    meta_table = meta.to(tl.int64).to(tl.pointer_type(tl.int32))
+    count_table = counts.to(tl.int64).to(tl.pointer_type(tl.float64))
+    work_table = work.to(tl.int64).to(tl.pointer_type(tl.float64))
+    counter_table = counters.to(tl.int64).to(tl.pointer_type(tl.int32))
+    first = tl.program_id(0)
+    # One program, one item, unless a smaller grid is asked for: the partial sums are the items' either way.
+    last = items if PERSISTENT else first + 1
+    for item in range(first, last, tl.num_programs(0)):
+        _run_item(
+            item, address_table, meta_table, count_table, work_table, counter_table, items, slots,
+            num_segments, busy_segments, chunk, base.to(tl.int64), ring.to(tl.int64), window, count.to(tl.int64),
+            summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64),
+            found_inf.to(tl.int64), max_norm, eps, clip_eps, LANES, BYTES, SUM_BLOCK, SEGMENTS, EPILOGUE,
+            COUNTERS, SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT,
+            SUMMARY_HEAD,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _finish_kernel(  # type: ignore[no-untyped-def]
+    addresses: tl.int64, meta: tl.int64, counts: tl.int64, work: tl.int64, counters: tl.int64,
+    items: tl.int32, slots: tl.int32, num_segments: tl.int32, busy_segments: tl.int32, chunk: tl.int32,
+    base: tl.int64, ring: tl.int64, window: tl.int32, count: tl.int64, summary: tl.int64,
+    outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64, found_inf: tl.int64,
+    max_norm: tl.float64, eps: tl.float64, clip_eps: tl.float64,
+    LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, PERSISTENT: tl.constexpr,
+    SUMSQ: tl.constexpr, LIVE: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr,
+    EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
+    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """The second of two launches, one program: closes every segment and finishes, without any counter.
+
+    Takes what the first took. The oracle of the single launch: same partial sums, same order, same bits.
+    """
+    address_table = addresses.to(tl.int64).to(tl.pointer_type(tl.int64))
+    count_table = counts.to(tl.int64).to(tl.pointer_type(tl.float64))
+    work_table = work.to(tl.int64).to(tl.pointer_type(tl.float64))
+    item_starts = meta.to(tl.int64).to(tl.pointer_type(tl.int32)) + 5 * items
+    slot_starts = item_starts + num_segments + 1
+    for segment in range(num_segments):
+        _close_segment(segment, work_table, item_starts, slot_starts, items, num_segments, SUM_BLOCK, EPILOGUE)
+    # Different threads read below what one thread stored above.
+    tl.debug_barrier()
+    _finish(
+        work_table, item_starts, count_table, address_table + slots, items, num_segments,
+        ring.to(tl.int64), window, count.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64),
+        grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, clip_eps,
+        EPILOGUE, SEGMENTS, SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM,
+        CLIP_COEFFICIENT, SUMMARY_HEAD,
+    )  # fmt: skip
+
+
+def _arguments(
+    tables: _launch.Tables,
+    flat: Tensor | None,
+    row: tuple[int, int, int, int],
+    outside: Tensor | None,
+    scalars: tuple[int, ...],
+    numbers: tuple[float, float, float],
+) -> tuple[Any, ...]:
+    """The run-time arguments of both kernels; ``row`` is the ring, its window, the count, the summary."""
+    return (
+        tables.addresses, tables.meta, tables.counts, tables.work_address, tables.counters_address,
+        tables.items, tables.slots, tables.plan.num_segments, tables.busy_segments, tables.plan.chunk,
+        _address(flat), *row, _address(outside), *scalars, *numbers,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _constants(
+    num_segments: int,
+    lanes: torch.dtype,
+    epilogue: bool,
+    counters: bool,
+    persistent: bool,
+    layout: tuple[int, ...],
+    warp_size: int,
+) -> tuple[Any, ...]:
+    """The compile-time arguments of both kernels."""
+    segments = max(MIN_SEGMENTS, triton.next_power_of_2(num_segments))
+    return (
+        LANES[lanes], BLOCK_BYTES[lanes, max(warp_size, 32)], SUM_BLOCK, segments, epilogue, counters,
+        persistent, *layout,
+    )  # fmt: skip
+
+
+def _launch_sums(
+    tables: _launch.Tables,
+    arguments: tuple[Any, ...],
+    lanes: torch.dtype,
+    epilogue: bool,
+    layout: tuple[int, ...],
+    programs: int | None,
+    two_launches: bool,
+) -> None:
+    grid = tables.items if programs is None else min(programs, tables.items)
+    constants = _constants(
+        tables.plan.num_segments, lanes, epilogue, not two_launches, grid < tables.items, layout,
+        _launch.warp_size(tables.kind),
+    )  # fmt: skip
+    tables.launch(_sums_kernel, grid, arguments, constants)
+    if two_launches:
+        tables.launch(_finish_kernel, 1, arguments, constants)
+
+
+def segmented_sumsq(
+    tensors: Sequence[Tensor],
+    segments: Sequence[int],
+    num_segments: int,
+    lanes: torch.dtype = torch.float32,
+    outside: Tensor | None = None,
+    *,
+    flat: Tensor | None = None,
+    programs: int | None = None,
+    two_launches: bool = False,
+) -> Tensor:
+    """``out[k]`` = sum of g² over the tensors of segment k, float64 [num_segments], in one launch.
+
+    Args:
+        tensors: at least one; all on the first one's device, float32, bfloat16 or float16, dense.
+        segments: the segment of each.
+        num_segments: length of the result.
+        lanes: dtype in which squares are first summed, float32 or float64.
+        outside: float64 [num_segments, 2], as in ``record_``; its first column is added.
+        flat: a buffer of which all ``tensors`` are views that never move within it.
+        programs: size of the grid; the result does not depend on it.
+        two_launches: without counters, the oracle of the single launch; the same bits.
+
+    Raises:
+        Unsupported: a tensor that the kernel cannot take.
+        ValueError: no tensors, or ``outside`` of another shape.
+        RuntimeError: a new address while a CUDA graph is captured.
+    """
+    if not tensors:
+        raise ValueError("segmented_sumsq got no tensors, so it knows no device: return zeros without it")
+    device = tensors[0].device
+    out = torch.empty(num_segments, dtype=torch.float64, device=device)
+    outside = _outside(outside, num_segments, device)
+    with _launch.guard(device), _launch.lock():
+        tables = _launch.find_tables(
+            tensors, segments, num_segments, device, ("sums",), extras=(0,) * num_segments, flat=flat
+        )
+        arguments = _arguments(tables, flat, (0, 1, 0, out.data_ptr()), outside, (0, 0, 0), (0.0, 0.0, 0.0))
+        _launch_sums(tables, arguments, lanes, False, SUMS_LAYOUT, programs, two_launches)
+    return out
+
+
+def record_(
+    gradients: Sequence[Tensor],
+    segments: Sequence[int],
+    gains: Sequence[Tensor],
+    gain_segments: Sequence[int],
+    ring: Tensor,
+    count: Tensor,
+    summary: Tensor,
+    max_norm: float,
+    eps: float,
+    grad_scale: Tensor | None = None,
+    gain_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    lanes: torch.dtype = torch.float32,
+    outside: Tensor | None = None,
+    outside_counts: Sequence[tuple[int, int]] | None = None,
+    flat: Tensor | None = None,
+    *,
+    layout: tuple[int, int, int, int, int, int, int, int, int],
+    clip_eps: float,
+    programs: int | None = None,
+    two_launches: bool = False,
+) -> None:
+    """``seedtriton.reference.record_`` in one launch: a row of the ring, the summary, ``count`` + 1.
+
+    Args:
+        gradients: on the ring's device, float32, bfloat16 or float16, dense.
+        segments: the segment of each.
+        gains: float32 with one element each, on the ring's device; read and set to zero.
+        gain_segments: the segment of each, all different.
+        ring: float64 [window, segments, quantities], contiguous like ``count`` and ``summary``.
+        count: int64, one element.
+        summary: float64 [SUMMARY_HEAD + segments].
+        max_norm: for the clip coefficient.
+        eps: added to the host's norm.
+        grad_scale: one element; anything but float32 on the ring's device is converted first.
+        gain_scale: the same.
+        found_inf: the same.
+        lanes: float32 or float64.
+        outside: float64 [segments, 2], columns SUMSQ and LIVE of gradients that went elsewhere.
+        outside_counts: (tensors, elements) of those, for every segment.
+        flat: a buffer of which all gradients are views that never move within it: no address is looked at.
+        layout: SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT and
+            SUMMARY_HEAD of ``reference``.
+        clip_eps: CLIP_EPS of ``reference``.
+        programs: size of the grid; the result does not depend on it.
+        two_launches: without counters, the oracle of the single launch; the same bits.
+
+    Raises:
+        Unsupported: a gradient that the kernel cannot take.
+        ValueError: a gain that it cannot take, two gains for one segment, ``outside`` of another shape.
+        RuntimeError: a new address while a CUDA graph is captured.
+    """
+    device = ring.device
+    num_segments = ring.shape[1]
+    outside = _outside(outside, num_segments, device)
+    # Held until the launch: a converted number lives in memory that nobody else refers to.
+    scalars = [None if n is None else _number(n, device) for n in (grad_scale, gain_scale, found_inf)]
+    _check_gains(gains, gain_segments, device)
+    gain_pointers = tuple(map(Tensor.data_ptr, gains))
+    gain_table = [0] * num_segments
+    for segment, pointer in zip(gain_segments, gain_pointers):
+        gain_table[segment] = pointer
+    with _launch.guard(device), _launch.lock():
+        tables = _launch.find_tables(
+            gradients, segments, num_segments, device, ("record", ring.data_ptr(), tuple(gain_segments)),
+            gain_pointers, gain_table, outside_counts or (), flat,
+        )  # fmt: skip
+        row = (ring.data_ptr(), ring.shape[0], count.data_ptr(), summary.data_ptr())
+        arguments = _arguments(tables, flat, row, outside, tuple(map(_address, scalars)), (max_norm, eps, clip_eps))
+        _launch_sums(tables, arguments, lanes, True, layout, programs, two_launches)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _number(number: Tensor, device: torch.device) -> Tensor:
+    """One float32 on ``device``; the tensor itself when it already is that, as GradScaler's are."""
+    if number.dtype is torch.float32 and number.device == device:
+        return number
+    return number.detach().to(device=device, dtype=torch.float32, non_blocking=True)
+
+
+def _outside(outside: Tensor | None, num_segments: int, device: torch.device) -> Tensor | None:
+    if outside is None:
+        return None
+    if outside.shape != (num_segments, 2) or outside.dtype != torch.float64 or outside.device != device:
+        raise ValueError(
+            f"outside must be float64 [{num_segments}, 2] on {device}, got {outside.dtype} "
+            f"{list(outside.shape)} on {outside.device}"
+        )
+    return outside.contiguous()
+
+
+def _check_gains(gains: Sequence[Tensor], segments: Sequence[int], device: torch.device) -> None:
+    if len(gains) != len(segments) or len(set(segments)) != len(segments):
+        raise ValueError(f"{len(gains)} gains for segments {list(segments)}: give one for each, and none twice")
+    for index, gain in enumerate(gains):
+        if gain.dtype != torch.float32 or gain.device != device or gain.numel() != 1:
+            raise ValueError(
+                f"gain {index} is {gain.dtype} {list(gain.shape)} on {gain.device}; keep alpha a float32 "
+                f"tensor with one element on {device}"
+            )

@@ -1,0 +1,205 @@
+"""Every variant that the launchers can ask for, compiled for four GPUs without having one.
+
+The interpreter knows nothing of vector width, registers and memory order; the compiled code says.
+"""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from seedtriton.kernels import _launch, gradient_scale, gradient_sums  # noqa: E402
+
+REGISTERS = 64  # 4 programs of 256 threads fill the 65 536 registers of a multiprocessor
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+LAYOUT = (0, 1, 2, 3, 4, 5, 0, 1, 2)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+F32, F64 = torch.float32, torch.float64
+VARIANTS = {
+    "row": (9, F32, True, True, False),
+    "row-fp64": (9, F64, True, True, False),
+    "row-256-segments": (256, F32, True, True, False),
+    "row-256-segments-fp64": (256, F64, True, True, False),
+    "sums": (9, F32, False, True, False),
+    "sums-fp64": (9, F64, False, True, False),
+    "row-small-grid": (9, F32, True, True, True),
+    "two-launches": (9, F32, True, False, False),
+}
+# Between 32 and 256 segments only the size of one block differs: one GPU is enough to see that.
+MORE_SEGMENTS = {
+    f"row-{count}-segments-{lanes}": (count, lanes, True, True, False) for count in (64, 128) for lanes in (F32, F64)
+}
+
+
+def sums(variant, target, kernel=gradient_sums._sums_kernel):
+    """The sums kernel as the launcher asks for it: segments, lanes, epilogue, counters, persistent."""
+    layout = LAYOUT if variant[2] else gradient_sums.SUMS_LAYOUT
+    constants = gradient_sums._constants(*variant, layout, target.warp_size)
+    return compiled(kernel, constants, target)
+
+
+def compiled(kernel, constants, target):
+    """The kernel compiled as the launcher asks for it; run-time arguments are never specialised."""
+    values = iter(constants)
+    names = [parameter.name for parameter in kernel.params]
+    constexprs = {p.name: next(values) for p in kernel.params if p.is_constexpr}
+    signature = {p.name: "constexpr" if p.is_constexpr else p.annotation_type for p in kernel.params}
+    assert all(signature[name] for name in names)
+    source = triton.compiler.ASTSource(kernel, signature, constexprs)
+    return triton.compile(source, target=target, options=dict(_launch.OPTIONS))
+
+
+def code(kernel):
+    return kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
+
+
+def resources(kernel, tmp_path):
+    """(registers per thread, bytes or registers spilled) as the assembler reports them."""
+    if "ptx" not in kernel.asm:
+        fields = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
+        found = dict(re.findall(rf"\.({fields}):\s*(\d+)", code(kernel)))
+        return int(found.pop("vgpr_count")), sum(map(int, found.values()))
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    assert "REG:" in report
+    spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
+    return max(int(n) for n in re.findall(r"REG:(\d+)", report)), spilled
+
+
+def loop_bodies(text):
+    """Basic blocks that jump back to their own start."""
+    blocks = re.split(r"^(\$L__BB\w+|\.LBB\w+):", text, flags=re.MULTILINE)
+    named = zip(blocks[1::2], blocks[2::2])
+    return [body for label, body in named if re.search(rf"bra\w*[\s.].*{re.escape(label)}\b", body)]
+
+
+def wide_loads_in_loops(kernel):
+    """128-bit loads without a mask, in loops; and narrow ones beside them in the same loops."""
+    if "ptx" in kernel.asm:
+        wide, narrow = r"^\s*ld\.global\.v(?:4\.b32|2\.b64|8\.b32)", r"^\s*ld\.global\.(?:b16|b32|v2\.b32|b64)"
+    else:
+        wide = r"^\s*(?:buffer|global)_load_dwordx4"
+        narrow = r"^\s*(?:buffer|global)_load_(?:ushort|short\w+|dword|dwordx2)\s"
+    loops = [body for body in loop_bodies(code(kernel)) if re.search(wide, body, re.MULTILINE)]
+    return (
+        sum(len(re.findall(wide, body, re.MULTILINE)) for body in loops),
+        sum(len(re.findall(narrow, body, re.MULTILINE)) for body in loops),
+    )
+
+
+def atomics(kernel):
+    """Atomic adds with acquire and release at GPU scope that the code really has."""
+    if "ptx" in kernel.asm:
+        return len(re.findall(r"atom\.global\.gpu\.acq_rel\.add", code(kernel)))
+    # On AMD the fences are instructions of their own around a plain atomic.
+    assert ("buffer_wbl2 sc1" in code(kernel)) == ("global_atomic_add" in code(kernel))
+    assert ("buffer_inv sc1" in code(kernel)) == ("global_atomic_add" in code(kernel))
+    return len(re.findall(r"global_atomic_add", code(kernel)))
+
+
+def assert_good(kernel, tmp_path, loads, counts):
+    wide, narrow = wide_loads_in_loops(kernel)
+    assert wide >= loads, f"{wide} wide loads in main loops, {loads} expected"
+    assert narrow == 0, f"{narrow} narrow loads beside them"
+    registers, spilled = resources(kernel, tmp_path)
+    assert (spilled, registers <= REGISTERS) == (0, True), f"{registers} registers, {spilled} spilled"
+    assert atomics(kernel) == counts
+    assert ("bar.sync" if "ptx" in kernel.asm else "s_barrier") in code(kernel)
+
+
+def expected_loads(variant, target):
+    """32 bytes per thread and block, for each of three dtypes; 16 with fp64 lanes or with wide warps."""
+    return 6 if variant[1] is F32 and target.warp_size == 32 else 3
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_sums_kernel(variant, target, tmp_path):
+    counts = 2 if variant[3] else 0
+    assert_good(sums(variant, target), tmp_path, expected_loads(variant, target), counts)
+
+
+@pytest.mark.parametrize("variant", MORE_SEGMENTS.values(), ids=MORE_SEGMENTS)
+def test_sums_kernel_with_more_segments(variant, tmp_path):
+    target = TARGETS["sm_90"]
+    assert_good(sums(variant, target), tmp_path, expected_loads(variant, target), counts=2)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_the_second_of_two_launches_needs_no_atomics(target, tmp_path):
+    kernel = sums(VARIANTS["two-launches"], target, gradient_sums._finish_kernel)
+    registers, spilled = resources(kernel, tmp_path)
+    assert (spilled, registers <= REGISTERS, atomics(kernel)) == (0, True, 0)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_scale_kernel(wide, target, tmp_path):
+    kernel = compiled(gradient_scale._scale_kernel, (wide, gradient_scale.BLOCK_BYTES), target)
+    registers, spilled = resources(kernel, tmp_path)
+    assert (spilled, registers <= REGISTERS) == (0, True)
+    wide_loads, narrow = wide_loads_in_loops(kernel)
+    per_dtype = 2 if target.warp_size == 32 else 1
+    assert wide_loads >= 3 * per_dtype
+    assert narrow == 0
+    store = r"^\s*st\.global\.v4" if "ptx" in kernel.asm else r"^\s*(?:buffer|global)_store_dwordx4"
+    assert sum(len(re.findall(store, body, re.MULTILINE)) for body in loop_bodies(code(kernel))) >= 3 * per_dtype
+
+
+def test_squares_are_fused_multiply_adds_by_request():
+    kernel = sums(VARIANTS["sums"], TARGETS["sm_90"])
+    assert _launch.OPTIONS["enable_fp_fusion"] is True
+    assert "fma.rn.f32" in kernel.asm["ptx"]
+
+
+def broken(tmp_path, old, new):
+    """The sums kernel with one thing changed, from a copy of its source."""
+    source = Path(gradient_sums.__file__).read_text()
+    assert old in source
+    path = tmp_path / "broken.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("broken", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module._sums_kernel
+
+
+@pytest.mark.parametrize("target", [TARGETS["sm_90"], TARGETS["gfx942"]], ids=["sm_90", "gfx942"])
+def test_this_lane_fails_without_the_alignment_hint(target, tmp_path):
+    hint = "tl.multiple_of((address + head * SIZE).to(tl.pointer_type(DTYPE)), 16)"
+    for weaker in (
+        "(address + head * SIZE).to(tl.pointer_type(DTYPE))",
+        "tl.multiple_of(address + head * SIZE, 16).to(tl.pointer_type(DTYPE))",
+    ):
+        kernel = sums(VARIANTS["sums"], target, broken(tmp_path, hint, weaker))
+        with pytest.raises(AssertionError, match="wide loads in main loops"):
+            assert_good(kernel, tmp_path, expected_loads(VARIANTS["sums"], target), counts=2)
+
+
+@pytest.mark.parametrize("target", [TARGETS["sm_90"], TARGETS["gfx942"]], ids=["sm_90", "gfx942"])
+def test_this_lane_fails_without_acquire_and_release(target, tmp_path):
+    kernel = sums(VARIANTS["sums"], target, broken(tmp_path, 'sem="acq_rel"', 'sem="relaxed"'))
+    with pytest.raises(AssertionError):
+        assert_good(kernel, tmp_path, expected_loads(VARIANTS["sums"], target), counts=2)
+
+
+def test_this_lane_fails_when_registers_run_out(tmp_path):
+    target = TARGETS["sm_100"]
+    kernel = sums(VARIANTS["row"], target, broken(tmp_path, "@triton.jit(noinline=True)", "@triton.jit"))
+    with pytest.raises(AssertionError, match="registers"):
+        assert_good(kernel, tmp_path, expected_loads(VARIANTS["row"], target), counts=2)

@@ -1,0 +1,618 @@
+"""What the kernels have to get right, for any device: run by the interpreter lane and by the GPU lane.
+
+Truth is the sum in float64; a case passes when the kernel's error is at most eager torch's plus EPSILON.
+Every tensor lies between guards of NaN, so that one element read too many shows in the sum.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from seedtriton import reference
+from seedtriton.kernels import _launch, gradient_scale, gradient_sums
+
+EPSILON = 1e-6
+LAYOUT = (
+    reference.SUMSQ, reference.LIVE, reference.TENSORS, reference.ELEMENTS, reference.EXTRA,
+    reference.QUANTITIES, reference.TOTAL_NORM, reference.CLIP_COEFFICIENT, reference.SUMMARY_HEAD,
+)  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = (0, 1, 3, 63, 127, 1000, 4097, 65537)
+NAN = float("nan")
+INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(device):
+    """No tables from another test, the same numbers every time, and on a CPU NaN in what torch.empty returns."""
+    _launch.release()
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(device == "cpu")
+    yield
+    torch.use_deterministic_algorithms(False)
+    _launch.release()
+
+
+def place(values, device, misaligned=0):
+    """A copy of ``values`` at an address that is ``misaligned`` modulo 16, between guards of NaN."""
+    skip = 16 // values.element_size()
+    offset = skip + misaligned // values.element_size()
+    buffer = torch.full((offset + values.numel() + skip,), NAN, dtype=values.dtype, device=device)
+    view = buffer[offset : offset + values.numel()]
+    view.copy_(values.reshape(-1))
+    assert values.numel() == 0 or view.data_ptr() % 16 == misaligned
+    return view.view(values.shape)
+
+
+def random(numel, dtype, device, misaligned=0):
+    return place(torch.randn(numel).to(dtype), device, misaligned)
+
+
+def truth(tensors, segments, num_segments):
+    sums = torch.zeros(num_segments, dtype=torch.float64)
+    for tensor, segment in zip(tensors, segments):
+        sums[segment] += tensor.detach().cpu().double().square().sum()
+    return sums
+
+
+def assert_sums(found, tensors, segments, num_segments):
+    """The rule of this lane: error <= eager error + EPSILON, relative, segment by segment."""
+    right = truth(tensors, segments, num_segments)
+    eager = reference.segmented_sumsq([t.cpu() for t in tensors], segments, num_segments)
+    allowed = (eager - right).abs() + EPSILON * right
+    error = (found.cpu() - right).abs()
+    assert found.dtype == torch.float64
+    assert bool((error <= allowed).all()), f"error {error.tolist()} where {allowed.tolist()} is allowed"
+
+
+class Sample:
+    """A ring, a count and a summary, poisoned, for the kernel and once more for the reference."""
+
+    def __init__(self, num_segments, device, window=4, count=0):
+        def state():
+            return (
+                torch.full((window, num_segments, reference.QUANTITIES), NAN, dtype=torch.float64, device=device),
+                torch.tensor(count, device=device),
+                torch.full((reference.SUMMARY_HEAD + num_segments,), NAN, dtype=torch.float64, device=device),
+            )
+
+        self.num_segments = num_segments
+        self.device = device
+        self.ours = state()
+        self.theirs = state()
+
+    @property
+    def ring(self):
+        return self.ours[0]
+
+    @property
+    def summary(self):
+        return self.ours[2]
+
+    def record(self, gradients, segments, gains=(), gain_segments=(), max_norm=1.0, eps=1e-8, more=None, **options):
+        """One measurement by both; ``more`` is only for the kernel."""
+        twins = [gain.clone() for gain in gains]
+        gradient_sums.record_(
+            gradients, segments, gains, gain_segments, *self.ours, max_norm, eps,
+            layout=LAYOUT, clip_eps=reference.CLIP_EPS, **options, **(more or {}),
+        )  # fmt: skip
+        reference.record_(gradients, segments, twins, gain_segments, *self.theirs, max_norm, eps, **options)
+        for gain in gains:
+            assert gain.item() == 0.0
+
+    def assert_same(self, rtol=EPSILON):
+        for ours, theirs in zip(self.ours, self.theirs):
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0.0, equal_nan=True)
+
+
+def tables():
+    """The only tables in the cache."""
+    (found,) = _launch._cache._recent.values()
+    return found
+
+
+def spread(count, num_segments):
+    return [index % num_segments for index in range(count)]
+
+
+@pytest.mark.parametrize("num_segments", [1, 2, 8, 64])
+@pytest.mark.parametrize("misaligned", [0, 4, 8, 12])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_all_sizes_at_each_alignment(dtype, misaligned, num_segments, device):
+    tensors = [random(size, dtype, device, misaligned) for size in SIZES]
+    segments = [segment * (num_segments // min(num_segments, 8)) for segment in spread(len(SIZES), num_segments)]
+    found = gradient_sums.segmented_sumsq(tensors, segments, num_segments)
+    assert_sums(found, tensors, segments, num_segments)
+
+
+@pytest.mark.parametrize("misaligned", [2, 6, 10, 14])
+def test_half_precision_at_odd_alignments(misaligned, device):
+    tensors = [random(size, dtype, device, misaligned) for size in SIZES for dtype in DTYPES[1:]]
+    assert_sums(gradient_sums.segmented_sumsq(tensors, [0] * 16, 1), tensors, [0] * 16, 1)
+
+
+def test_the_rule_can_fail(device):
+    tensors = [random(1000, torch.float32, device)]
+    found = gradient_sums.segmented_sumsq(tensors, [0], 1)
+    for wrong in (torch.zeros_like(found), found * (1 + 3e-6), torch.full_like(found, NAN)):
+        with pytest.raises(AssertionError, match="is allowed"):
+            assert_sums(wrong, tensors, [0], 1)
+
+
+def test_sizes_around_the_edges_of_words_blocks_and_chunks(device):
+    # 2048 fp32 and 4096 bf16 are a block, 8192 elements a chunk.
+    sizes = [1, 2, 4, 5, 8, 2047, 2048, 2049, 4095, 4096, 8191, 8192, 8193, 16384]
+    for dtype, misaligned in itertools.product(DTYPES[:2], (0, 8)):
+        tensors = [random(size, dtype, device, misaligned) for size in sizes]
+        segments = list(range(len(sizes)))
+        found = gradient_sums.segmented_sumsq(tensors, segments, len(sizes))
+        assert_sums(found, tensors, segments, len(sizes))
+
+
+def test_mixed_dtype_list_is_not_read_with_the_first_tensors_dtype(device):
+    # Megatron-LM#7338: [bf16, fp32] came out as 0.2165 where 0.25 is right.
+    for order in itertools.permutations(DTYPES):
+        tensors = [place(torch.full((n,), 0.25, dtype=d), device) for d, n in zip(order, (5, 1000, 6))]
+        found = gradient_sums.segmented_sumsq(tensors, [0, 0, 0], 1)
+        assert found.item() == 1011 / 16
+
+
+def test_zero_size_tensors(device):
+    full = random(100, torch.float32, device)
+    none = torch.empty(0, 3, device=device)
+    sample = Sample(2, device)
+    for gradients in ([none, full, none, full], [full, none], [none, none, full], [full]):
+        sample.record(gradients, spread(len(gradients), 2))
+        sample.assert_same()
+
+
+def test_bf16_result_is_not_rounded(device):
+    # 257 needs nine bits; bf16 has eight and would answer 256 (pytorch#194033).
+    tensor = place(torch.ones(257, dtype=torch.bfloat16), device)
+    assert gradient_sums.segmented_sumsq([tensor], [0], 1).item() == 257.0
+
+
+def test_scratch_is_not_rectangular(device):
+    # pytorch#190549: one large tensor and many small ones took largest x count, 24 MB for 20 KB.
+    tensors = [random(65537, torch.float32, device)] + [random(1, torch.float32, device) for _ in range(20)]
+    gradient_sums.segmented_sumsq(tensors, spread(21, 2), 2)
+    assert tables().work.numel() == (9 + 20) + 2 * 2 + 21
+    assert tables().counters.numel() == 3
+
+
+def test_unaligned_base_still_right(device):
+    whole = random(70000, torch.float32, device)
+    tensors = [whole[1:30000], whole[30000:30001], whole[30001:]]
+    found = gradient_sums.segmented_sumsq(tensors, [0, 0, 0], 1)
+    assert_sums(found, tensors, [0, 0, 0], 1)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("segment", [0, 1, 2])
+def test_nan_and_inf_propagate_and_stay_in_their_segment(segment, value, device):
+    for where in (0, 5000, 8999):
+        tensors = [random(9000, dtype, device, 4) for dtype in DTYPES]
+        tensors[segment][where] = value
+        found = gradient_sums.segmented_sumsq(tensors, [0, 1, 2], 3).cpu()
+        assert math.isnan(found[segment]) if math.isnan(value) else found[segment] == INF
+        rest = [k for k in range(3) if k != segment]
+        assert bool(found[rest].isfinite().all())
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_row_and_clip_coefficient_of_a_sample_that_is_not_finite(value, device):
+    for segment in (0, 1):
+        sample = Sample(3, device)
+        gradients = [random(100, torch.float32, device) for _ in range(2)]
+        gradients[segment][7] = value
+        sample.record(gradients, [0, 1])
+        sample.assert_same()
+
+
+def test_fp32_overflow_is_inf_and_fp64_lanes_are_not(device):
+    tensors = [place(torch.full((100,), 1e25), device), place(torch.full((100,), 1e-25), device)]
+    narrow = gradient_sums.segmented_sumsq(tensors, [0, 1], 2)
+    wide = gradient_sums.segmented_sumsq(tensors, [0, 1], 2, lanes=torch.float64)
+    assert narrow.tolist() == [INF, 0.0]
+    torch.testing.assert_close(wide.cpu(), truth(tensors, [0, 1], 2), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp64_lanes_are_exact(dtype, device):
+    tensors = [random(size, dtype, device, 4) for size in SIZES]
+    found = gradient_sums.segmented_sumsq(tensors, spread(8, 2), 2, lanes=torch.float64)
+    torch.testing.assert_close(found.cpu(), truth(tensors, spread(8, 2), 2), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("used", [u for n in range(4) for u in itertools.combinations(range(3), n)], ids=str)
+def test_empty_segments_in_each_position(used, device):
+    # An empty segment never reports that it is done: waiting for it would end the sample never, or on stale sums.
+    sample = Sample(3, device)
+    for _ in range(3):
+        gradients = [random(9000, torch.float32, device) for _ in used]
+        sample.record(gradients, list(used))
+        sample.assert_same()
+    if used:
+        found = gradient_sums.segmented_sumsq(gradients, list(used), 3)
+        assert_sums(found, gradients, list(used), 3)
+
+
+def test_a_sample_of_empty_tensors_is_still_a_row(device):
+    sample = Sample(2, device)
+    sample.record([torch.empty(0, device=device)], [1])
+    sample.record([], [])
+    sample.assert_same()
+    assert sample.ours[1].item() == 2
+    empty = torch.empty(0, device=device)
+    assert gradient_sums.segmented_sumsq([empty], [1], 3).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("two_launches", [False, True])
+def test_counters_and_live_marks_are_zero_between_calls(two_launches, device):
+    sample = Sample(3, device)
+    gradients = [random(n, torch.float32, device) for n in (20000, 5, 300, 9000)]
+    for _ in range(3):
+        sample.record(gradients, [0, 2, 2, 0], more={"two_launches": two_launches})
+        sample.assert_same()
+        state = tables()
+        assert state.counters.tolist() == [0, 0, 0, 0]
+        assert state.work[state.items + 6 :].tolist() == [0.0] * 4
+        # Whatever else lies in the scratch between calls must not matter.
+        state.work[: state.items + 6] = NAN
+
+
+def test_live_counts_tensors_that_are_not_all_zero(device):
+    gradients = [torch.zeros(n, device=device) for n in (20000, 20000, 3, 0, 7)]
+    sample = Sample(2, device, window=8)
+    segments = [0, 0, 0, 1, 1]
+    for change in ({}, {0: (19999, 1.0)}, {1: (0, -1.0), 2: (1, NAN)}, {4: (6, INF)}, {}):
+        for gradient in gradients:
+            gradient.zero_()
+        for index, (where, value) in change.items():
+            gradients[index][where] = value
+        sample.record(gradients, segments)
+        sample.assert_same()
+    assert sample.ring[:5, :, reference.LIVE].sum(1).tolist() == [0.0, 1.0, 2.0, 1.0, 0.0]
+
+
+def test_ring_wraps_around(device):
+    sample = Sample(2, device, window=3)
+    for step in range(7):
+        sample.record([random(10 + step % 2, torch.float32, device)], [step % 2])
+        sample.assert_same()
+    assert sample.ours[1].item() == 7
+
+
+def test_gains_are_read_negated_and_set_to_zero(device):
+    sample = Sample(70, device)
+    gradients = [random(10, torch.float32, device)]
+    for segments in ([3, 69], [69, 1, 40], []):
+        gains = [torch.randn((), device=device) for _ in segments]
+        values = [gain.item() for gain in gains]
+        sample.record(gradients, [0], gains, segments)
+        sample.assert_same()
+        row = sample.ring[sample.ours[1].item() - 1, :, reference.EXTRA]
+        assert row[segments].tolist() == [-value for value in values]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scales_and_found_inf(dtype, device):
+    gains = [torch.tensor(0.75, device=device)]
+    sample = Sample(3, device, window=16)
+    gradients = [random(1000, torch.float32, device) for _ in range(3)]
+    numbers = [None, torch.tensor([1024.0], dtype=dtype, device=device), torch.tensor(3.0, dtype=dtype, device=device)]
+    for grad_scale, gain_scale in itertools.product(numbers, numbers):
+        gains[0].fill_(0.75)
+        sample.record(gradients, [0, 1, 2], gains, [2], grad_scale=grad_scale, gain_scale=gain_scale)
+    for skip in (0.0, 1.0, 2.5):
+        found_inf = torch.tensor([skip], dtype=dtype, device=device)
+        sample.record(gradients, [0, 1, 2], found_inf=found_inf)
+    sample.assert_same()
+    assert sample.ring[9:12, 0, reference.EXTRA].tolist() == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e-3, 1.0, 1e9, INF])
+def test_clip_coefficient_is_that_of_clip_grad_norm(max_norm, device):
+    sample = Sample(2, device)
+    parameters = [torch.nn.Parameter(torch.zeros(n, device=device)) for n in (100, 3000)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    before = [parameter.grad.clone() for parameter in parameters]
+    sample.record([parameter.grad for parameter in parameters], [0, 1], max_norm=max_norm)
+    sample.assert_same()
+    gradient_scale.scale_([p.grad for p in parameters], sample.summary[reference.CLIP_COEFFICIENT])
+    scaled = [parameter.grad.clone() for parameter in parameters]
+    for parameter, gradient in zip(parameters, before):
+        parameter.grad = gradient
+    total = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    torch.testing.assert_close(sample.summary[reference.TOTAL_NORM].float(), total)
+    for ours, parameter in zip(scaled, parameters):
+        torch.testing.assert_close(ours, parameter.grad)
+
+
+def test_outside_sums_meet_the_kernels(device):
+    sample = Sample(3, device)
+    inside = [random(1000, torch.float32, device), random(10, torch.bfloat16, device)]
+    other = [torch.randn(50, dtype=torch.float64, device=device), torch.zeros(4, dtype=torch.float64, device=device)]
+    outside = reference.segmented_sums_and_live(other, [0, 2], 3, torch.float32, torch.device(device))
+    gradient_sums.record_(
+        inside, [0, 1], [], [], *sample.ours, 1.0, 1e-8, layout=LAYOUT, clip_eps=reference.CLIP_EPS,
+        grad_scale=torch.tensor(4.0, device=device), outside=outside, outside_counts=[(1, 50), (0, 0), (1, 4)],
+    )  # fmt: skip
+    reference.record_(inside + other, [0, 1, 0, 2], [], [], *sample.theirs, 1.0, 1e-8, torch.tensor(4.0, device=device))
+    sample.assert_same()
+    found = gradient_sums.segmented_sumsq(inside, [0, 1], 3, outside=outside)
+    assert_sums(found, inside + other, [0, 1, 0, 2], 3)
+    with pytest.raises(ValueError, match=r"outside must be float64 \[2, 2\]"):
+        gradient_sums.segmented_sumsq(inside, [0, 1], 2, outside=outside)
+
+
+def test_addresses_that_change_between_calls(device):
+    # As under zero_grad(set_to_none=True): the same shapes at other places, at other alignments too.
+    kept = []
+    for misaligned in (0, 0, 8, 4, 12, 0):
+        tensors = [random(n, torch.float32, device, misaligned) for n in (9000, 3, 100)]
+        kept.append(tensors)
+        found = gradient_sums.segmented_sumsq(tensors, [0, 1, 0], 2)
+        assert_sums(found, tensors, [0, 1, 0], 2)
+    assert len(_launch._cache) == 1
+
+
+def test_one_address_with_another_shape_dtype_or_layout_is_another_plan(device):
+    whole = random(600, torch.float32, device)
+    views = [
+        whole[:500], whole[:300], whole[:300].view(torch.bfloat16), whole[:300].view(torch.float16),
+        whole[:600].view(20, 30), whole[:600].view(20, 30).t(), whole[:0], whole,
+    ]  # fmt: skip
+    assert len({view.data_ptr() for view in views if view.numel()}) == 1
+    for view in views * 2:
+        if view.dtype != torch.float32:
+            view.fill_(0.5)
+        assert_sums(gradient_sums.segmented_sumsq([view], [0], 1), [view], [0], 1)
+
+
+def test_a_layout_with_holes_at_a_known_address_is_refused(device):
+    whole = random(600, torch.float32, device).view(30, 20)
+    gradient_sums.segmented_sumsq([whole.t()], [0], 1)
+    with pytest.raises(_launch.Unsupported, match=r"tensor 1 .*strides \(40, 1\)"):
+        gradient_sums.segmented_sumsq([whole, whole[::2]], [0, 0], 1)
+
+
+def test_other_segments_for_the_same_tensors(device):
+    tensors = [random(n, torch.float32, device) for n in (9000, 3, 100)]
+    for segments in itertools.permutations(range(3)):
+        assert_sums(gradient_sums.segmented_sumsq(tensors, segments, 3), tensors, segments, 3)
+
+
+def test_flat_mode_follows_its_buffer(device):
+    numels = (100, 0, 9001, 33)
+    sample = Sample(3, device, window=8)
+    for misaligned in (0, 4, 8):
+        flat = random(sum(numels), torch.float32, device, misaligned)
+        gradients = list(flat.split(numels))
+        gains = [torch.randn((), device=device)]
+        for _ in range(2):
+            sample.record(gradients, [0, 2, 1, 0], gains, [2], more={"flat": flat})
+            sample.assert_same()
+            flat.mul_(2.0)
+    assert len(_launch._cache) == 1
+    coefficient = torch.tensor(0.5, device=device)
+    expected = flat / 2
+    gradient_scale.scale_(gradients, coefficient, flat=flat)
+    assert torch.equal(flat, expected)
+
+
+def test_flat_mode_refuses_what_is_not_in_the_buffer(device):
+    flat = random(100, torch.float32, device)
+    with pytest.raises(ValueError, match="tensor 1 does not lie in the flat buffer"):
+        gradient_sums.segmented_sumsq([flat, random(1000, torch.float32, device)], [0, 0], 1, flat=flat)
+
+
+@pytest.mark.parametrize("lanes", [torch.float32, torch.float64], ids=str)
+def test_same_bits_on_every_grid_and_from_two_launches(lanes, device):
+    tensors = [random(n, d, device, 4) for n, d in zip((20000, 9000, 70000, 5), DTYPES * 2)]
+    segments = [0, 2, 0, 3]
+    usual = gradient_sums.segmented_sumsq(tensors, segments, 4, lanes)
+    for programs in (1, 2, 5, 1000):
+        assert torch.equal(usual, gradient_sums.segmented_sumsq(tensors, segments, 4, lanes, programs=programs))
+    assert torch.equal(usual, gradient_sums.segmented_sumsq(tensors, segments, 4, lanes, two_launches=True))
+    rows = []
+    for more in ({}, {"programs": 1}, {"programs": 3}, {"two_launches": True}):
+        sample = Sample(4, device)
+        sample.record(tensors, segments, lanes=lanes, more=more)
+        rows.append((sample.ring[0], sample.summary))
+    for row, summary in rows[1:]:
+        assert torch.equal(row.nan_to_num(-1.0), rows[0][0].nan_to_num(-1.0))
+        assert torch.equal(summary, rows[0][1])
+
+
+def test_dense_layouts_are_walked_in_storage_order(device):
+    image = torch.randn(2, 3, 5, 7, device=device)
+    tensors = [
+        image.to(memory_format=torch.channels_last), image.permute(3, 0, 2, 1), torch.randn(4, 6, device=device).t(),
+        torch.tensor(3.0, device=device), torch.randn(5, 1, 1, device=device).transpose(0, 2),
+    ]  # fmt: skip
+    assert [gradient_sums.unsupported(t, torch.device(device)) for t in tensors] == [None] * 5
+    assert_sums(gradient_sums.segmented_sumsq(tensors, [0] * 5, 1), tensors, [0] * 5, 1)
+
+
+def test_what_the_kernel_cannot_take_is_named(device):
+    class Special(torch.Tensor):
+        pass
+
+    plain = random(10, torch.float32, device)
+    refused = {
+        "layout": torch.eye(3, device=device).to_sparse(),
+        "complex64": torch.randn(3, dtype=torch.complex64, device=device),
+        "float64": torch.randn(3, dtype=torch.float64, device=device),
+        "overlap": torch.randn(1, device=device).expand(5),
+        "holes": torch.randn(10, device=device)[::2],
+        "int32": torch.ones(3, dtype=torch.int32, device=device),
+        "negated": torch.randn(3, dtype=torch.complex64, device=device).conj().imag,
+        "meta": torch.empty(3, device="meta"),
+        "Special": torch.randn(3, device=device).as_subclass(Special),
+    }
+    assert gradient_sums.unsupported(plain) is None
+    for word, tensor in refused.items():
+        assert word in gradient_sums.unsupported(tensor)
+        with pytest.raises(gradient_sums.Unsupported, match=rf"tensor 1 .*{word}") as caught:
+            gradient_sums.segmented_sumsq([plain, tensor], [0, 0], 1)
+        assert caught.value.index == 1
+    with pytest.raises(ValueError, match="no tensors"):
+        gradient_sums.segmented_sumsq([], [], 1)
+
+
+def test_gains_that_cannot_be_read_are_named(device):
+    sample = Sample(3, device)
+    one = torch.zeros((), device=device)
+    for gains, segments, words in (
+        ([one.double()], [1], "gain 0 is torch.float64"),
+        ([torch.zeros(2, device=device)], [1], r"gain 0 is torch.float32 \[2\]"),
+        ([one, one.clone()], [1, 1], "none twice"),
+        ([one], [], "one for each"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sample.record([], [], gains, segments)
+
+
+def test_tables_hold_no_gradient_and_are_bounded(device):
+    references = []
+    for size in range(1, _launch.CACHED + 10):
+        tensor = torch.zeros(size, device=device)
+        references.append(weakref.ref(tensor))
+        gradient_sums.segmented_sumsq([tensor], [0], 1)
+        del tensor
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+    assert len(_launch._cache) == _launch.CACHED
+    _launch.release()
+    assert len(_launch._cache) == 0
+
+
+def test_an_upload_during_a_capture_names_the_tensor_that_moved(device, monkeypatch):
+    gradients = [random(n, torch.float32, device) for n in (100, 9000)]
+    gains = [torch.zeros((), device=device)]
+    sample = Sample(2, device)
+    sample.record(gradients, [0, 1], gains, [1])
+    stream = _launch._stream(torch.device(device))[0]
+    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, True))
+    moved = [gradients[0], gradients[1].clone()]
+    old, new = (t.data_ptr() for t in (gradients[1], moved[1]))
+    with pytest.raises(RuntimeError, match=f"tensor 1 moved from {old:#x} to {new:#x}.*set_to_none=False"):
+        sample.record(moved, [0, 1], gains, [1])
+    with pytest.raises(RuntimeError, match="gain 0 moved"):
+        sample.record(gradients, [0, 1], [gains[0].clone()], [1])
+    with pytest.raises(RuntimeError, match="not measured before"):
+        sample.record(gradients[:1], [0], gains, [1])
+    gains[0].zero_()
+    sample.record(gradients, [0, 1], gains, [1])  # these were measured
+    sample.assert_same()
+
+
+def test_tables_of_a_captured_graph_are_never_uploaded_to_again(device, monkeypatch):
+    gradients = [random(100, torch.float32, device)]
+    sample = Sample(1, device)
+    sample.record(gradients, [0])
+    captured = tables()
+    with monkeypatch.context() as patch:
+        stream = _launch._stream(torch.device(device))[0]
+        patch.setattr(_launch, "_stream", lambda _: (stream + 1, True))  # capture happens on a stream of its own
+        sample.record(gradients, [0])
+        sample.record(gradients, [0])
+    held = captured._addresses.values.tolist()
+    sample.record([gradients[0].clone()], [0])
+    assert tables() is not captured
+    assert captured._addresses.values.tolist() == held
+    sample.assert_same()
+
+
+def rounded(values, dtype, device):
+    """fp32 to dtype as the device rounds; Triton's interpreter cuts bf16 off instead of rounding it."""
+    if dtype == torch.bfloat16 and device == "cpu":
+        return (values.contiguous().view(torch.int32) & -65536).view(torch.float32).to(dtype)
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("misaligned", [0, 4, 8, 12])
+def test_scaling_multiplies_in_fp32_and_rounds_once(misaligned, wide, device):
+    coefficient = torch.tensor(0.3, dtype=torch.float64 if wide else torch.float32, device=device)
+    tensors = [random(size, dtype, device, misaligned) for size in (*SIZES[:7], 9000) for dtype in DTYPES]
+    buffers = [tensor._base.clone() for tensor in tensors]
+    expected = [rounded(t.float() * coefficient.float(), t.dtype, device) for t in tensors]
+    versions = [tensor._version for tensor in tensors]
+    gradient_scale.scale_(tensors, coefficient)
+    for tensor, right, before, version in zip(tensors, expected, buffers, versions):
+        assert torch.equal(tensor, right)
+        # Guards: nothing beside the tensor is written.
+        inside = tensor.numel()
+        start = tensor.storage_offset()
+        after = tensor._base.clone()
+        after[start : start + inside] = before[start : start + inside]
+        assert torch.equal(after.view(torch.int16), before.view(torch.int16))
+        assert tensor._version > version
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaling_agrees_with_torch(dtype, device):
+    # fp32 and fp16 to the bit; bf16 within one rounding, because the interpreter does not round it.
+    tensor = random(5000, dtype, device)
+    expected = (tensor.float() * 0.3).to(dtype)
+    gradient_scale.scale_([tensor], torch.tensor(0.3, device=device))
+    torch.testing.assert_close(tensor, expected, rtol=2**-7 if dtype == torch.bfloat16 else 0.0, atol=0.0)
+
+
+def test_a_coefficient_of_exactly_one_touches_nothing(device):
+    # A signalling NaN with a payload would come back quiet from any multiplication.
+    poison = torch.arange(1, 9001, dtype=torch.int32, device=device) + 0x7F800000
+    tensor = poison.clone().view(torch.float32)
+    for one in (torch.tensor(1.0, device=device), torch.tensor(1.0, dtype=torch.float64, device=device)):
+        gradient_scale.scale_([tensor, random(5, torch.bfloat16, device)], one)
+        assert torch.equal(tensor.view(torch.int32), poison)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 0.0, -1.0, 1.0 + 2**-23])
+def test_scaling_by_special_coefficients(value, device):
+    tensors = [random(n, torch.float32, device) for n in (1, 3000)]
+    expected = [tensor * value for tensor in tensors]
+    gradient_scale.scale_(tensors, torch.tensor(value, device=device))
+    for tensor, right in zip(tensors, expected):
+        torch.testing.assert_close(tensor, right, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_scaling_refuses_what_it_would_race_on(device):
+    tensor = random(10, torch.float32, device)
+    coefficient = torch.tensor(0.5, device=device)
+    with pytest.raises(gradient_scale.Unsupported, match="lies where tensor 0 does"):
+        gradient_scale.scale_([tensor, tensor], coefficient)
+    with pytest.raises(ValueError, match="coefficient must be one"):
+        gradient_scale.scale_([tensor], torch.ones(2, device=device))
+    gradient_scale.scale_([], coefficient)
+    gradient_scale.scale_([torch.empty(0, device=device)], coefficient)
+
+
+LISTS = st.lists(
+    st.tuples(st.integers(0, 9000), st.sampled_from(DTYPES), st.sampled_from([0, 4, 8, 12]), st.integers(0, 4)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(items=LISTS, grad_scale=st.sampled_from([None, 2.0, 65536.0]), max_norm=st.floats(0.0, 1e6))
+def test_any_list_gives_the_reference_row(items, grad_scale, max_norm, device):
+    tensors = [random(n, dtype, device, misaligned) for n, dtype, misaligned, _ in items]
+    segments = [segment for *_, segment in items]
+    sample = Sample(5, device)
+    scale = None if grad_scale is None else torch.tensor(grad_scale, device=device)
+    for _ in range(2):
+        sample.record(tensors, segments, max_norm=max_norm, grad_scale=scale)
+    sample.assert_same()
