@@ -7,7 +7,9 @@ BIN    := $(VENV)/bin
 # The interpreter is part of the stamp's name: another PYTHON makes another stamp, and so a new .venv.
 STAMP  := $(VENV)/.installed-$(shell $(PYTHON) -c 'import hashlib, sys; print(hashlib.md5((sys.version + sys.base_prefix).encode()).hexdigest()[:12])')
 
-.PHONY: demo test test-unit test-kernels test-wheel test-gpu check bench clean
+SANITIZED := "mixed_dtype or zero_size or nan_and_inf"
+
+.PHONY: demo test test-unit test-kernels test-wheel test-gpu sanitize-gpu check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -16,7 +18,7 @@ demo: $(STAMP)
 test: test-unit test-kernels test-wheel
 
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not gpu"
 
 # The interpreter has to be on before the process starts, so it is a process of its own.
 test-kernels: $(STAMP)
@@ -27,8 +29,15 @@ test-wheel: $(STAMP)
 	$(BIN)/python tests/check_wheel.py
 
 # On a machine with a GPU, with the torch and triton that are there: make test-gpu PYTHON=python3
+# It fails where there is no GPU: a lane that skips everything proves nothing.
 test-gpu:
+	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"'
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
+
+# memcheck and racecheck over the small cases; compute-sanitizer comes with the CUDA toolkit.
+sanitize-gpu:
+	PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/kernels -k $(SANITIZED)
+	PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/kernels -k $(SANITIZED)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -49,20 +49,24 @@ def _scale_run(address, length, coefficient, DTYPE: tl.constexpr, BYTES: tl.cons
     tl.store(cell, z.to(DTYPE), mask=rest)
 
 
-_RUNTIME = ("addresses", "meta", "items", "chunk", "base", "coefficient")
+_RUNTIME = ("addresses", "meta", "items", "chunk", "base", "coefficient", "norm", "norm_copy")
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _scale_kernel(  # type: ignore[no-untyped-def]
     addresses: tl.int64, meta: tl.int64, items: tl.int32, chunk: tl.int32, base: tl.int64,
-    coefficient: tl.int64, WIDE: tl.constexpr, BYTES: tl.constexpr,
+    coefficient: tl.int64, norm: tl.int64, norm_copy: tl.int64, WIDE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Scale x by the coefficient, one program per item; nothing is read or written when the coefficient is 1.
 
     addresses: int64 [slots], relative to ``base``
     meta: int32, columns of the plan, 5 x [items] and more
     coefficient: one fp32, or fp64 with WIDE, rounded to fp32
+    norm, norm_copy: one fp64 and, unless 0, the fp32 that becomes its copy
     """
+    if (tl.program_id(0) == 0) & (norm_copy.to(tl.int64) != 0):
+        value = tl.load(norm.to(tl.int64).to(tl.pointer_type(tl.float64))).to(tl.float32)
+        tl.store(norm_copy.to(tl.int64).to(tl.pointer_type(tl.float32)), value)
     if WIDE:
         factor = tl.load(coefficient.to(tl.int64).to(tl.pointer_type(tl.float64))).to(tl.float32)
     else:
@@ -83,13 +87,21 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
             _scale_run(address + offset * 2, length, factor, tl.float16, BYTES)
 
 
-def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, flat: Tensor | None = None) -> None:
+def scale_(
+    tensors: Sequence[Tensor],
+    coefficient: Tensor,
+    *,
+    flat: Tensor | None = None,
+    copy: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Multiply every tensor in place by ``coefficient``, in fp32, rounded once to the tensor's dtype.
 
     Args:
         tensors: float32, bfloat16 or float16, dense, on the coefficient's device, no two sharing memory.
         coefficient: one element, float32 or float64 (rounded to float32).
         flat: a buffer of which all ``tensors`` are views that never move within it.
+        copy: a float64 and a float32 of one element each, on the same device: the first is copied to the
+            second in the same launch, for whoever clips and wants the norm. Needs a tensor with elements.
 
     Raises:
         Unsupported: a tensor that the kernel cannot take.
@@ -111,6 +123,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, flat: Tensor | Non
             (
                 tables.addresses, tables.meta, tables.items, tables.plan.chunk,
                 0 if flat is None else flat.data_ptr(), coefficient.data_ptr(),
+                0 if copy is None else copy[0].data_ptr(), 0 if copy is None else copy[1].data_ptr(),
             ),
             (coefficient.dtype == torch.float64, BLOCK_BYTES),
         )  # fmt: skip

@@ -284,24 +284,25 @@ class GradientMonitor(nn.Module):
         if self._stale:
             self.refresh()
         gradients = [p.grad for p in self._tracked if p.grad is not None]
+        measured, self.max_norm, known = self._still_measured(gradients), max_norm, self.max_norm
         with torch.no_grad():
-            if self._still_measured(gradients):
-                total = self.summary[reference.TOTAL_NORM].clone()
-                coefficient = self.summary[reference.CLIP_COEFFICIENT]
-            else:
-                total = ops.segmented_sumsq(gradients, [0] * len(gradients), 1, lanes=self.lanes)[0].sqrt()
-                coefficient = None
-            if coefficient is None or max_norm != self.max_norm:
-                coefficient = (max_norm / (total + reference.CLIP_EPS)).clamp(max=1.0)
-            if error_if_nonfinite and not bool(torch.isfinite(total)):
+            summary = self.summary
+            if not measured:
+                summary = torch.zeros_like(self.summary)
+                sums = ops.segmented_sumsq(gradients, [0] * len(gradients), 1, lanes=self.lanes)
+                summary[reference.TOTAL_NORM] = sums[0].sqrt()
+            if not measured or max_norm != known:
+                # The measurement did not know this limit; the next one computes the coefficient in its own pass.
+                total = summary[reference.TOTAL_NORM]
+                summary[reference.CLIP_COEFFICIENT] = (max_norm / (total + reference.CLIP_EPS)).clamp(max=1.0)
+            if error_if_nonfinite and not bool(torch.isfinite(summary[reference.TOTAL_NORM])):
                 raise RuntimeError(
-                    f"the total norm of the gradients is {float(total)}, so it cannot be clipped; "
-                    "set error_if_nonfinite=False to scale them all the same"
+                    f"the total norm of the gradients is {float(summary[reference.TOTAL_NORM])}, so it cannot be "
+                    "clipped; set error_if_nonfinite=False to scale them all the same"
                 )
-            ops.scale_(gradients, coefficient)
-        self.max_norm = max_norm  # the next measurement computes the coefficient in its own pass
+            total = ops.clip_(gradients, summary)
         self._mark_stepped()
-        return total.float()
+        return total
 
     def reset(self, name: str | None = None) -> None:
         """Begin the window of one seed, or of all, anew: samples so far and weights so far no longer count.
@@ -427,9 +428,10 @@ class GradientMonitor(nn.Module):
         self._stale = True
 
     def _mark_stepped(self) -> None:
-        self._measured = False
-        # Even a weak reference to a gradient stands in the way of torch.utils.swap_tensors.
-        self._witnesses = []
+        self._measured = False  # no optimizer step and no clipping since the last measurement
+        # Emptied, because even a weak reference to a gradient stands in the way of torch.utils.swap_tensors.
+        self._witnesses: list[weakref.ref[Tensor]] = []
+        self._versions = 0
 
     def _known(self, name: str) -> str:
         if name not in self._seeds:
@@ -440,9 +442,7 @@ class GradientMonitor(nn.Module):
         self.summary = torch.zeros(
             reference.SUMMARY_HEAD + self.ring.shape[1], dtype=torch.float64, device=self.ring.device
         )
-        self._measured = False  # no optimizer step and no clipping since the last measurement
-        self._witnesses: list[weakref.ref[Tensor]] = []
-        self._versions = 0
+        self._mark_stepped()
 
     def _remember(self, gradients: Sequence[Tensor]) -> None:
         """Note what was measured, so that clipping knows whether those sums are still true."""

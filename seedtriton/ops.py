@@ -94,6 +94,32 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor | float) -> None:
         _scale_(tensors, coefficient)
 
 
+def clip_(gradients: Sequence[Tensor], summary: Tensor) -> Tensor:
+    """Scale by the clip coefficient of a measurement; for the monitor, in one launch.
+
+    Args:
+        gradients: what was measured.
+        summary: float64, as ``record_`` wrote it for these gradients.
+
+    Returns:
+        A copy of its total norm, float32 0-dim: the next measurement overwrites the summary.
+    """
+    coefficient = summary[reference.CLIP_COEFFICIENT]
+    if not _traced((summary,)) and backend_of(summary.device).name == "triton" and any(map(Tensor.numel, gradients)):
+        from .kernels import gradient_scale
+
+        total = torch.empty((), dtype=torch.float32, device=summary.device)
+        try:
+            gradient_scale.scale_(gradients, coefficient, copy=(summary[reference.TOTAL_NORM], total))
+        except gradient_scale.Unsupported:
+            pass  # below, in parts
+        else:
+            return total
+    total = summary[reference.TOTAL_NORM].float()
+    scale_(gradients, coefficient)
+    return total
+
+
 def record_(
     gradients: Sequence[Tensor],
     segments: Sequence[int],
@@ -165,8 +191,11 @@ def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
             gradient_scale.scale_(tensors, coefficient)
         except gradient_scale.Unsupported:
             _check_scalable(tensors)
-            (inside, _), (tensors, _) = _split(tensors, [0] * len(tensors), coefficient.device)
-            gradient_scale.scale_(inside, coefficient)
+            (inside, _), (outside, _) = _split(tensors, [0] * len(tensors), coefficient.device)
+            # A tensor that is listed twice is scaled twice, which programs side by side cannot do.
+            if len({tensor.data_ptr() for tensor in inside if tensor.numel()}) == sum(t.numel() > 0 for t in inside):
+                gradient_scale.scale_(inside, coefficient)
+                tensors = outside
         else:
             return
     _check_scalable(tensors)

@@ -205,3 +205,34 @@ def test_a_device_that_is_not_current():
     sample.assert_same()
     with pytest.raises(_launch.Unsupported, match=r"tensor 1 .*cuda:0"):
         gradient_sums.segmented_sumsq([tensors[0], torch.zeros(3, device="cuda:0")], [0, 0], 1)
+
+
+def test_compiled_gives_the_bits_of_eager(device):
+    from seedtriton import ops
+
+    tensors = gradients(device)
+    compiled = torch.compile(lambda: ops.segmented_sumsq(tensors, list(SEGMENTS), 3), fullgraph=True)
+    assert torch.equal(compiled(), ops.segmented_sumsq(tensors, SEGMENTS, 3))
+
+
+def test_the_monitor_measures_and_clips_in_one_launch_each_and_as_torch_does(device):
+    from seedtriton import GradientMonitor
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).to(device)
+    monitor = GradientMonitor(model[0], {"a": model[1]})
+    for _ in range(3):
+        model.zero_grad(set_to_none=True)
+        model(torch.randn(8, 64, device=device)).square().sum().backward()
+        expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            monitor.measure()
+            total = monitor.clip_grad_norm_(1.0)
+            torch.cuda.synchronize()
+        torch.testing.assert_close(total, expected)
+        clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        torch.testing.assert_close(clipped, torch.tensor(1.0, device=device), rtol=1e-5, atol=0)
+    # The limit is known from the second step on; then nothing but the two kernels runs.
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sorted(name for name in kernels if "kernel" in name) == ["_scale_kernel", "_sums_kernel"]

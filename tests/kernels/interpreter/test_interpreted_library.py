@@ -158,3 +158,26 @@ def test_doctor_checks_the_kernels(through, monkeypatch, capsys):
     assert main(["doctor"]) == 0
     assert len(launches) == 1
     assert "interpreter" in capsys.readouterr().out
+
+
+def test_a_tensor_listed_twice_is_scaled_twice_through_both_backends(through):
+    for backend in ("torch", "triton"):
+        through(backend)
+        tensor, other = torch.ones(9), torch.ones(3)
+        ops.scale_([tensor, other, tensor], torch.tensor(0.5))
+        assert (tensor.unique().tolist(), other.unique().tolist()) == ([0.25], [0.5])
+
+
+def test_the_norm_of_a_clipped_step_is_not_overwritten_by_the_next(through):
+    through("triton")
+    host, seed = nn.Linear(4, 4), nn.Linear(4, 4)
+    monitor = GradientMonitor(host, {"a": seed})
+    norms = []
+    for scale in (1.0, 3.0):
+        for parameter in (*host.parameters(), *seed.parameters()):
+            parameter.grad = torch.full_like(parameter, scale)
+        monitor.measure()
+        norms.append(monitor.clip_grad_norm_(1.0))
+        expected = torch.cat([p.grad.flatten() for p in (*host.parameters(), *seed.parameters())]).norm()
+        torch.testing.assert_close(expected, torch.tensor(1.0))
+    assert [norm.item() for norm in norms] == pytest.approx([40**0.5, 3 * 40**0.5])
