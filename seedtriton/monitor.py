@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from ._in_backward import BackwardCollector
 from ._loss_scale import LossScale, read_scaler
 from ._parameters import Alpha, CallOnLoad, Parameters, ParameterSource
 from ._state import check_state
@@ -99,6 +100,7 @@ class GradientMonitor(nn.Module):
         self._seeds = {name: ParameterSource(seed) for name, seed in seeds.items()}
         self._alphas = {name: Alpha.of(alpha) for name, alpha in (alphas or {}).items()}
         self._handles: list[Any] = []
+        self._collector: BackwardCollector | None = None
         self.refresh()
         segments = 1 + len(self._seeds)
         device = self._tracked[0].device
@@ -165,6 +167,23 @@ class GradientMonitor(nn.Module):
                 self._steps.watch(optimizer, self._mark_stepped)
         return StepHook(self._measure, optimizers, scaler)
 
+    def collect_in_backward(self) -> BackwardCollector:
+        """Take the sums while backward runs, for optimizers that step inside it and free each gradient.
+
+        Call it before registering the hooks that step. ``measure()`` after backward then closes the sample; it
+        looks at no gradient any more. Not for accumulation over several backward passes: squares of partial
+        gradients would be added.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it.
+        """
+        self._collector = BackwardCollector(self._segment_of, self.lanes)
+        self._collector.watch(self._tracked)
+        return self._collector
+
+    def _segment_of(self, parameter: Tensor) -> int | None:
+        return self._segment_by_id.get(id(parameter))
+
     def _measure(self, scale: LossScale) -> None:
         if self._stale:
             self.refresh()
@@ -182,6 +201,13 @@ class GradientMonitor(nn.Module):
             if slope is not None:
                 gains.append(slope)
                 gain_segments.append(segment)
+        if self._collector is not None and self._collector.active:
+            both, counts = self._collector.take(self.ring.shape[1], self.ring.device)
+            ops.record_sums_(
+                both, counts, gains, gain_segments, self.ring, self.count, self.summary,
+                self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf,
+            )
+            return
         if not gradients and not torch.compiler.is_compiling():
             self._warn_of_nothing()
         if gradients and gradients[0].device != self.ring.device:
@@ -386,6 +412,9 @@ class GradientMonitor(nn.Module):
         self._segments = [0] * len(host)
         for segment, parameters in enumerate(found.values(), start=1):
             self._segments += [segment] * len(parameters)
+        self._segment_by_id = {id(p): segment for p, segment in zip(self._tracked, self._segments)}
+        if self._collector is not None and self._collector.active:
+            self._collector.watch(self._tracked)
         self._gains = [
             (segment, self._alphas[name])
             for segment, name in enumerate(self._seeds, start=1)

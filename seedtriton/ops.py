@@ -237,11 +237,35 @@ def _record_(
         num_segments = ring.shape[1]
         inside, outside = _split(gradients, segments, ring.device)
         sums = reference.segmented_sums_and_live(*outside, num_segments, lanes, ring.device)
-        counts = [(0, 0)] * num_segments
-        for gradient, segment in zip(*outside):
-            tensors, elements = counts[segment]
-            counts[segment] = tensors + 1, elements + gradient.numel()
+        counts = reference.count_by_segment(*outside, num_segments)
         launch(inside, sums, counts)
+
+
+def record_sums_(
+    both: Tensor,
+    counts: Sequence[tuple[int, int]],
+    gains: Sequence[Tensor],
+    gain_segments: Sequence[int],
+    ring: Tensor,
+    count: Tensor,
+    summary: Tensor,
+    max_norm: float,
+    eps: float,
+    grad_scale: Tensor | None = None,
+    gain_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """``record_`` for sums that were taken elsewhere; arguments as ``reference.finish_``. Eager only."""
+    rest = (ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf)
+    if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
+        reference.finish_(both, counts, gains, gain_segments, *rest)
+        return
+    from .kernels import gradient_sums
+
+    gradient_sums.record_(
+        [], [], gains, gain_segments, *rest, outside=both, outside_counts=counts, layout=_LAYOUT,
+        clip_eps=reference.CLIP_EPS,
+    )
 
 
 _Listed = tuple[Sequence[Tensor], Sequence[int]]

@@ -287,15 +287,26 @@ def record_(
     device = ring.device
     both = segmented_sums_and_live(gradients, segments, num_segments, lanes, device)
     finish_(
-        both, gradients, segments, gains, gain_segments, ring, count, summary,
+        both, count_by_segment(gradients, segments, num_segments), gains, gain_segments, ring, count, summary,
         max_norm, eps, grad_scale, gain_scale, found_inf,
     )
 
 
+def count_by_segment(
+    tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int
+) -> list[tuple[int, int]]:
+    """How many tensors every segment has, and how many elements in all."""
+    counts = [(0, 0)] * num_segments
+    for tensor, segment in zip(tensors, segments):
+        number, elements = counts[segment]
+        counts[segment] = number + 1, elements + tensor.numel()
+    return counts
+
+
+@torch.no_grad()
 def finish_(
     both: Tensor,
-    gradients: Sequence[Tensor],
-    segments: Sequence[int],
+    counts: Sequence[tuple[int, int]],
     gains: Sequence[Tensor],
     gain_segments: Sequence[int],
     ring: Tensor,
@@ -307,18 +318,16 @@ def finish_(
     gain_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """The epilogue: from sums and live tensors (float64 [segments, 2]) to the row and the summary."""
+    """The epilogue: from sums and live tensors (float64 [segments, 2]) to the row and the summary.
+
+    ``counts`` has the tensors and elements of every segment; the other arguments are ``record_``'s.
+    """
     num_segments = ring.shape[1]
     device = ring.device
     sumsq = both[:, 0]
     if grad_scale is not None:
         sumsq = sumsq / grad_scale.to(device).double().reshape(()).square()
 
-    counts = [0] * num_segments
-    elements = [0] * num_segments
-    for gradient, segment in zip(gradients, segments):
-        counts[segment] += 1
-        elements[segment] += gradient.numel()
     extra = torch.full((num_segments,), float("nan"), dtype=torch.float64, device=device)
     extra[0] = 0.0 if found_inf is None else found_inf.to(device).reshape(()).ne(0).double()
     for gain, segment in zip(gains, gain_segments):
@@ -329,8 +338,8 @@ def finish_(
         [
             sumsq,
             both[:, 1],
-            _constant(tuple(counts), torch.float64, device),
-            _constant(tuple(elements), torch.float64, device),
+            _constant(tuple(tensors for tensors, _ in counts), torch.float64, device),
+            _constant(tuple(elements for _, elements in counts), torch.float64, device),
             extra,
         ],
         dim=1,

@@ -276,3 +276,77 @@ def test_compiled_measuring_costs_one_graph_for_fifty_steps_and_the_same_bits():
     assert torch.equal(loop.monitor.ring[..., columns], eager.ring[..., columns])
     assert loop.monitor.read()["a"].samples == 50
     assert loop.monitor.read()["a"].blend_gain is not None
+
+
+class InBackward(Loop):
+    """Every parameter has an optimizer of its own that steps in backward and frees the gradient."""
+
+    def step_in_backward(self):
+        for parameter in (*self.host.parameters(), *self.seed.parameters()):
+            optimizer = torch.optim.SGD([parameter], lr=1e-2)
+
+            def step(parameter, optimizer=optimizer):
+                optimizer.step()
+                parameter.grad = None
+
+            parameter.register_post_accumulate_grad_hook(step)
+
+
+def test_optimizers_that_step_in_backward_are_measured_while_it_runs():
+    plain, inside = Loop(scaled=False), InBackward(scaled=False)
+    handle = inside.monitor.collect_in_backward()
+    inside.step_in_backward()
+    optimizer = torch.optim.SGD([*plain.host.parameters(), *plain.seed.parameters()], lr=1e-2)
+    for _ in range(5):
+        state = torch.random.get_rng_state()
+        plain.loss().backward()
+        plain.monitor.measure()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.random.set_rng_state(state)
+        inside.loss().backward()
+        assert all(parameter.grad is None for parameter in inside.host.parameters())
+        inside.monitor.measure()
+    columns = slice(0, 5)
+    torch.testing.assert_close(
+        inside.monitor.ring[:5, :, columns], plain.monitor.ring[:5, :, columns], rtol=1e-6, atol=0, equal_nan=True
+    )
+    assert inside.monitor.read()["a"].samples == 5
+    handle.remove()
+    inside.loss().backward()
+    inside.monitor.measure()
+    assert inside.monitor.read()["a"].empty == 1
+
+
+def test_collecting_after_the_hooks_that_free_is_refused_with_the_way_out():
+    loop = InBackward(scaled=False)
+    loop.step_in_backward()
+    loop.monitor.collect_in_backward()
+    with pytest.raises(WiringError, match="before you register the hooks"):
+        loop.loss().backward()
+
+
+def test_a_seed_that_is_added_later_is_collected_too():
+    loop = Loop(scaled=False)
+    loop.monitor.collect_in_backward()
+    other = nn.Linear(4, 4)
+    loop.monitor.add_seed("b", other)
+    (loop.loss() + other(torch.ones(1, 4)).sum()).backward()
+    loop.monitor.measure()
+    found = loop.monitor.read()
+    assert found["b"].seed_norm == pytest.approx(torch.cat([p.grad.flatten() for p in other.parameters()]).norm().item())
+    assert found["a"].live_share == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # compiled autograd looks at its own
+def test_measuring_works_with_compiled_autograd():
+    torch._dynamo.reset()
+    plain, compiled = Loop(scaled=False), Loop(scaled=False)
+    torch.manual_seed(1)
+    plain.loss().backward()
+    torch.manual_seed(1)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        compiled.loss().backward()
+    plain.monitor.measure()
+    compiled.monitor.measure()
+    torch.testing.assert_close(plain.monitor.ring, compiled.monitor.ring, equal_nan=True)

@@ -1,0 +1,77 @@
+"""Sums of squares taken while backward runs, for loops that step inside it and free each gradient at once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import WiringError
+
+
+class BackwardCollector:
+    """A hook per parameter that adds its gradient to its segment as soon as it is complete.
+
+    An operation per parameter, where a measurement after backward is one launch for all: only for loops that
+    have no moment at which all gradients exist.
+    """
+
+    def __init__(self, segment_of: Callable[[Tensor], int | None], lanes: torch.dtype) -> None:
+        self._segment_of = weakref.WeakMethod(segment_of)
+        self._lanes = lanes
+        self._sums: dict[int, Tensor] = {}  # float64 [2] by segment: sum of squares, live tensors
+        self._counts: dict[int, tuple[int, int]] = {}  # tensors, elements
+        # By id, with a weak reference that tells whether the id is still this parameter's.
+        self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Put the hook on those that have none yet: order matters, so it is never put on again."""
+        for parameter in parameters:
+            known = self._handles.get(id(parameter))
+            if parameter.requires_grad and (known is None or known[0]() is not parameter):
+                handle = parameter.register_post_accumulate_grad_hook(self)
+                self._handles[id(parameter)] = weakref.ref(parameter), handle
+
+    @property
+    def active(self) -> bool:
+        """Whether it has hooks: False after ``remove()``."""
+        return bool(self._handles)
+
+    def remove(self) -> None:
+        """End it."""
+        for _, handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    @torch.no_grad()
+    def __call__(self, parameter: Tensor) -> None:
+        """Add one gradient; WiringError when somebody has already freed it."""
+        method = self._segment_of()
+        segment = None if method is None else method(parameter)
+        if segment is None:
+            return
+        gradient = parameter.grad
+        if gradient is None:
+            raise WiringError(
+                f"the gradient of a parameter of shape {tuple(parameter.shape)} is gone before it was measured: call "
+                "collect_in_backward() before you register the hooks that step and free it"
+            )
+        sumsq = ops.segmented_sumsq([gradient], [0], 1, lanes=self._lanes)
+        found = torch.cat([sumsq, sumsq.ne(0).double()])
+        before = self._sums.get(segment)
+        self._sums[segment] = found if before is None else before + found.to(before.device)
+        tensors, elements = self._counts.get(segment, (0, 0))
+        self._counts[segment] = tensors + 1, elements + gradient.numel()
+
+    def take(self, segments: int, device: torch.device) -> tuple[Tensor, list[tuple[int, int]]]:
+        """The sums so far, float64 [segments, 2], and (tensors, elements) of each; starts afresh."""
+        both = torch.zeros(segments, 2, dtype=torch.float64, device=device)
+        for segment, sums in self._sums.items():
+            both[segment] = sums.to(device)
+        counts = [self._counts.get(segment, (0, 0)) for segment in range(segments)]
+        self._sums, self._counts = {}, {}
+        return both, counts
