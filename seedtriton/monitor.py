@@ -25,6 +25,7 @@ from ._step_hook import StepHook
 from ._training import Mark, StepCounter
 from .errors import ConfigurationError, StateDictError, WiringError
 from .evidence import HOST_FLOOR, NEVER_MEASURED, RATIO_EPS, Sample, SeedEvidence, collect_evidence
+from .flat import FlatGradients
 
 logger = logging.getLogger("seedtriton")
 
@@ -61,6 +62,8 @@ class GradientMonitor(nn.Module):
         eps: added to the host's norm in the ratio.
         host_floor: host norm below which the ratio is undefined.
         lanes: dtype in which squares are first summed; see ``ops.segmented_sumsq``.
+        flat: keeps the gradients in one buffer; they are put back into it before each measurement, and on a GPU
+            neither checked one by one nor uploaded.
 
     Raises:
         WiringError: no parameters on a side, or a parameter in two seeds.
@@ -84,6 +87,7 @@ class GradientMonitor(nn.Module):
         eps: float = RATIO_EPS,
         host_floor: float = HOST_FLOOR,
         lanes: torch.dtype = torch.float32,
+        flat: FlatGradients | None = None,
     ) -> None:
         """Look the parameters up and lay out an empty ring on their device."""
         super().__init__()
@@ -96,6 +100,7 @@ class GradientMonitor(nn.Module):
         if unknown:
             raise ConfigurationError(f"alphas for unknown seeds {unknown}; seeds are {sorted(seeds)}")
         self.window, self.eps, self.host_floor, self.lanes = window, eps, host_floor, lanes
+        self._flat = flat
         self._host = ParameterSource(host)
         self._seeds = {name: ParameterSource(seed) for name, seed in seeds.items()}
         self._alphas = {name: Alpha.of(alpha) for name, alpha in (alphas or {}).items()}
@@ -187,6 +192,8 @@ class GradientMonitor(nn.Module):
     def _measure(self, scale: LossScale) -> None:
         if self._stale:
             self.refresh()
+        if self._flat is not None:
+            self._flat.restore()
         gradients: list[Tensor] = []
         segments: list[int] = []
         for parameter, segment in zip(self._tracked, self._segments):
@@ -215,8 +222,16 @@ class GradientMonitor(nn.Module):
         ops.record_(
             gradients, segments, gains, gain_segments, self.ring, self.count, self.summary,
             self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf, self.lanes,
+            self._flat_buffer(len(gradients)),
         )
         self._remember(gradients)
+
+    def _flat_buffer(self, gradients: int) -> Tensor | None:
+        """The buffer, if it holds every gradient there is: all of them exist, and each has its place."""
+        flat = self._flat
+        if flat is None or len(flat.buffers) != 1 or gradients != len(self._tracked):
+            return None
+        return flat.buffer if flat.places() == self._segment_by_id.keys() else None
 
     def read(self, *, strict: bool = False) -> dict[str, SeedEvidence]:
         """What the window says of every seed. Copies to the host once, and waits for that copy.

@@ -134,8 +134,13 @@ def record_(
     gain_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     lanes: torch.dtype = torch.float32,
+    flat: Tensor | None = None,
 ) -> None:
-    """Measure one sample; arguments as ``reference.record_``. For the monitor: it checks nothing again."""
+    """Measure one sample; arguments as ``reference.record_``. For the monitor: it checks nothing again.
+
+    ``flat`` is a buffer of which all gradients are views that never move within it; on a GPU their addresses are
+    then neither looked at nor uploaded.
+    """
     if _traced((*gradients[:1], ring)):
         torch.ops.seedtriton.record_(
             list(gradients), list(segments), list(gains), list(gain_segments), ring, count, summary,
@@ -144,7 +149,7 @@ def record_(
     else:
         _record_(
             gradients, segments, gains, gain_segments, ring, count, summary,
-            max_norm, eps, grad_scale, gain_scale, found_inf, lanes,
+            max_norm, eps, grad_scale, gain_scale, found_inf, lanes, flat,
         )
 
 
@@ -216,6 +221,7 @@ def _record_(
     gain_scale: Tensor | None,
     found_inf: Tensor | None,
     lanes: torch.dtype,
+    flat: Tensor | None = None,
 ) -> None:
     if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
         reference.record_(
@@ -225,20 +231,25 @@ def _record_(
         return
     from .kernels import gradient_sums
 
-    def launch(listed: _Listed, outside: Tensor | None = None, counts: Sequence[tuple[int, int]] | None = None) -> None:
+    def launch(
+        listed: _Listed,
+        flat: Tensor | None,
+        outside: Tensor | None = None,
+        counts: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         gradient_sums.record_(
             *listed, gains, gain_segments, ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf,
-            lanes, outside, counts, layout=_LAYOUT, clip_eps=reference.CLIP_EPS,
+            lanes, outside, counts, flat, layout=_LAYOUT, clip_eps=reference.CLIP_EPS,
         )
 
     try:
-        launch((gradients, segments))
+        launch((gradients, segments), flat)
     except gradient_sums.Unsupported:
         num_segments = ring.shape[1]
         inside, outside = _split(gradients, segments, ring.device)
         sums = reference.segmented_sums_and_live(*outside, num_segments, lanes, ring.device)
         counts = reference.count_by_segment(*outside, num_segments)
-        launch(inside, sums, counts)
+        launch(inside, None, sums, counts)
 
 
 def record_sums_(

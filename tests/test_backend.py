@@ -182,7 +182,7 @@ TABLE = {
     "_loss_scale": "torch errors",
     "_step_hook": "torch _loss_scale errors",
     "flat": "torch _parameters errors",
-    "monitor": "torch ops _in_backward _parameters _training _loss_scale _step_hook evidence _state errors",
+    "monitor": "torch ops flat _in_backward _parameters _training _loss_scale _step_hook evidence _state errors",
     "slot": "torch lifecycle gates evidence isolation blending errors",
     "growth": "slot monitor gates telemetry",
     "telemetry": "gates lifecycle evidence",

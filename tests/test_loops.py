@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from seedtriton import GradientMonitor, WiringError, _loss_scale
+from seedtriton import FlatGradients, GradientMonitor, WiringError, _loss_scale
 from seedtriton.evidence import NEVER_MEASURED, NO_GRADIENT
 
 OVERFLOW = 5  # the step whose loss is made infinite
@@ -334,7 +334,8 @@ def test_a_seed_that_is_added_later_is_collected_too():
     (loop.loss() + other(torch.ones(1, 4)).sum()).backward()
     loop.monitor.measure()
     found = loop.monitor.read()
-    assert found["b"].seed_norm == pytest.approx(torch.cat([p.grad.flatten() for p in other.parameters()]).norm().item())
+    norm = torch.cat([p.grad.flatten() for p in other.parameters()]).norm().item()
+    assert found["b"].seed_norm == pytest.approx(norm)
     assert found["a"].live_share == 1.0
 
 
@@ -350,3 +351,28 @@ def test_measuring_works_with_compiled_autograd():
     plain.monitor.measure()
     compiled.monitor.measure()
     torch.testing.assert_close(plain.monitor.ring, compiled.monitor.ring, equal_nan=True)
+
+
+def test_flat_gradients_are_put_back_before_measuring_and_change_no_number():
+    before = Loop(scaled=False).run("after", overflow=None)
+    flat = Loop(scaled=False)
+    gradients = FlatGradients([flat.host, flat.seed])
+    flat.monitor = GradientMonitor(
+        flat.host, {"a": flat.seed}, optimizers=flat.optimizers, alphas={"a": flat.alpha}, flat=gradients
+    )
+    assert flat.run("after", overflow=None) == before
+    flat.loss().backward()
+    flat.monitor.measure()
+    start = gradients.buffer.untyped_storage().data_ptr()
+    assert all(p.grad.untyped_storage().data_ptr() == start for p in (*flat.host.parameters(), *flat.seed.parameters()))
+
+
+def test_a_gradient_that_is_missing_is_not_measured_as_a_flat_zero():
+    loop = Loop(scaled=False)
+    gradients = FlatGradients([loop.host, loop.seed])
+    monitor = GradientMonitor(loop.host, {"a": loop.seed}, flat=gradients)
+    loop.host.zero_grad(set_to_none=True)
+    loop.seed.zero_grad(set_to_none=True)
+    loop.host(torch.ones(1, 4)).sum().backward()
+    monitor.measure()
+    assert monitor.read()["a"].status == NO_GRADIENT

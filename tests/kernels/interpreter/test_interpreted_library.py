@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from seedtriton import GradientMonitor, GrowthController, SeedSlot, ops, reference
+from seedtriton import FlatGradients, GradientMonitor, GrowthController, SeedSlot, ops, reference
 from seedtriton.kernels import _launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -181,3 +181,27 @@ def test_the_norm_of_a_clipped_step_is_not_overwritten_by_the_next(through):
         expected = torch.cat([p.grad.flatten() for p in (*host.parameters(), *seed.parameters())]).norm()
         torch.testing.assert_close(expected, torch.tensor(1.0))
     assert [norm.item() for norm in norms] == pytest.approx([40**0.5, 3 * 40**0.5])
+
+
+def test_flat_gradients_upload_once_and_measure_the_same(through, monkeypatch):
+    uploads = []
+    upload = _launch.Tables.upload
+    monkeypatch.setattr(_launch.Tables, "upload", lambda *args: uploads.append(1) or upload(*args))
+    rows = []
+    for flat in (False, True):
+        through("triton")
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+        gradients = FlatGradients(model) if flat else None
+        monitor = GradientMonitor(model[0], {"a": model[1]}, flat=gradients)
+        uploads.clear()
+        keep = []
+        for _ in range(3):
+            model.zero_grad(set_to_none=True)
+            keep.append(torch.empty(4096))  # moves what is allocated next
+            model(torch.randn(4, 5)).square().sum().backward()
+            monitor.measure()
+        if flat:
+            assert len(uploads) == 1
+        rows.append(monitor.ring[:3].nan_to_num())
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-6, atol=0)
