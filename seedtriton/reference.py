@@ -7,7 +7,8 @@ and fp16; this stays within 1e-6 of fp64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 ROW = 256
 # Tensors of at most this many elements, of one size and dtype, are summed as one matrix.
 SMALL = 1 << 12
-# Elements converted at a time on a CPU (2 MiB of fp32, stays in cache): vector_norm(dtype=float32) of
-# a bf16 tensor takes ten times as long, because it converts element by element.
-BLOCK = 1 << 19
+# Elements converted at a time on a CPU (4 MiB of fp32): vector_norm(dtype=float32) of a bf16 tensor takes ten
+# times as long, because it converts element by element.
+BLOCK = 1 << 20
 # A value at which torch.nn.utils.clip_grad_norm_ keeps a zero norm from dividing by zero.
 CLIP_EPS = 1e-6
 
@@ -100,21 +101,31 @@ def _segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=counts, initial=0.0, unsafe=True)
 
 
+_Sums = Callable[[Sequence[Tensor], torch.dtype], Tensor]
+
+
 def tensor_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.device) -> Tensor:
     """Sum of squares of each tensor, float64 [len(tensors)] on ``device``; tensors may lie on several."""
-    batches: dict[tuple[torch.device, bool], list[int]] = {}
+    batches: dict[tuple[torch.device, _Sums], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        small = tensor.numel() <= SMALL and tensor.is_floating_point() and tensor.layout == torch.strided
-        batches.setdefault((tensor.device, small), []).append(index)
+        batches.setdefault((tensor.device, _way(tensor, lanes)), []).append(index)
     found = []
-    for (_, small), indices in batches.items():
-        sums = _small_sumsq if small else _large_sumsq
+    for (_, sums), indices in batches.items():
         found.append(sums([tensors[index] for index in indices], lanes).to(device))
     if len(found) == 1:
         return found[0]
     order = [index for indices in batches.values() for index in indices]
     sums_in_order = torch.empty(len(tensors), dtype=torch.float64, device=device)
     return sums_in_order.index_copy_(0, _constant(tuple(order), torch.int64, device), torch.cat(found))
+
+
+def _way(tensor: Tensor, lanes: torch.dtype) -> _Sums:
+    """Which of the three ways below sums this tensor best."""
+    if tensor.is_floating_point() and tensor.layout == torch.strided and tensor.numel() <= SMALL:
+        return _small_sumsq
+    if tensor.dtype in (lanes, torch.float64, torch.complex128):
+        return _large_sumsq
+    return _converted_sumsq if tensor.device.type == "cpu" or tensor.dtype.itemsize == 1 else _large_sumsq
 
 
 def _small_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
@@ -148,26 +159,58 @@ def _large_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
     lengths = []
     for tensor in tensors:
         values = flat_values(tensor)
-        # Lanes may differ (an fp64 gradient keeps fp64 lanes), so rows meet in fp64 below.
+        # An fp64 gradient keeps fp64 lanes, so rows of two dtypes may meet here.
         wide = torch.float64 if values.dtype == torch.float64 else lanes
-        norms = [_row_norms(block.view(1, -1), wide).view(-1) for block in _converted(values, wide) if len(block)]
-        rows += norms
-        lengths.append(sum(map(len, norms)))
-    if not rows:
-        return torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
+        norms = _row_norms(values.view(1, -1), wide).view(-1) if len(values) else values.new_zeros(0, dtype=wide)
+        rows.append(norms)
+        lengths.append(len(norms))
     if len({norm.dtype for norm in rows}) > 1:
         rows = [norm.double() for norm in rows]
     return _segment_sum(torch.cat(rows).double().square_(), lengths)
 
 
-def _converted(values: Tensor, lanes: torch.dtype) -> Iterator[Tensor]:
-    """The values in blocks of dtype ``lanes``, where vector_norm would convert them one by one; else as they are."""
-    if values.dtype == lanes or (values.device.type != "cpu" and values.dtype.itemsize > 1):
-        yield values
-        return
-    buffer = torch.empty(min(BLOCK, values.numel()), dtype=lanes, device=values.device)
-    for block in values.split(BLOCK):
-        yield buffer[: block.numel()].copy_(block)
+def _converted_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
+    """As ``_large_sumsq``, for dtypes that vector_norm would convert one by one: rows fill one buffer in turn."""
+    device = tensors[0].device
+    buffer = _buffer(lanes) if device.type == "cpu" else torch.empty(BLOCK, dtype=lanes, device=device)
+    rows = []
+    lengths = []
+    used = 0
+    for tensor in tensors:
+        values = flat_values(tensor)
+        size = len(values)
+        lengths.append(-(-size // ROW))
+        begin = 0
+        while begin < size:
+            end = min(size, begin + BLOCK - used)
+            filled = used + end - begin
+            buffer[used:filled].copy_(values if end - begin == size else values[begin:end])
+            # A tensor's last row is filled up with zeros, so that the next begins a row of its own.
+            used = -(-filled // ROW) * ROW
+            if used > filled:
+                buffer[filled:used].zero_()
+            begin = end
+            if used == BLOCK:
+                rows.append(torch.linalg.vector_norm(buffer.view(-1, ROW), dim=1))
+                used = 0
+    if used:
+        rows.append(torch.linalg.vector_norm(buffer[:used].view(-1, ROW), dim=1))
+    if not rows:
+        return torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    return _segment_sum(torch.cat(rows).double().square_(), lengths)
+
+
+_local = threading.local()
+
+
+def _buffer(lanes: torch.dtype) -> Tensor:
+    """BLOCK elements on the CPU, one buffer per thread and dtype: fresh memory costs a page fault every 4 KiB."""
+    found: Tensor | None = getattr(_local, str(lanes), None)
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.empty(BLOCK, dtype=lanes)
+        setattr(_local, str(lanes), found)
+    return found
 
 
 def _sum_by_segment(values: Tensor, segments: Sequence[int], num_segments: int) -> Tensor:
