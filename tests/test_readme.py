@@ -1,5 +1,6 @@
 """What the README says is what the code does."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -64,3 +65,10 @@ def test_the_readmes_first_loop_runs():
     exec(compile(code, "README.md", "exec"), names)
     assert names["growth"].epoch == 2
     assert names["growth"].evidence()["1"].samples == 6
+
+
+def test_the_figures_are_those_of_the_newest_raw_output():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    assert report.with_table(README) == README
