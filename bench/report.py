@@ -32,7 +32,8 @@ def table(path):
         "|---|---|---|---|---|---|---|",
     ]
     for shape, dtype in dict.fromkeys((shape, dtype) for shape, dtype, _ in cells):
-        (ours, our_error), (theirs, their_error) = (cells[shape, dtype, name] for name in ("seedtriton", "foreach_norm"))
+        ours, our_error = cells[shape, dtype, "seedtriton"]
+        theirs, their_error = cells[shape, dtype, "foreach_norm"]
         lines.append(
             f"| {shape} | {dtype} | {ours:.1f} ms | {our_error:.0e} | {theirs:.1f} ms | {their_error:.0e} "
             f"| {theirs / ours:.2f} |"

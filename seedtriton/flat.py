@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import reference
 from ._parameters import CallOnLoad, Parameters, ParameterSource
 from .errors import ConfigurationError, WiringError
 
@@ -413,15 +414,9 @@ def _unusable(parameter: Tensor) -> str | None:
 
 def _gradient_strides(parameter: Tensor) -> tuple[int, ...]:
     """Strides that autograd gives a new gradient: those of a parameter without holes or overlaps."""
-    strides = parameter.stride()
-    expected = 1
-    for stride, size in sorted(zip(strides, parameter.shape)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return torch.empty(parameter.shape, device="meta").stride()
-        expected *= size
-    return strides
+    if reference.is_dense(parameter):
+        return parameter.stride()
+    return torch.empty(parameter.shape, device="meta").stride()
 
 
 def _extent(tensor: Tensor) -> int:

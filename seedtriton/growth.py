@@ -141,16 +141,19 @@ class GrowthController:
             self._refuse_unknown_scheduler()
         like = probe if probe is not None else next(p for p in self.model.parameters() if p.is_floating_point())
         dormant = self._status(slot, place, None, parameters=_trainable(module))
+        before = place.lifecycle.state_dict()
         place.germinate(module, probe=probe, isolation=isolation, device=like.device, dtype=like.dtype)
         assert place.seed is not None
+        added = None
         try:
-            added = self._add_group(place.seed, group) if add_to_optimizer else None
+            if add_to_optimizer:
+                added = self._add_group(place.seed, group)
+            self.monitor.add_seed(slot, place.seed, alpha=place)
         except Exception:
-            place.move(Stage.PRUNED, "its parameter group was refused")
-            while place.stage is not Stage.DORMANT:
-                place.move(FORWARD[place.stage])
+            self._remove_group(added)
+            place.move(Stage.PRUNED, "refused")
+            place.lifecycle.load_state_dict(before)
             raise
-        self.monitor.add_seed(slot, place.seed, alpha=place)
         self._lives[slot] = life = _Life(slot, place, added, schedule or self.schedule)
         self._emit("germinated", slot, parameters=_trainable(place.seed), in_optimizer=add_to_optimizer)
         self._emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
@@ -237,7 +240,7 @@ class GrowthController:
         life = self._lives.get(slot)
         if life is None:
             raise WiringError(f"slot {slot!r} has no seed to prune (stage {place.stage})")
-        self._remove_group(life, self.optimizer)
+        self._remove_group(life.group)
         self.monitor.remove_seed(slot)
         del self._lives[slot]
         self._move(life, Stage.PRUNED, reason)
@@ -338,15 +341,14 @@ class GrowthController:
                 scheduler.base_lrs[-1] = settings["lr"]
         return self.optimizer.param_groups[-1]
 
-    def _remove_group(self, life: _Life, optimizer: torch.optim.Optimizer) -> None:
-        if life.group is None:
-            return
-        groups = optimizer.param_groups
-        index = next((i for i, group in enumerate(groups) if group is life.group), None)
+    def _remove_group(self, group: dict[str, Any] | None) -> None:
+        """Take a group out of the optimizer, with the state of its parameters; nothing if it is not there."""
+        groups = self.optimizer.param_groups
+        index = next((i for i, known in enumerate(groups) if known is group), None)
         if index is None:
             return
         for parameter in groups[index]["params"]:
-            optimizer.state.pop(parameter, None)
+            self.optimizer.state.pop(parameter, None)
         for scheduler in _each_scheduler(self.schedulers):
             for values in _group_lists(scheduler, len(groups)):
                 del values[index]

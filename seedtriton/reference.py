@@ -40,20 +40,27 @@ CLIP_COEFFICIENT = 1  # min(1, max_norm / (total norm + CLIP_EPS))
 SUMMARY_HEAD = 2  # then the ratio of each segment to the host, of this sample alone
 
 
-def dense_view(tensor: Tensor) -> Tensor | None:
-    """All elements as a contiguous 1-D view in storage order, or None when there is no such view.
-
-    Covers contiguous, channels_last and every other layout without holes and overlaps; the order of
-    the elements is the storage's, which a sum over all of them does not care about.
-    """
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of storage without holes and overlaps, in any order of dimensions."""
     if tensor.is_contiguous():
-        return tensor.view(-1)
+        return True
     expected = 1
     for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape) if sz != 1):
         if stride != expected:
-            return None
+            return False
         expected *= size
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return True
+
+
+def dense_view(tensor: Tensor) -> Tensor | None:
+    """All elements as a contiguous 1-D view in storage order, or None when there is no such view.
+
+    Covers contiguous, channels_last and every other dense layout; the order of the elements is the storage's,
+    which a sum over all of them does not care about.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else None
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -181,7 +181,7 @@ TABLE = {
     "_in_backward": "torch ops errors",
     "_loss_scale": "torch errors",
     "_step_hook": "torch _loss_scale errors",
-    "flat": "torch _parameters errors",
+    "flat": "torch reference _parameters errors",
     "monitor": "torch ops flat _in_backward _parameters _training _loss_scale _step_hook evidence _state errors",
     "slot": "torch lifecycle gates evidence isolation blending errors",
     "growth": "slot monitor gates telemetry",

@@ -331,6 +331,36 @@ def test_an_unknown_group_setting_leaves_everything_as_it_was():
     script.growth.germinate("early", Residual(6), lr=1.0)
 
 
+def test_a_seed_that_the_monitor_refuses_leaves_slot_and_optimizer_as_they_were(monkeypatch):
+    script = Script()
+
+    def refuse(*args, **kwargs):
+        raise WiringError("no")
+
+    monkeypatch.setattr(script.growth.monitor, "add_seed", refuse)
+    with pytest.raises(WiringError, match="no"):
+        script.growth.germinate("early", Residual(6))
+    assert script.growth.slots["early"].stage is Stage.DORMANT
+    assert script.growth.slots["early"].lifecycle.history == []
+    assert len(script.optimizer.param_groups) == 1
+    monkeypatch.undo()
+    script.growth.germinate("early", Residual(6))
+
+
+def test_a_seed_whose_last_layer_starts_at_zero_is_not_judged_by_its_first_steps():
+    """ReZero and LoRA start so: the first samples have next to no gradient, the window has."""
+    script = Script(schedule=AlphaSchedule(steps=1000))
+    seed = Residual(6, 16)
+    nn.init.zeros_(seed.contract.weight)
+    nn.init.zeros_(seed.contract.bias)
+    script.growth.germinate("early", seed, probe=torch.randn(2, 6))
+    for _ in range(20):
+        script.epoch()
+        if script.growth.slots["early"].stage is Stage.BLENDING:
+            break
+    assert script.growth.slots["early"].stage is Stage.BLENDING
+
+
 def test_a_seed_that_shares_parameters_with_the_host_is_refused():
     script = Script()
     with pytest.raises(WiringError, match="shares parameters"):
