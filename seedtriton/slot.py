@@ -19,6 +19,9 @@ from .errors import ConfigurationError, StateDictError, WiringError
 from .isolation import Isolation, StraightThrough, TrustRegion, behind, leaks
 from .lifecycle import Lifecycle, Stage
 
+# Forward passes that are looked at for leaks after entering TRAINING and after each epoch: more than a gate
+# forgives, and few enough to cost nothing (a walk over the seed's graph each).
+ISOLATION_CHECKS = 8
 BEHIND = "behind"  # the seed trains, the output is the host's
 BLENDED = "blended"  # the output is the blend
 _FORWARD = {
@@ -60,7 +63,7 @@ class SeedSlot(nn.Module):
         self._alpha_value = 0.0
         self._mode: str | None = None
         self._copy_input = False
-        self._check_due = False
+        self._checks_due = 0
         self.register_load_state_dict_post_hook(_after_load)
 
     @property
@@ -90,7 +93,7 @@ class SeedSlot(nn.Module):
         output = output.to(features.dtype)
         if self._mode == BLENDED:
             return blending.add(features, output, self.alpha)
-        if self._check_due and not torch.compiler.is_compiling():
+        if self._checks_due and not torch.compiler.is_compiling():
             self._check_isolation(output)
         return behind(features, output, self.alpha, self.isolation)
 
@@ -108,7 +111,7 @@ class SeedSlot(nn.Module):
         Args:
             seed: a module, or a factory that makes one.
             probe: features as the slot will see them, any batch size. The seed is run on them once, in eval
-                mode, without gradients or a change of random state. Without it the first forward pass checks.
+                mode, without a change of random state. Without it the first forward pass checks.
             isolation: how it will train; ``TrustRegion()`` unless told.
             device: moved there; the probe's device unless told.
             dtype: floating parameters are converted to it; the probe's dtype unless told.
@@ -133,14 +136,17 @@ class SeedSlot(nn.Module):
             device, dtype = device or probe.device, dtype or probe.dtype
         module.to(device=device, dtype=dtype)
         # Without a probe nobody knows whether the seed writes into its input, so it gets a copy.
-        self._copy_input = _try_seed(module, probe) if probe is not None else True
+        writes, leaky = (True, False) if probe is None else _try_seed(module, probe)
+        self._copy_input = writes
         self.preserves_shape = True if probe is not None else None
         self.seed = module.train(self.training)
         place = device or next(module.parameters()).device
         self.alpha = torch.zeros((), dtype=torch.float32, device=place).requires_grad_()
         self._alpha_value = 0.0
         self.isolation = isolation or TrustRegion()
-        self.isolation_violations = 0
+        # A compiled forward pass is not looked at, but its graph is the one of the probe: a leak there is a leak
+        # in every pass.
+        self.isolation_violations = ISOLATION_CHECKS if leaky else 0
         self.move(Stage.GERMINATED)
 
     def move(self, target: Stage, reason: str = "") -> None:
@@ -151,7 +157,7 @@ class SeedSlot(nn.Module):
         """
         self.lifecycle.move(target, reason)
         self._mode = _FORWARD.get(target)
-        self._check_due = target is Stage.TRAINING
+        self._checks_due = ISOLATION_CHECKS if target is Stage.TRAINING else 0
         if target is Stage.PRUNED:
             self._clear()
         elif target is Stage.FOSSILIZED and self.alpha is not None:
@@ -174,8 +180,8 @@ class SeedSlot(nn.Module):
         self._alpha_value = float(value)
 
     def check_isolation_again(self) -> None:
-        """Look for leaks in the next eager forward pass in TRAINING; the first one always looks."""
-        self._check_due = self._mode == BEHIND
+        """Look for leaks in the next eager forward passes in TRAINING, as in the first ones."""
+        self._checks_due = ISOLATION_CHECKS if self._mode == BEHIND else 0
 
     def lifecycle_state(self) -> dict[str, Any]:
         """Plain values that the module's ``state_dict`` does not hold; for ``load_lifecycle_state``."""
@@ -212,7 +218,7 @@ class SeedSlot(nn.Module):
         self.lifecycle, self.isolation, self.isolation_violations = restored, isolation, violations
         self.preserves_shape, self._copy_input = values["preserves_shape"], values["copy_input"]
         self._mode = _FORWARD.get(restored.stage)
-        self._check_due = restored.stage is Stage.TRAINING
+        self._checks_due = ISOLATION_CHECKS if restored.stage is Stage.TRAINING else 0
         if self.alpha is not None:
             self.set_alpha(alpha)
             self.alpha.requires_grad_(restored.stage is not Stage.FOSSILIZED)
@@ -228,11 +234,10 @@ class SeedSlot(nn.Module):
         self.preserves_shape = None
 
     def _check_isolation(self, output: Tensor) -> None:
-        self._check_due = False
+        self._checks_due -= 1
         self.preserves_shape = True
         assert self.seed is not None
-        own = [*self.seed.parameters(), *self.seed.buffers()]
-        self.isolation_violations += int(leaks(output, own) > 0)
+        self.isolation_violations += int(leaks(output, _own(self.seed)) > 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
         super()._apply(fn, recurse)
@@ -260,9 +265,16 @@ def _after_load(slot: nn.Module, incompatible_keys: object) -> None:
         slot._keep_alpha_a_leaf()
 
 
-def _try_seed(seed: nn.Module, probe: Tensor) -> bool:
-    """Run the seed on the probe once; whether it writes into its input. WiringError if it changes shapes."""
-    with _undisturbed(seed, probe.device), torch.no_grad():
+def _own(seed: nn.Module) -> list[Tensor]:
+    return [*seed.parameters(), *seed.buffers()]
+
+
+def _try_seed(seed: nn.Module, probe: Tensor) -> tuple[bool, bool]:
+    """Run the seed on the probe once: whether it writes into its input, whether it reaches outside itself.
+
+    WiringError if it changes the shape or the dtype.
+    """
+    with _undisturbed(seed, probe.device), torch.enable_grad():
         features = probe.detach().clone()
         version = features._version
         output = seed(features)
@@ -270,7 +282,7 @@ def _try_seed(seed: nn.Module, probe: Tensor) -> bool:
         raise WiringError(f"a seed returns one tensor, this one returned {type(output).__name__}")
     if output.shape != probe.shape or output.dtype != probe.dtype:
         raise WiringError(_shape_complaint(probe, output))
-    return features._version != version
+    return features._version != version, leaks(output, _own(seed)) > 0
 
 
 @contextmanager

@@ -5,8 +5,9 @@ import torch
 from networks import Cnn, Mlp, Residual, TransformerBlock
 from torch import nn
 
-from seedtriton import ConfigurationError, Stage, StraightThrough, TrustRegion
+from seedtriton import ConfigurationError, GateThresholds, SeedSlot, Stage, StraightThrough, TrustRegion
 from seedtriton.isolation import behind, leaks
+from seedtriton.slot import ISOLATION_CHECKS
 from seedtriton.testing import assert_isolated
 
 ISOLATIONS = [StraightThrough(), TrustRegion(0.1), TrustRegion(1.0)]
@@ -172,12 +173,23 @@ def test_a_leak_is_counted_as_a_violation_in_checked_forward_passes_only():
 
     outside = nn.Parameter(torch.ones(1))
     model = in_training(Mlp(), TrustRegion(), Leaky(7))
-    for expected in (1, 1):
+    for expected in (*range(1, ISOLATION_CHECKS + 1), ISOLATION_CHECKS, ISOLATION_CHECKS):
         model(torch.randn(Mlp.shape))
         assert model.slot.isolation_violations == expected
     model.slot.check_isolation_again()
     model(torch.randn(Mlp.shape))
-    assert model.slot.isolation_violations == 2
+    assert model.slot.isolation_violations == ISOLATION_CHECKS + 1
+
+
+def test_a_leak_in_the_probe_is_more_than_a_gate_forgives():
+    class Leaky(Residual):
+        def forward(self, x):
+            return super().forward(x) + 0 * outside.sum()
+
+    outside = nn.Parameter(torch.ones(1))
+    slot = SeedSlot()
+    slot.germinate(Leaky(7), probe=torch.randn(2, 7))
+    assert slot.isolation_violations > GateThresholds().max_isolation_violations
 
 
 def test_a_clean_seed_violates_nothing():
