@@ -19,24 +19,20 @@ def newest():
 def table(path):
     """Median times and errors of both contenders, one row for each shape and dtype, as Markdown."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    cells = {}
-    for run in data["benchmarks"]:
-        info = run["extra_info"]
-        cells[info["shape"], info["dtype"], info["contender"]] = run["stats"]["median"] * 1e3, info["relative_error"]
-    some = data["benchmarks"][0]["extra_info"]
+    runs = [run["extra_info"] for run in data["benchmarks"]]
     lines = [
-        f"Sum of squares of all gradients, torch {some['torch']}, {some['threads']} threads on a CPU, median of "
-        f"{data['benchmarks'][0]['stats']['rounds']} ([raw output](bench/results/{path.name}), `make bench`):",
+        f"Sum of squares of all gradients, torch {runs[0]['torch']}, {runs[0]['threads']} threads on a CPU, medians of "
+        f"{runs[0]['pairs']} calls each, taking turns ([raw output](bench/results/{path.name}), `make bench`):",
         "",
         "| gradients | dtype | seedtriton | error | `_foreach_norm`, stack, square, sum | error | theirs / ours |",
         "|---|---|---|---|---|---|---|",
     ]
-    for shape, dtype in dict.fromkeys((shape, dtype) for shape, dtype, _ in cells):
-        ours, our_error = cells[shape, dtype, "seedtriton"]
-        theirs, their_error = cells[shape, dtype, "foreach_norm"]
+    for run in runs:
+        ours, theirs = (run["paired_seconds"][name] * 1e3 for name in ("seedtriton", "foreach_norm"))
+        errors = run["relative_errors"]
         lines.append(
-            f"| {shape} | {dtype} | {ours:.1f} ms | {our_error:.0e} | {theirs:.1f} ms | {their_error:.0e} "
-            f"| {theirs / ours:.2f} |"
+            f"| {run['shape']} | {run['dtype']} | {ours:.1f} ms | {errors['seedtriton']:.0e} "
+            f"| {theirs:.1f} ms | {errors['foreach_norm']:.0e} | {theirs / ours:.2f} |"
         )
     return "\n".join(lines)
 
