@@ -22,7 +22,7 @@ from .isolation import Isolation
 from .lifecycle import FORWARD, Stage
 from .monitor import WINDOW, GradientMonitor
 from .schedules import AlphaSchedule
-from .slot import SeedSlot
+from .slot import SeedSlot, seed_module
 from .telemetry import Event, LogSink, Sink, Telemetry, gate_fields
 
 logger = logging.getLogger("seedtriton")
@@ -134,9 +134,8 @@ class GrowthController:
         place = self._slot(slot)
         if place.stage is not Stage.DORMANT:
             raise WiringError(f"slot {slot!r} is occupied or resting (stage {place.stage}); prune it first")
-        module = seed if isinstance(seed, nn.Module) else seed() if callable(seed) else seed
-        if isinstance(module, nn.Module):
-            self._refuse_shared(slot, module)
+        module = seed_module(seed)
+        self._refuse_shared(slot, module)
         if add_to_optimizer:
             self._refuse_unknown_scheduler()
         like = probe if probe is not None else next(p for p in self.model.parameters() if p.is_floating_point())
@@ -241,10 +240,10 @@ class GrowthController:
         if life is None:
             raise WiringError(f"slot {slot!r} has no seed to prune (stage {place.stage})")
         self._remove_group(life.group)
-        self.monitor.remove_seed(slot)
         del self._lives[slot]
         self._move(life, Stage.PRUNED, reason)
-        self.monitor.refresh()
+        # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
+        self.monitor.remove_seed(slot)
 
     def evidence(self) -> dict[str, SeedEvidence]:
         """What the monitor says of every living seed now; copies to the host once."""
@@ -380,8 +379,8 @@ def _points(before: float | None, now: float | None) -> float | None:
     return None if before is None or now is None or math.isnan(now) else 100.0 * (now - before)
 
 
-def _trainable(module: object) -> int:
-    if not isinstance(module, nn.Module):
+def _trainable(module: nn.Module | None) -> int:
+    if module is None:
         return 0
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 

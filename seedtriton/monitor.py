@@ -194,13 +194,6 @@ class GradientMonitor(nn.Module):
             self.refresh()
         if self._flat is not None:
             self._flat.restore()
-        gradients: list[Tensor] = []
-        segments: list[int] = []
-        for parameter, segment in zip(self._tracked, self._segments):
-            gradient = parameter.grad
-            if gradient is not None:
-                gradients.append(gradient)
-                segments.append(segment)
         gains: list[Tensor] = []
         gain_segments: list[int] = []
         for segment, alpha in self._gains:
@@ -215,6 +208,13 @@ class GradientMonitor(nn.Module):
                 self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf,
             )
             return
+        gradients: list[Tensor] = []
+        segments: list[int] = []
+        for parameter, segment in zip(self._tracked, self._segments):
+            gradient = parameter.grad
+            if gradient is not None:
+                gradients.append(gradient)
+                segments.append(segment)
         if not gradients and not torch.compiler.is_compiling():
             self._warn_of_nothing()
         if gradients and gradients[0].device != self.ring.device:

@@ -85,6 +85,8 @@ class SeedSlot(nn.Module):
         inner = features.detach() if self._mode == BEHIND else features
         if self._copy_input:
             inner = inner.clone()
+        looking = not torch.compiler.is_compiling() and self._checks_due > 0
+        version = inner._version if looking else 0
         output = self.seed(inner)
         if output.shape != features.shape or (
             output.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type)
@@ -93,8 +95,8 @@ class SeedSlot(nn.Module):
         output = output.to(features.dtype)
         if self._mode == BLENDED:
             return blending.add(features, output, self.alpha)
-        if self._checks_due and not torch.compiler.is_compiling():
-            self._check_isolation(output)
+        if looking:
+            self._look(output, wrote=inner._version != version)
         return behind(features, output, self.alpha, self.isolation)
 
     def germinate(
@@ -125,9 +127,7 @@ class SeedSlot(nn.Module):
             raise WiringError(
                 f"the slot is occupied or resting (stage {self.stage}); prune its seed and wait for DORMANT"
             )
-        module = seed if isinstance(seed, nn.Module) else seed() if callable(seed) else seed
-        if not isinstance(module, nn.Module):
-            raise ConfigurationError(f"a seed is a module or a factory of one, got {type(module).__name__}")
+        module = seed_module(seed)
         if not sum(p.numel() for p in module.parameters() if p.requires_grad):
             raise WiringError("the seed has no trainable parameter: it could never learn")
         if isolation is not None and not isinstance(isolation, (StraightThrough, TrustRegion)):
@@ -135,7 +135,7 @@ class SeedSlot(nn.Module):
         if probe is not None:
             device, dtype = device or probe.device, dtype or probe.dtype
         module.to(device=device, dtype=dtype)
-        # Without a probe nobody knows whether the seed writes into its input, so it gets a copy.
+        # Without a probe nobody knows whether the seed writes into its input: it gets a copy until it was seen.
         writes, leaky = (True, False) if probe is None else _try_seed(module, probe)
         self._copy_input = writes
         self.preserves_shape = True if probe is not None else None
@@ -233,11 +233,14 @@ class SeedSlot(nn.Module):
         self._alpha_value = 0.0
         self.preserves_shape = None
 
-    def _check_isolation(self, output: Tensor) -> None:
+    def _look(self, output: Tensor, wrote: bool) -> None:
+        """Count leaks, and learn whether the seed writes into its input: only then it gets a copy."""
         self._checks_due -= 1
         self.preserves_shape = True
         assert self.seed is not None
-        self.isolation_violations += int(leaks(output, _own(self.seed)) > 0)
+        wrote_into_host = wrote and not self._copy_input
+        self.isolation_violations += int(wrote_into_host or leaks(output, _own(self.seed)) > 0)
+        self._copy_input = wrote or _may_write(self.seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
         super()._apply(fn, recurse)
@@ -265,8 +268,21 @@ def _after_load(slot: nn.Module, incompatible_keys: object) -> None:
         slot._keep_alpha_a_leaf()
 
 
+def seed_module(seed: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """The seed itself, or what its factory makes; ConfigurationError when that is no module."""
+    module = seed if isinstance(seed, nn.Module) else seed() if callable(seed) else seed
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"a seed is a module or a factory of one, got {type(module).__name__}")
+    return module
+
+
 def _own(seed: nn.Module) -> list[Tensor]:
     return [*seed.parameters(), *seed.buffers()]
+
+
+def _may_write(seed: nn.Module) -> bool:
+    """Whether a layer says so itself: Dropout(inplace=True) writes in training and not in eval mode."""
+    return any(getattr(module, "inplace", False) is True for module in seed.modules())
 
 
 def _try_seed(seed: nn.Module, probe: Tensor) -> tuple[bool, bool]:
@@ -282,7 +298,7 @@ def _try_seed(seed: nn.Module, probe: Tensor) -> tuple[bool, bool]:
         raise WiringError(f"a seed returns one tensor, this one returned {type(output).__name__}")
     if output.shape != probe.shape or output.dtype != probe.dtype:
         raise WiringError(_shape_complaint(probe, output))
-    return features._version != version, leaks(output, _own(seed)) > 0
+    return features._version != version or _may_write(seed), leaks(output, _own(seed)) > 0
 
 
 @contextmanager

@@ -237,6 +237,46 @@ def test_only_a_seed_that_writes_into_its_input_pays_for_a_copy():
     assert seen[2] == seen[3]
 
 
+def addresses_of_input(slot, passes):
+    """For every forward pass, whether the seed got the very memory of the features."""
+    shared, x = [], torch.randn(3, 4)
+    hook = slot.seed.register_forward_pre_hook(lambda _, inputs: shared.append(inputs[0].data_ptr() == x.data_ptr()))
+    for _ in range(passes):
+        slot(x)
+    hook.remove()
+    return shared
+
+
+def test_a_seed_without_a_probe_pays_for_one_copy_only():
+    assert addresses_of_input(slot_in(Stage.TRAINING), 3) == [False, True, True]
+    writing = slot_in(Stage.TRAINING, nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)))
+    assert addresses_of_input(writing, 3) == [False, False, False]
+
+
+def test_a_seed_that_writes_only_in_training_mode_gets_a_copy_although_the_probe_saw_nothing():
+    seed = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(4, 4))
+    slot = slot_in(Stage.TRAINING, seed, probe=torch.randn(3, 4))
+    x = torch.randn(3, 4)
+    before = x.clone()
+    assert torch.equal(slot(x), before)
+    assert torch.equal(x, before)
+
+
+def test_a_seed_that_writes_in_secret_is_a_violation_and_gets_a_copy_from_then_on():
+    class Secret(Residual):
+        def forward(self, x):
+            return super().forward(x.mul_(2) if self.training else x)
+
+    slot = slot_in(Stage.TRAINING, Secret(4), probe=torch.randn(3, 4))
+    slot(torch.randn(3, 4))
+    assert slot.isolation_violations == 1
+    x = torch.randn(3, 4)
+    before = x.clone()
+    assert torch.equal(slot(x), before)
+    assert torch.equal(x, before)
+    assert slot.isolation_violations == 1
+
+
 def test_pruning_empties_the_slot():
     slot = slot_in(Stage.BLENDING, alpha=0.5)
     slot.move(Stage.PRUNED)
