@@ -94,8 +94,8 @@ class Task:
     train: Data
     probe: Data
     truth: Data
-    make_host: Callable[[], nn.Module]
-    features: int  # of the slot
+    host_of: Callable[[int], nn.Module]  # by its width, which is also the features of the slot
+    width: int
     layer: Callable[[int, int], nn.Module] = nn.Linear  # what a seed for it is built of
     losses: Callable[[Tensor, Tensor], Tensor] = classification_losses
     batch: int = 64
@@ -103,9 +103,13 @@ class Task:
     warm_steps: int = 300  # the host alone
     hidden: int = 32  # of the usual seed
 
+    def make_host(self) -> nn.Module:
+        """The host, with one empty slot called "slot"."""
+        return self.host_of(self.width)
+
     def seed(self, hidden: int | None = None) -> nn.Module:
         """The usual seed: a residual block."""
-        return Residual(self.features, hidden or self.hidden, self.layer)
+        return Residual(self.width, hidden or self.hidden, self.layer)
 
     def batches(self, random_seed: int) -> BatchStream:
         """Batches for ever, drawn by ``random_seed``."""
@@ -134,6 +138,14 @@ class Task:
             right = (model(data[0]).argmax(dim=-1) == data[1]).double().mean().item()
         model.train(training)
         return right
+
+    def widened(self, factor: int) -> Task:
+        """The same task with a host ``factor`` times as wide."""
+        return dataclasses.replace(self, width=factor * self.width)
+
+    def warmed(self, steps: int) -> Task:
+        """The same task with a host that trains alone for ``steps``."""
+        return dataclasses.replace(self, warm_steps=steps)
 
     def with_shuffled_labels(self, random_seed: int) -> Task:
         """The same inputs with labels that have nothing to do with them, on all three parts."""
@@ -180,7 +192,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 def digits_mlp() -> Task:
     """scikit-learn's handwritten digits; host 64-6-10."""
     parts = _parts(*_digits(), (1000, 398, 399))
-    return Task("digits MLP", **parts, make_host=lambda: Perceptron(64, 6, 10), features=6)
+    return Task("digits MLP", **parts, host_of=lambda width: Perceptron(64, width, 10), width=6)
 
 
 def digits_cnn() -> Task:
@@ -188,8 +200,7 @@ def digits_cnn() -> Task:
     pixels, labels = _digits()
     parts = _parts(pixels.view(-1, 1, 8, 8), labels, (1000, 398, 399))
     return Task(
-        "digits CNN", **parts, make_host=lambda: Convolutional(6), features=6, layer=convolution, hidden=16,
-        warm_steps=400,
+        "digits CNN", **parts, host_of=Convolutional, width=6, layer=convolution, hidden=16, warm_steps=400,
     )  # fmt: skip
 
 
@@ -203,7 +214,7 @@ def spirals() -> Task:
     noise = torch.randn(count, 2, generator=generator) * 0.02
     points = torch.stack([angle.cos(), angle.sin()], dim=1) * (turn / (3.5 * math.pi)).unsqueeze(1) + noise
     parts = _parts(points * 2, label, (1000, 1000, 1000))
-    return Task("spirals", **parts, make_host=lambda: Perceptron(2, 12, 2), features=12)
+    return Task("spirals", **parts, host_of=lambda width: Perceptron(2, width, 2), width=12)
 
 
 def regression() -> Task:
@@ -214,7 +225,7 @@ def regression() -> Task:
     targets = (2.0 * inputs @ directions).sin().sum(dim=1, keepdim=True)
     parts = _parts(inputs, targets, (2000, 500, 500))
     return Task(
-        "regression", **parts, make_host=lambda: Perceptron(8, 10, 1), features=10, losses=squared_errors
+        "regression", **parts, host_of=lambda width: Perceptron(8, width, 1), width=10, losses=squared_errors
     )
 
 
@@ -231,8 +242,8 @@ def characters() -> Task:
     held = 400
     parts = _parts(rows[:, :-1], rows[:, 1:], (len(rows) - 2 * held, held, held))
     return Task(
-        "characters", **parts, make_host=lambda: Characters(len(symbols), length, 24), features=24, batch=32,
-        hidden=48, warm_steps=400,
+        "characters", **parts, host_of=lambda width: Characters(len(symbols), length, width), width=24,
+        batch=32, hidden=48, warm_steps=400,
     )  # fmt: skip
 
 

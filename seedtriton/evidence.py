@@ -31,6 +31,10 @@ NOT_FINITE = "not_finite"
 HOST_UNDEFINED = "host_undefined"
 STATUSES = (MEASURED, NEVER_MEASURED, NO_GRADIENT, NOT_FINITE, HOST_UNDEFINED)
 
+# Standard errors that a change of the validation loss must exceed to be more than the noise of the
+# validation set: two, about one chance in forty on either side.
+PROBE_ERRORS = 2.0
+
 
 class Sample(NamedTuple):
     """One measurement of the host and one seed, after one backward pass."""
@@ -310,3 +314,66 @@ def _judge_window(
             "the ratio is undefined, use a criterion without the host"
         )
     return MEASURED, ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendProbe(PlainState):
+    """Validation loss with the seed blended in at several alphas, against the loss without it.
+
+    Attributes:
+        seed: its name.
+        loss: mean loss at alpha 0.
+        alphas: the blend factors that were tried, above 0.
+        changes: for each, mean loss minus ``loss``; NaN or infinite where the loss was.
+        errors: for each, the standard error of that mean over the samples of the validation set (paired);
+            None when only means are known, and the noise therefore is not.
+
+    Raises:
+        ConfigurationError: no alphas, or lists that do not belong together.
+    """
+
+    seed: str
+    loss: float
+    alphas: tuple[float, ...]
+    changes: tuple[float, ...]
+    errors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("alphas", "changes", "errors"):
+            value = getattr(self, name)
+            if value is None and name == "errors":
+                continue
+            object.__setattr__(self, name, tuple(value))
+            if not self.alphas or len(getattr(self, name)) != len(self.alphas):
+                raise ConfigurationError(
+                    f"a probe needs one entry of {name} for each alpha, got {value!r} for {self.alphas!r}"
+                )
+
+    @property
+    def gain(self) -> float:
+        """Largest fall of the loss at any alpha beyond the noise, as a share of the loss without the seed.
+
+        Negative: nowhere does it fall by more than the noise. ``-inf`` when nothing finite was found.
+        """
+        return max(self._beyond_noise(-1.0), default=-math.inf)
+
+    @property
+    def harm(self) -> float:
+        """Largest rise of the loss at any alpha beyond the noise, as a share of the loss without the seed.
+
+        ``inf`` when the loss was not finite somewhere.
+        """
+        if not math.isfinite(self.loss) or not all(map(math.isfinite, self.changes)):
+            return math.inf
+        return max(self._beyond_noise(1.0))
+
+    def _beyond_noise(self, sign: float) -> list[float]:
+        if not math.isfinite(self.loss):
+            return []
+        errors = self.errors or (0.0,) * len(self.alphas)
+        size = max(abs(self.loss), 1e-12)
+        return [
+            (sign * change - PROBE_ERRORS * error) / size
+            for change, error in zip(self.changes, errors)
+            if math.isfinite(change) and math.isfinite(error)
+        ]

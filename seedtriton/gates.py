@@ -17,7 +17,7 @@ from typing import Any, cast
 from . import evidence as ev
 from ._state import PlainState, check_state
 from .errors import ConfigurationError, StateDictError
-from .evidence import SeedEvidence
+from .evidence import BlendProbe, SeedEvidence
 from .lifecycle import Stage, stage_named
 from .schedules import ProgressThreshold
 
@@ -73,8 +73,13 @@ class GateThresholds(PlainState):
         min_displacement: G2, relative change of the seed's weights since TRAINING began.
         min_live_share: G2, share of the seed's parameters whose gradient is not all zero.
         min_blend_gain_t: G2, t statistic of the blend gain.
+        min_probe_gain: G2, fall of the validation loss at the best alpha that was probed, beyond the noise of the
+            validation set, as a share of the loss. Asked where a validation function was given.
+        max_probe_harm: G2, rise of the validation loss at the worst alpha, likewise.
         min_blending_epochs: G3, epochs in BLENDING.
         min_holding_epochs: G5, epochs in HOLDING.
+        min_contribution: G5, fall of the validation loss that the seed in its place makes, against the same model
+            without it, beyond the noise, as a share of the loss. Asked where a validation function was given.
         max_accuracy_drop: G3 and G5, fall of the accuracy since BLENDING began, in percentage points.
 
     Raises:
@@ -94,8 +99,11 @@ class GateThresholds(PlainState):
     min_displacement: float | None = 1e-4
     min_live_share: float | None = 0.5
     min_blend_gain_t: float | None = 4.0
+    min_probe_gain: float | None = 1e-3
+    max_probe_harm: float | None = 1e-3
     min_blending_epochs: int | None = 1
     min_holding_epochs: int | None = 1
+    min_contribution: float | None = 1e-3
     max_accuracy_drop: float | None = 5.0
 
     def __post_init__(self) -> None:
@@ -266,6 +274,7 @@ class SeedStatus:
         alpha: blend factor now.
         alpha_target: where it is going.
         progress: share of the whole training that is done, for thresholds that depend on it.
+        probe: validation loss at alpha 0 and above, if it was tried; at G5 at the present alpha only.
     """
 
     seed: str
@@ -280,6 +289,7 @@ class SeedStatus:
     alpha: float = 0.0
     alpha_target: float = 1.0
     progress: float | None = None
+    probe: BlendProbe | None = None
 
     @property
     def known(self) -> SeedEvidence:
@@ -331,6 +341,13 @@ class QualityGates(PlainState):
         # Every gate has a question that cannot be switched off, so "nothing failed" means something.
         passed = all(check.passed is not False for check in checks)
         return Verdict(gate, target, status.seed, passed, checks, self.mode)
+
+    def asks_probe(self, target: Stage) -> bool:
+        """Whether the gate to ``target`` has a question that only a probe can answer."""
+        limits = self.thresholds
+        if target is Stage.BLENDING and self.mode == STRICT:
+            return limits.min_probe_gain is not None or limits.max_probe_harm is not None
+        return target is Stage.FOSSILIZED and limits.min_contribution is not None
 
     def _g0(self, status: SeedStatus) -> list[Check]:
         return [
@@ -386,6 +403,14 @@ class QualityGates(PlainState):
                 "blend_gain", "min_blend_gain_t", known.blend_gain_t, limits.min_blend_gain_t,
                 "blend_gain_significant", "blend_gain_insignificant", _gain_in_words(known),
             ),
+            _probed(
+                "probe_gain", "min_probe_gain", status.probe, limits.min_probe_gain,
+                "blend_lowers_loss", "blend_lowers_no_loss",
+            ),
+            _probed(
+                "probe_harm", "max_probe_harm", status.probe, limits.max_probe_harm,
+                "blend_harmless", "blend_would_harm",
+            ),
         ]
         if self.mode == STRICT:
             return checks
@@ -419,6 +444,10 @@ class QualityGates(PlainState):
             _finite(status.known, limits.max_dropped_share),
             _fresh(status.known, limits.max_sample_age),
             _epochs(status, limits.min_holding_epochs, "min_holding_epochs", "held", "not_held_long_enough"),
+            _probed(
+                "contribution", "min_contribution", status.probe, limits.min_contribution,
+                "seed_contributes", "seed_contributes_nothing",
+            ),
             _accuracy_kept(status, limits.max_accuracy_drop),
         ]
 
@@ -428,7 +457,7 @@ class QualityGates(PlainState):
         if limit is None:
             return _not_asked("exploding", "max_gradient_ratio", value)
         if value is None:
-            return Check("exploding", _missing_name(known), False, None, limit, known.reason)
+            return self._without_host("exploding", known, limit)
         return _yes(
             "exploding", value <= limit, "seed_gradient_bounded", "seed_gradient_exploding",
             value, limit, f"{self.thresholds.ratio} ratio {value:.3g}, at most {limit:.3g}",
@@ -448,11 +477,22 @@ class QualityGates(PlainState):
                 )
             limit = limit(status.progress)
         if value is None:
-            return Check("gradient_ratio", _missing_name(known), False, None, limit, known.reason)
+            return self._without_host("gradient_ratio", known, limit)
         return _yes(
             "gradient_ratio", value >= limit, "seed_gradient_active", "seed_gradient_low",
             value, limit, f"{self.thresholds.ratio} {known.reason}; at least {limit:.3g}",
         )
+
+    def _without_host(self, question: str, known: SeedEvidence, limit: float) -> Check:
+        """What stands in a verdict for a ratio that has no value.
+
+        A frozen host leaves nothing to divide by, and says nothing about the seed. Where the blend gain is asked,
+        which needs no host, it decides; every other missing ratio is a refusal.
+        """
+        name = _missing_name(known)
+        if known.status == ev.HOST_UNDEFINED and self.thresholds.min_blend_gain_t is not None and self.mode == STRICT:
+            return Check(question, name, None, None, limit, f"not asked, the blend gain decides: {known.reason}")
+        return Check(question, name, False, None, limit, known.reason)
 
     _QUESTIONS = {  # noqa: RUF012 - a table of methods, never changed
         Gate.G0: _g0,
@@ -590,6 +630,29 @@ def _accuracy_kept(status: SeedStatus, limit: float | None) -> Check:
         "accuracy", "max_accuracy_drop", drop, limit,
         "accuracy_kept", "accuracy_lost", "percentage points lost since BLENDING began",
     )
+
+
+def _probed(
+    question: str, threshold: str, probe: BlendProbe | None, limit: float | None, yes: str, no: str
+) -> Check:
+    """A question about the probe; without a validation function, or when refused already, it is not asked."""
+    if probe is None:
+        reason = f"not asked: {threshold} is None" if limit is None else "not asked: the validation loss was not probed"
+        return Check(question, question, None, None, limit, reason)
+    if question == "probe_harm":
+        words = f"{_probe_in_words(probe)}; largest rise beyond the noise, as a share of the loss"
+        return _at_most(question, threshold, probe.harm, limit, yes, no, words)
+    words = f"{_probe_in_words(probe)}; largest fall beyond the noise, as a share of the loss"
+    return _at_least(question, threshold, probe.gain, limit, yes, no, words)
+
+
+def _probe_in_words(probe: BlendProbe) -> str:
+    errors = probe.errors or (None,) * len(probe.alphas)
+    tried = [
+        f"{change:+.3g}" + ("" if error is None else f" ± {error:.1g}") + f" at alpha {alpha:.3g}"
+        for alpha, change, error in zip(probe.alphas, probe.changes, errors)
+    ]
+    return f"validation loss {probe.loss:.4g}, " + ", ".join(tried)
 
 
 def _gain_in_words(known: SeedEvidence) -> str:

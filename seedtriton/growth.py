@@ -6,6 +6,7 @@ nothing that the script does.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigurationError, WiringError
-from .evidence import SeedEvidence
+from .evidence import BlendProbe, SeedEvidence
 from .gates import STRICT, GateThresholds, QualityGates, SeedStatus, Verdict
 from .isolation import Isolation
 from .lifecycle import FORWARD, Stage
 from .monitor import WINDOW, GradientMonitor
+from .probing import PROBE_AT, Evaluate, probe
 from .schedules import AlphaSchedule
 from .slot import SeedSlot, seed_module
 from .telemetry import Event, LogSink, Sink, Telemetry, gate_fields
@@ -59,6 +61,8 @@ class GrowthController:
         schedulers: learning-rate schedulers of the optimizer; they must learn of every new group.
         total_epochs: length of the whole training, for thresholds that depend on its progress.
         window: samples that the monitor keeps.
+        evaluate: validation loss of a model, see ``probing.probe``; with it, G2 asks what blending would do to that
+            loss and G5 what the seed contributes. Called when all other questions of the gate are answered well.
         sinks: take every event; a log at level INFO unless told.
 
     Raises:
@@ -76,6 +80,7 @@ class GrowthController:
         schedulers: Sequence[Any] = (),
         total_epochs: int | None = None,
         window: int = WINDOW,
+        evaluate: Evaluate | None = None,
         sinks: Iterable[Sink | Callable[[Event], None]] | None = None,
     ) -> None:
         """Find the slots and wire monitor and gates to them."""
@@ -92,6 +97,7 @@ class GrowthController:
         self.schedule = schedule or AlphaSchedule()
         self.schedulers = list(schedulers)
         self.total_epochs = total_epochs
+        self.evaluate = evaluate
         self.monitor = GradientMonitor(model, {}, window=window, optimizers=optimizer)
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
         self.epoch = 0
@@ -215,7 +221,7 @@ class GrowthController:
                 # Germinated before any accuracy was known: the first one seen is where the rise begins.
                 life.training_accuracy = accuracy
             target = FORWARD[life.slot.stage]
-            verdict = self.gates.judge(target, self._status(name, life.slot, life))
+            verdict = self._judge(life, target)
             self._emit_epoch(life, accuracy, loss)
             self._emit_gate(life, verdict)
             verdicts.append(verdict)
@@ -245,6 +251,28 @@ class GrowthController:
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
         self.monitor.remove_seed(slot)
 
+    def probe(
+        self, slot: str, evaluate: Evaluate | None = None, alphas: Sequence[float] | None = None
+    ) -> BlendProbe:
+        """The validation loss with the seed of ``slot`` blended in at several alphas; changes nothing.
+
+        Args:
+            slot: the slot's path in the model.
+            evaluate: see ``probing.probe``; the controller's unless told.
+            alphas: 0.1, 0.5 and 1 times the target of the seed's schedule unless told.
+
+        Raises:
+            ConfigurationError: no slot has this name, it is empty, an alpha outside (0, 1], or no ``evaluate``.
+        """
+        evaluate = evaluate or self.evaluate
+        if evaluate is None:
+            raise ConfigurationError("no validation function: GrowthController(..., evaluate=...) or probe(slot, f)")
+        self._slot(slot)
+        if alphas is None:
+            target = self._lives[slot].schedule.target if slot in self._lives else 1.0
+            alphas = [share * target for share in PROBE_AT]
+        return probe(self.model, slot, evaluate, alphas)
+
     def evidence(self) -> dict[str, SeedEvidence]:
         """What the monitor says of every living seed now; copies to the host once."""
         return self.monitor.read()
@@ -253,6 +281,15 @@ class GrowthController:
         if name not in self.slots:
             raise ConfigurationError(f"the model has no slot {name!r}; its slots are {sorted(self.slots)}")
         return self.slots[name]
+
+    def _judge(self, life: _Life, target: Stage) -> Verdict:
+        """The verdict on a living seed; the validation loss is probed only if nothing else stands against it."""
+        status = self._status(life.name, life.slot, life)
+        verdict = self.gates.judge(target, status)
+        if not verdict.passed or self.evaluate is None or not self.gates.asks_probe(target):
+            return verdict
+        alphas = None if target is Stage.BLENDING else [life.slot.alpha_value]
+        return self.gates.judge(target, dataclasses.replace(status, probe=self.probe(life.name, alphas=alphas)))
 
     def _status(
         self, name: str, slot: SeedSlot, life: _Life | None, parameters: int | None = None

@@ -151,6 +151,12 @@ class GradientMonitor(nn.Module):
         scale = LossScale() if scaler is None else read_scaler(scaler, self._steps.optimizers())
         self._measure(scale)
 
+    def watch(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Count the steps of more optimizers: those that train the seeds, if they are not the host's."""
+        for optimizer in optimizers:
+            if all(optimizer is not known for known in self._steps.optimizers()):
+                self._steps.watch(optimizer, self._mark_stepped)
+
     def attach(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> StepHook:
         """Measure by a hook inside the step, once per step: no line in the loop.
 
@@ -167,9 +173,7 @@ class GradientMonitor(nn.Module):
         """
         if not optimizers:
             raise ConfigurationError("attach() needs the optimizers, in the order in which they step")
-        for optimizer in optimizers:
-            if all(optimizer is not known for known in self._steps.optimizers()):
-                self._steps.watch(optimizer, self._mark_stepped)
+        self.watch(*optimizers)
         return StepHook(self._measure, optimizers, scaler)
 
     def collect_in_backward(self) -> BackwardCollector:

@@ -179,6 +179,18 @@ class SeedSlot(nn.Module):
             self.alpha.fill_(value)
         self._alpha_value = float(value)
 
+    def blend_at(self, alpha: float) -> None:
+        """Compute the blend at ``alpha`` whatever the stage, with an alpha of its own: for a twin of a model.
+
+        Raises:
+            ConfigurationError: outside [0, 1] or NaN.
+            WiringError: the slot is empty.
+        """
+        if self.alpha is not None:
+            self.alpha = self.alpha.detach().clone()
+        self.set_alpha(alpha)
+        self._mode = BLENDED
+
     def check_isolation_again(self) -> None:
         """Look for leaks in the next eager forward passes in TRAINING, as in the first ones."""
         self._checks_due = ISOLATION_CHECKS if self._mode == BEHIND else 0

@@ -184,7 +184,8 @@ TABLE = {
     "flat": "torch reference _parameters errors",
     "monitor": "torch ops flat _in_backward _parameters _training _loss_scale _step_hook evidence _state errors",
     "slot": "torch lifecycle gates evidence isolation blending errors",
-    "growth": "slot monitor gates telemetry",
+    "probing": "torch evidence slot errors",
+    "growth": "slot monitor gates probing telemetry",
     "telemetry": "gates lifecycle evidence",
 }
 # These show things: any room, torch, and heavy libraries inside functions.

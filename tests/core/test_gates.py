@@ -1,6 +1,7 @@
 """Every question of every gate: passes at its limit, fails one step beyond, and says what it did not know."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -14,7 +15,9 @@ from seedtriton.evidence import (
     NEVER_MEASURED,
     NO_GRADIENT,
     NOT_FINITE,
+    PROBE_ERRORS,
     STATUSES,
+    BlendProbe,
     Sample,
     SeedEvidence,
     collect_evidence,
@@ -49,6 +52,8 @@ QUESTIONS = {
     "improvement": "min_training_improvement",
     "isolation": "max_isolation_violations",
     "blend_gain": "min_blend_gain_t",
+    "probe_gain": "min_probe_gain",
+    "probe_harm": "max_probe_harm",
 }
 # question, what is changed, at the default limit, one step beyond it, name of yes, name of no
 LIMITS = [
@@ -68,7 +73,14 @@ LIMITS = [
         "blend_gain", "blend_gain_t", 4.0, math.nextafter(4.0, 0),
         "blend_gain_significant", "blend_gain_insignificant",
     ),
+    ("probe_gain", "probe", 1e-3, math.nextafter(1e-3, 0), "blend_lowers_loss", "blend_lowers_no_loss"),
 ]  # fmt: skip
+
+
+def probed(gain=0.1, harm=None):
+    """A probe without noise: the loss of 1 falls by ``gain`` at alpha 0.1 and rises by ``harm`` at 1."""
+    return BlendProbe(seed="s", loss=1.0, alphas=(0.1, 1.0), changes=(-gain, -gain if harm is None else harm))
+
 
 EVIDENCE = {field.name for field in dataclasses.fields(SeedEvidence)}
 
@@ -101,7 +113,10 @@ def seed_status(**changes):
         "improvement": 3.0,
         "accuracy_change": 0.0,
         "alpha": 1.0,
+        "probe": probed(),
     }
+    if isinstance(changes.get("probe"), float):
+        changes["probe"] = probed(changes["probe"])
     if "evidence" not in changes:
         known |= {name: changes.pop(name) for name in EVIDENCE & changes.keys()}
         changes["evidence"] = SeedEvidence(**known)
@@ -133,7 +148,7 @@ def test_g2_asks_these_questions_and_a_good_seed_passes_all():
     assert (verdict.gate, verdict.target, verdict.seed, verdict.mode) == (Gate.G2, Stage.BLENDING, "s", STRICT)
     assert verdict.passed is True
     assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys()
-    assert len(verdict.checks) == 14
+    assert len(verdict.checks) == 16
     assert all(check.passed is True and check.reason for check in verdict.checks)
 
 
@@ -265,6 +280,83 @@ def test_the_ratio_is_of_the_kind_that_the_thresholds_name():
     assert "rms" in answer(judge(thresholds=limits, rms_ratio=low), "gradient_ratio").reason
 
 
+# --- what the validation loss would be --------------------------------------------------------------
+
+
+def test_harm_at_any_alpha_is_refused_although_the_loss_falls_at_another():
+    limit = GateThresholds().max_probe_harm
+    assert judge(probe=probed(harm=limit)).passed is True
+    refused = judge(probe=probed(harm=math.nextafter(limit, 1)))
+    assert [check.name for check in refused.failed] == ["blend_would_harm"]
+    assert "at alpha 0.1" in str(refused)
+    assert judge(thresholds=GateThresholds().without("max_probe_harm"), probe=probed(harm=9.0)).passed is True
+
+
+def test_a_change_within_the_noise_of_the_validation_set_is_none():
+    def noisy(changes, error):
+        return BlendProbe(seed="s", loss=2.0, alphas=(0.5, 1.0), changes=changes, errors=(error, error))
+
+    exact = noisy((-0.1, -0.2), 0.0)
+    assert (exact.gain, exact.harm) == (0.1, -0.05)
+    within = noisy((-0.1, -0.2), 0.2 / PROBE_ERRORS)
+    assert within.gain == 0.0
+    assert [check.name for check in judge(probe=within).failed] == ["blend_lowers_no_loss"]
+    rises = noisy((-0.4, 0.2), 0.2 / PROBE_ERRORS)
+    assert rises.harm == 0.0
+    assert judge(probe=rises).passed is True
+    assert [check.name for check in judge(probe=noisy((-0.4, 0.3), 0.1)).failed] == ["blend_would_harm"]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_loss_that_is_not_finite_is_refused(bad):
+    blended = BlendProbe(seed="s", loss=1.0, alphas=(0.1, 1.0), changes=(-0.5, bad))
+    assert [check.name for check in judge(probe=blended).failed] == ["blend_would_harm"]
+    before = BlendProbe(seed="s", loss=bad, alphas=(0.1, 1.0), changes=(-0.5, -0.5))
+    assert (before.gain, before.harm) == (-INF, INF)
+    assert {check.name for check in judge(probe=before).failed} == {"blend_lowers_no_loss", "blend_would_harm"}
+
+
+def test_without_a_validation_function_the_probe_is_not_asked_and_says_so():
+    verdict = judge(probe=None)
+    assert verdict.passed is True
+    for question in ("probe_gain", "probe_harm"):
+        assert answer(verdict, question).passed is None
+        assert answer(verdict, question).reason == "not asked: the validation loss was not probed"
+    fossil = judge(Stage.FOSSILIZED, stage=Stage.HOLDING, probe=None)
+    assert (fossil.passed, answer(fossil, "contribution").passed) == (True, None)
+
+
+def test_a_seed_that_contributes_nothing_does_not_become_permanent():
+    contributes = {"stage": Stage.HOLDING, "probe": probed(1e-3)}
+    assert answer(judge(Stage.FOSSILIZED, **contributes), "contribution").name == "seed_contributes"
+    refused = judge(Stage.FOSSILIZED, stage=Stage.HOLDING, probe=probed(math.nextafter(1e-3, 0)))
+    assert [check.name for check in refused.failed] == ["seed_contributes_nothing"]
+
+
+def test_which_gates_need_a_probe():
+    gates = QualityGates()
+    assert [stage for stage in Stage if gates.asks_probe(stage)] == [Stage.BLENDING, Stage.FOSSILIZED]
+    one = QualityGates(GateThresholds().without("min_probe_gain"))
+    none = QualityGates(GateThresholds().without("min_probe_gain", "max_probe_harm", "min_contribution"))
+    assert one.asks_probe(Stage.BLENDING)
+    assert not any(map(none.asks_probe, Stage))
+    assert not QualityGates(mode=PERMISSIVE).asks_probe(Stage.BLENDING)
+
+
+@pytest.mark.parametrize("lists", [((), ()), ((0.1,), (1.0, 2.0)), ((0.1, 1.0), (1.0,))])
+def test_a_probe_needs_one_change_for_each_alpha(lists):
+    with pytest.raises(ConfigurationError, match="one entry of"):
+        BlendProbe(seed="s", loss=1.0, alphas=lists[0], changes=lists[1])
+    with pytest.raises(ConfigurationError, match="errors"):
+        BlendProbe(seed="s", loss=1.0, alphas=(0.1,), changes=(1.0,), errors=(1.0, 2.0))
+
+
+def test_a_probe_survives_being_saved():
+    probe = BlendProbe(seed="s", loss=1.0, alphas=(0.1, 1.0), changes=(-0.1, 0.2), errors=(0.1, 0.1))
+    state = json.loads(json.dumps(probe.state_dict()))
+    assert BlendProbe.from_state_dict(state) == probe
+
+
 # --- five answers -----------------------------------------------------------------------------------
 
 GOOD = Sample(16.0, 9.0, 3, 5, 400, 100, 5, 0.5, False)
@@ -287,7 +379,9 @@ def measured(window):
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_five_answers_have_five_names_and_none_of_them_passes(name):
-    verdict = judge(evidence=measured(WINDOWS[name]))
+    # A frozen host says nothing about the seed; where the blend gain is not asked, nothing else could decide.
+    thresholds = GateThresholds().without("min_blend_gain_t")
+    verdict = judge(evidence=measured(WINDOWS[name]), thresholds=thresholds)
     check = answer(verdict, "gradient_ratio")
     assert verdict.passed is False
     assert (check.name, check.passed) == (name, False)
@@ -324,7 +418,10 @@ def test_a_missing_gradient_fails_the_questions_that_ask_for_it():
     assert failed(judge(evidence=measured(WINDOWS["gradient_not_finite"]))) == [
         "measured", "finite", "gradient_ratio", "exploding", "samples",
     ]  # fmt: skip
-    assert failed(judge(evidence=measured(WINDOWS["host_gradient_undefined"]))) == ["gradient_ratio", "exploding"]
+    without_gain = GateThresholds().without("min_blend_gain_t")
+    assert failed(judge(evidence=measured(WINDOWS["host_gradient_undefined"]), thresholds=without_gain)) == [
+        "gradient_ratio", "exploding",
+    ]  # fmt: skip
     assert failed(judge(evidence=measured(WINDOWS["seed_gradient_low"]))) == ["gradient_ratio"]
 
 
@@ -336,16 +433,20 @@ def test_age_without_any_measurement_is_not_fresh():
         assert (answer(verdict, "age").name, answer(verdict, "age").passed) == ("samples_age_unknown", False)
 
 
-def test_a_frozen_host_can_pass_by_criteria_without_the_host():
-    """Upstream read a host norm near 0 as a dead seed, and a frozen host could never pass."""
+def test_behind_a_frozen_host_the_blend_gain_decides():
+    """W8: a host norm near 0 read as a dead seed, and a frozen host could never pass."""
     frozen = measured(WINDOWS["host_gradient_undefined"])
-    assert failed(judge(thresholds=without_ratio(), evidence=frozen)) == ["exploding"]
-    thresholds = without_ratio().without("max_gradient_ratio")
-    verdict = judge(thresholds=thresholds, evidence=frozen)
+    verdict = judge(evidence=frozen)
     assert verdict.passed is True
-    assert answer(verdict, "exploding").passed is None
-    refused = judge(thresholds=thresholds, evidence=dataclasses.replace(frozen, blend_gain_t=3.9))
-    assert failed(refused) == ["blend_gain"]
+    for question in ("gradient_ratio", "exploding"):
+        check = answer(verdict, question)
+        assert (check.name, check.passed, check.value) == ("host_gradient_undefined", None, None)
+        assert "the blend gain decides" in check.reason
+        assert "frozen host" in check.reason
+    for gain in (3.9, None):
+        assert failed(judge(evidence=dataclasses.replace(frozen, blend_gain_t=gain))) == ["blend_gain"]
+    # Where the blend gain is not asked, somebody has to switch the ratio off and say so.
+    assert failed(judge(evidence=frozen, mode=PERMISSIVE)) == ["exploding"]
 
 
 @pytest.mark.parametrize("mode", [STRICT, PERMISSIVE])
@@ -606,21 +707,24 @@ def test_g3_and_g5_pass_at_each_limit_and_refuse_beyond_it(target, stage, gate, 
 def test_g3_and_g5_ask_these_questions():
     shared = {"stage", "measured", "finite", "age", "epochs", "accuracy"}
     assert {check.question for check in judge(Stage.HOLDING).checks} == shared | {"alpha"}
-    assert {check.question for check in judge(Stage.FOSSILIZED).checks} == shared
+    assert {check.question for check in judge(Stage.FOSSILIZED).checks} == shared | {"contribution"}
 
 
 def test_questions_of_g3_and_g5_can_be_switched_off():
     for target, stage, names in [
         (Stage.HOLDING, Stage.BLENDING, ("min_blending_epochs", "max_accuracy_drop", "max_sample_age")),
-        (Stage.FOSSILIZED, Stage.HOLDING, ("min_holding_epochs", "max_accuracy_drop", "max_sample_age")),
-    ]:
-        bad = {"stage": stage, "epochs_in_stage": 0, "accuracy_change": -99.0, "age": 1000}
-        assert len(judge(target, **bad).failed) == 3
+        (
+            Stage.FOSSILIZED, Stage.HOLDING,
+            ("min_holding_epochs", "max_accuracy_drop", "max_sample_age", "min_contribution"),
+        ),
+    ]:  # fmt: skip
+        bad = {"stage": stage, "epochs_in_stage": 0, "accuracy_change": -99.0, "age": 1000, "probe": probed(-1.0)}
+        assert len(judge(target, **bad).failed) == len(names)
         for name in names:
-            assert len(judge(target, GateThresholds().without(name), **bad).failed) == 2
+            assert len(judge(target, GateThresholds().without(name), **bad).failed) == len(names) - 1
         verdict = judge(target, GateThresholds().without(*names), **bad)
         assert verdict.passed is True
-        assert sum(check.passed is None for check in verdict.checks) == 3
+        assert sum(check.passed is None for check in verdict.checks) == len(names)
 
 
 def test_five_targets_are_guarded_and_any_other_is_an_error():
@@ -654,7 +758,7 @@ WHOLE = {
 SHARES = {"max_dropped_share", "min_live_share"}
 NUMBERS = {
     "min_training_improvement", "min_gradient_ratio", "max_gradient_ratio", "min_displacement",
-    "min_blend_gain_t", "max_accuracy_drop",
+    "min_blend_gain_t", "max_accuracy_drop", "min_probe_gain", "max_probe_harm", "min_contribution",
 }  # fmt: skip
 
 
