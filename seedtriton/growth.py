@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blending import ADD
 from .errors import ConfigurationError, WiringError
 from .evidence import SeedEvidence
 from .gates import STRICT, GateThresholds, QualityGates, SeedStatus, Verdict
@@ -106,6 +107,7 @@ class GrowthController:
         *,
         probe: Tensor | None = None,
         isolation: Isolation | None = None,
+        blend: str = ADD,
         add_to_optimizer: bool = True,
         schedule: AlphaSchedule | None = None,
         **group: Any,
@@ -119,6 +121,8 @@ class GrowthController:
             probe: features as the slot sees them, to try the seed on now; otherwise the first forward pass
                 does.
             isolation: how it trains, ``TrustRegion()`` unless told.
+            blend: how it is blended in: "add", "multiply", or "gate", which learns how much of the seed each
+                sample gets and needs a ``probe``.
             add_to_optimizer: put its parameters into the optimizer as a group of their own.
             schedule: alpha while blending; the controller's unless told.
             **group: settings of that group, such as ``lr``; the first group's present ones unless told.
@@ -127,7 +131,7 @@ class GrowthController:
             The verdict of gate G1, passed.
 
         Raises:
-            ConfigurationError: no slot has this name.
+            ConfigurationError: no slot has this name, or no blend.
             WiringError: the slot is occupied, or the seed is unfit: no trainable parameter, another shape,
                 parameters of the host or of another seed; nothing has changed.
         """
@@ -141,20 +145,22 @@ class GrowthController:
         like = probe if probe is not None else next(p for p in self.model.parameters() if p.is_floating_point())
         dormant = self._status(slot, place, None, parameters=_trainable(module))
         before = place.lifecycle.state_dict()
-        place.germinate(module, probe=probe, isolation=isolation, device=like.device, dtype=like.dtype)
-        assert place.seed is not None
+        place.germinate(
+            module, probe=probe, isolation=isolation, blend=blend, device=like.device, dtype=like.dtype
+        )
         added = None
         try:
             if add_to_optimizer:
-                added = self._add_group(place.seed, group)
-            self.monitor.add_seed(slot, place.seed, alpha=place)
+                added = self._add_group(place, group)
+            self.monitor.add_seed(slot, place.modules_of_seed(), alpha=place)
         except Exception:
             self._remove_group(added)
             place.move(Stage.PRUNED, "refused")
             place.lifecycle.load_state_dict(before)
             raise
         self._lives[slot] = life = _Life(slot, place, added, schedule or self.schedule)
-        self._emit("germinated", slot, parameters=_trainable(place.seed), in_optimizer=add_to_optimizer)
+        parameters = _trainable(*place.modules_of_seed())
+        self._emit("germinated", slot, parameters=parameters, in_optimizer=add_to_optimizer, blend=blend)
         self._emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
         verdict = self.gates.judge(Stage.TRAINING, self._status(slot, place, life))
         self._emit_gate(life, verdict)
@@ -262,7 +268,7 @@ class GrowthController:
             seed=name,
             stage=slot.stage,
             epochs_in_stage=slot.lifecycle.epochs_in_stage,
-            parameters=_trainable(slot.seed) if parameters is None else parameters,
+            parameters=_trainable(*slot.modules_of_seed()) if parameters is None else parameters,
             preserves_shape=slot.preserves_shape,
             evidence=life.evidence if life else None,
             improvement=_points(life.training_accuracy if life else None, self._accuracy),
@@ -318,7 +324,7 @@ class GrowthController:
                 "pass it: GrowthController(..., schedulers=[scheduler])"
             )
 
-    def _add_group(self, seed: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _add_group(self, slot: SeedSlot, settings: Mapping[str, Any]) -> dict[str, Any]:
         first = self.optimizer.param_groups[0]
         unknown = sorted(set(settings) - set(first))
         if unknown:
@@ -328,9 +334,11 @@ class GrowthController:
             group["initial_lr"] = settings["lr"]
         group |= settings
         if "param_names" in first:  # named parameters: an optimizer wants names in all groups or in none
-            group["params"] = list(seed.named_parameters())
+            group["params"] = [
+                (f"{part}.{name}", p) for part, module in slot.named_children() for name, p in module.named_parameters()
+            ]
         else:
-            group["params"] = list(seed.parameters())
+            group["params"] = list(slot.parameters())
         before = len(self.optimizer.param_groups)
         self.optimizer.add_param_group(group)
         for scheduler in _each_scheduler(self.schedulers):
@@ -379,10 +387,8 @@ def _points(before: float | None, now: float | None) -> float | None:
     return None if before is None or now is None or math.isnan(now) else 100.0 * (now - before)
 
 
-def _trainable(module: nn.Module | None) -> int:
-    if module is None:
-        return 0
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+def _trainable(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

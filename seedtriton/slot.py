@@ -45,6 +45,8 @@ class SeedSlot(nn.Module):
             would train it); None while the slot is empty.
         lifecycle: where the seed is in its life.
         isolation: how it trains behind the host.
+        blend: how its output and the host's features become one: "add", "multiply" or "gate".
+        gate: the gate network of a seed with blend "gate", else None.
         isolation_violations: checked forward passes in which the seed reached into the host.
     """
 
@@ -55,6 +57,8 @@ class SeedSlot(nn.Module):
         """Begin empty."""
         super().__init__()
         self.seed: nn.Module | None = None
+        self.gate: nn.Module | None = None
+        self.blend = blending.ADD
         self.register_buffer("alpha", None)
         self.lifecycle = Lifecycle()
         self.isolation: Isolation = TrustRegion()
@@ -76,28 +80,34 @@ class SeedSlot(nn.Module):
         """Alpha as a number, kept on the host: reading it never waits for the device."""
         return self._alpha_value
 
+    def modules_of_seed(self) -> list[nn.Module]:
+        """Everything that trains, is measured and goes as the seed: the seed, and its gate network if it has one."""
+        return [module for module in (self.seed, self.gate) if module is not None]
+
     def forward(self, features: Tensor) -> Tensor:
         """Host features in, features of the same shape and dtype out, as the stage says."""
         if self._mode is None or self.seed is None or self.alpha is None:
             return features
         if self._mode == BEHIND and not torch.is_grad_enabled():
             return features  # nothing to learn from, and the output would be the host's anyway
-        inner = features.detach() if self._mode == BEHIND else features
-        if self._copy_input:
-            inner = inner.clone()
+        if self._mode == BEHIND:
+            inner = features.detach()
+        else:  # a fossil's alpha is never 0, so its host needs no shield
+            inner = blending.shield(features, self.alpha) if self.alpha.requires_grad else features
+        given = inner.clone() if self._copy_input else inner
         looking = not torch.compiler.is_compiling() and self._checks_due > 0
-        version = inner._version if looking else 0
-        output = self.seed(inner)
+        version = given._version if looking else 0
+        output = self.seed(given)
         if output.shape != features.shape or (
             output.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type)
         ):
             raise WiringError(_shape_complaint(features, output))
-        output = output.to(features.dtype)
+        full = blending.candidate(self.blend, inner, output.to(features.dtype), self.gate)
         if self._mode == BLENDED:
-            return blending.add(features, output, self.alpha)
+            return blending.blend(features, full, self.alpha)
         if looking:
-            self._look(output, wrote=inner._version != version)
-        return behind(features, output, self.alpha, self.isolation)
+            self._look(full, wrote=given._version != version)
+        return behind(features, full, self.alpha, self.isolation)
 
     def germinate(
         self,
@@ -105,6 +115,7 @@ class SeedSlot(nn.Module):
         *,
         probe: Tensor | None = None,
         isolation: Isolation | None = None,
+        blend: str = blending.ADD,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -115,13 +126,15 @@ class SeedSlot(nn.Module):
             probe: features as the slot will see them, any batch size. The seed is run on them once, in eval
                 mode, without a change of random state. Without it the first forward pass checks.
             isolation: how it will train; ``TrustRegion()`` unless told.
+            blend: "add", "multiply" or "gate", see ``blending.candidate``. A gate network belongs to the seed: it
+                learns with it, and is made for the channels of the probe.
             device: moved there; the probe's device unless told.
             dtype: floating parameters are converted to it; the probe's dtype unless told.
 
         Raises:
-            WiringError: the slot is occupied, the seed has no trainable parameter, or it changes the shape
-                or dtype of the probe; the slot is as it was.
-            ConfigurationError: ``seed`` is neither a module nor a factory of one.
+            WiringError: the slot is occupied, the seed has no trainable parameter, it changes the shape or
+                dtype of the probe, or a gate has no features to be made for; the slot is as it was.
+            ConfigurationError: ``seed`` is neither a module nor a factory of one, or an unknown blend.
         """
         if self.stage is not Stage.DORMANT:
             raise WiringError(
@@ -132,15 +145,23 @@ class SeedSlot(nn.Module):
             raise WiringError("the seed has no trainable parameter: it could never learn")
         if isolation is not None and not isinstance(isolation, (StraightThrough, TrustRegion)):
             raise ConfigurationError(f"isolation must be TrustRegion or StraightThrough, got {isolation!r}")
+        blending.check_blend(blend)
+        if blend == blending.GATE and probe is None:
+            raise WiringError("blend 'gate' needs probe=features: the gate network is made for their channels")
         if probe is not None:
             device, dtype = device or probe.device, dtype or probe.dtype
         module.to(device=device, dtype=dtype)
         # Without a probe nobody knows whether the seed writes into its input: it gets a copy until it was seen.
         writes, leaky = (True, False) if probe is None else _try_seed(module, probe)
+        place = device or next(module.parameters()).device
+        gate = None
+        if blend == blending.GATE and probe is not None:
+            gate = blending.GateNetwork(blending.channels_of(probe)).to(device=place, dtype=dtype)
         self._copy_input = writes
         self.preserves_shape = True if probe is not None else None
         self.seed = module.train(self.training)
-        place = device or next(module.parameters()).device
+        self.gate = None if gate is None else gate.train(self.training)
+        self.blend = blend
         self.alpha = torch.zeros((), dtype=torch.float32, device=place).requires_grad_()
         self._alpha_value = 0.0
         self.isolation = isolation or TrustRegion()
@@ -229,17 +250,20 @@ class SeedSlot(nn.Module):
 
     def _clear(self) -> None:
         self.seed = None
+        self.gate = None
+        self.blend = blending.ADD
         self.alpha = None
         self._alpha_value = 0.0
         self.preserves_shape = None
 
-    def _look(self, output: Tensor, wrote: bool) -> None:
+    def _look(self, full: Tensor, wrote: bool) -> None:
         """Count leaks, and learn whether the seed writes into its input: only then it gets a copy."""
         self._checks_due -= 1
         self.preserves_shape = True
         assert self.seed is not None
         wrote_into_host = wrote and not self._copy_input
-        self.isolation_violations += int(wrote_into_host or leaks(output, _own(self.seed)) > 0)
+        own = [tensor for module in self.modules_of_seed() for tensor in _own(module)]
+        self.isolation_violations += int(wrote_into_host or leaks(full, own) > 0)
         self._copy_input = wrote or _may_write(self.seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
