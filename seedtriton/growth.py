@@ -22,7 +22,7 @@ from .gates import STRICT, GateThresholds, QualityGates, SeedStatus, Verdict
 from .isolation import Isolation
 from .lifecycle import FORWARD, Stage
 from .monitor import WINDOW, GradientMonitor
-from .schedules import AlphaSchedule
+from .schedules import HOLD, AlphaController, AlphaSchedule
 from .slot import SeedSlot, seed_module
 from .telemetry import Event, LogSink, Sink, Telemetry, gate_fields
 
@@ -41,8 +41,8 @@ class _Life:
     name: str
     slot: SeedSlot
     group: dict[str, Any] | None  # the optimizer's, while the seed has one
-    schedule: AlphaSchedule
-    blend_step: int = 0
+    schedule: AlphaSchedule  # of the first ramp; later ones take steps and curve from it unless told
+    alpha: AlphaController = field(default_factory=AlphaController)
     training_accuracy: float | None = None  # when TRAINING began
     blending_accuracy: float | None = None  # when BLENDING began
     evidence: SeedEvidence | None = field(default=None)
@@ -56,7 +56,7 @@ class GrowthController:
         optimizer: what trains the host; a seed gets a parameter group of its own in it.
         thresholds: limits of the gates.
         mode: "strict" or "permissive", see ``QualityGates``.
-        schedule: alpha while blending, in optimizer steps.
+        schedule: the first ramp of alpha, in optimizer steps.
         schedulers: learning-rate schedulers of the optimizer; they must learn of every new group.
         total_epochs: length of the whole training, for thresholds that depend on its progress.
         window: samples that the monitor keeps.
@@ -124,7 +124,7 @@ class GrowthController:
             blend: how it is blended in: "add", "multiply", or "gate", which learns how much of the seed each
                 sample gets and needs a ``probe``.
             add_to_optimizer: put its parameters into the optimizer as a group of their own.
-            schedule: alpha while blending; the controller's unless told.
+            schedule: the first ramp of alpha; the controller's unless told.
             **group: settings of that group, such as ``lr``; the first group's present ones unless told.
 
         Returns:
@@ -171,7 +171,7 @@ class GrowthController:
     def measure(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Measure the gradients of this step: after backward and unscaling, before clipping and the step.
 
-        Also moves the alpha of blending seeds one step along its schedule, from the next forward pass on.
+        Also moves every alpha that is on its way one step, from the next forward pass on.
         Does nothing while no slot holds a living seed. A ``scaler`` is read, never touched; see
         ``GradientMonitor.measure``.
         """
@@ -180,9 +180,8 @@ class GrowthController:
             return
         self.monitor.measure(scaler)
         for life in self._lives.values():
-            if life.slot.stage is Stage.BLENDING and life.blend_step < life.schedule.steps:
-                life.blend_step += 1
-                life.slot.set_alpha(life.schedule(life.blend_step))
+            if life.alpha.mode != HOLD:
+                life.slot.set_alpha(life.alpha.step())
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """``GradientMonitor.clip_grad_norm_`` over the whole model, seeds included."""
@@ -234,6 +233,37 @@ class GrowthController:
                 self._rest(name, slot)
         return verdicts
 
+    def set_alpha_target(
+        self, slot: str, target: float, *, steps: int | None = None, curve: str | None = None
+    ) -> None:
+        """Send alpha of a blending or held seed to another target; a held seed goes back to BLENDING.
+
+        Args:
+            slot: the slot's path in the model.
+            target: in (0, 1].
+            steps: optimizer steps it takes, 0 for a jump; those of the seed's schedule unless told.
+            curve: "linear", "cosine" or "sigmoid"; the one of the seed's schedule unless told.
+
+        Raises:
+            ConfigurationError: no slot has this name, alpha is still on its way, or a value is impossible;
+                nothing has changed.
+            WiringError: the slot has no seed in BLENDING or HOLDING.
+        """
+        life = self._living(slot)
+        if life.slot.stage not in (Stage.BLENDING, Stage.HOLDING):
+            raise WiringError(f"alpha moves in BLENDING and HOLDING, the seed in {slot!r} is in {life.slot.stage}")
+        if not 0.0 < target <= 1.0:
+            raise ConfigurationError(f"target must lie in (0, 1], got {target!r}; prune() ends a seed")
+        life.alpha.retarget(
+            target,
+            life.schedule.steps if steps is None else steps,
+            life.schedule.curve if curve is None else curve,
+        )
+        life.slot.set_alpha(life.alpha.alpha)
+        self._emit("alpha_target", slot, target=life.alpha.target, steps=life.alpha.steps_total, curve=life.alpha.curve)
+        if life.slot.stage is Stage.HOLDING:
+            self._move(life, Stage.BLENDING, f"alpha target {target:.3g}")
+
     def prune(self, slot: str, reason: str = "pruned by the script") -> None:
         """Take a seed out: of its slot, of the monitor, and of the optimizer with its state.
 
@@ -241,10 +271,7 @@ class GrowthController:
             ConfigurationError: no slot has this name.
             WiringError: the slot has no living seed; a fossil is part of the host and stays.
         """
-        place = self._slot(slot)
-        life = self._lives.get(slot)
-        if life is None:
-            raise WiringError(f"slot {slot!r} has no seed to prune (stage {place.stage})")
+        life = self._living(slot)
         self._remove_group(life.group)
         del self._lives[slot]
         self._move(life, Stage.PRUNED, reason)
@@ -259,6 +286,12 @@ class GrowthController:
         if name not in self.slots:
             raise ConfigurationError(f"the model has no slot {name!r}; its slots are {sorted(self.slots)}")
         return self.slots[name]
+
+    def _living(self, name: str) -> _Life:
+        place, life = self._slot(name), self._lives.get(name)
+        if life is None:
+            raise WiringError(f"slot {name!r} has no living seed (stage {place.stage}); a fossil stays as it is")
+        return life
 
     def _status(
         self, name: str, slot: SeedSlot, life: _Life | None, parameters: int | None = None
@@ -275,7 +308,8 @@ class GrowthController:
             accuracy_change=_points(life.blending_accuracy if life else None, self._accuracy),
             isolation_violations=slot.isolation_violations,
             alpha=slot.alpha_value,
-            alpha_target=life.schedule.target if life else 1.0,
+            alpha_target=life.alpha.target if life else 1.0,
+            alpha_holds=life is None or life.alpha.mode == HOLD,
             progress=progress,
         )
 
@@ -284,10 +318,12 @@ class GrowthController:
         life.slot.move(target, reason)
         if target is Stage.TRAINING:
             life.training_accuracy = self._accuracy
-        elif target is Stage.BLENDING:
+        elif target is Stage.BLENDING and source is Stage.TRAINING:
+            # Not when it comes back from HOLDING: the accuracy to be kept is the one before it was felt at all.
             life.blending_accuracy = self._accuracy
-            life.blend_step = 0
-            life.slot.set_alpha(life.schedule(0))
+            life.alpha = AlphaController(life.schedule.start)
+            life.alpha.retarget(life.schedule.target, life.schedule.steps, life.schedule.curve)
+            life.slot.set_alpha(life.alpha.alpha)
         self._emit("stage", life.name, source=str(source), target=str(target), reason=reason)
         if target is Stage.PRUNED:
             self._emit("pruned", life.name, reason=reason)

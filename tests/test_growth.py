@@ -409,6 +409,66 @@ def test_alpha_moves_along_its_schedule_once_per_measured_step():
     assert slot.alpha_value == 0.5
 
 
+def blending(script=None, slot="early", **options):
+    """A script whose seed in ``slot`` has just been let into BLENDING."""
+    script = script or Script(schedule=AlphaSchedule(steps=8, curve="linear"))
+    script.growth.germinate(slot, Residual(6, 16), probe=torch.randn(2, 6), **options)
+    while script.growth.slots[slot].stage is not Stage.BLENDING:
+        script.epoch()
+    return script
+
+
+def test_a_partial_target_is_held_and_raised_on_request_by_way_of_blending():
+    schedule = AlphaSchedule(steps=8, target=0.5, curve="linear")
+    script = blending(Script(schedule=schedule, thresholds=THRESHOLDS.without("max_accuracy_drop")))
+    slot = script.growth.slots["early"]
+    with pytest.raises(ConfigurationError, match="on its way UP"):
+        script.growth.set_alpha_target("early", 1.0)
+    script.epoch()
+    assert (slot.stage, slot.alpha_value) == (Stage.HOLDING, 0.5)
+    accuracy = script.growth._lives["early"].blending_accuracy
+    script.growth.set_alpha_target("early", 1.0, steps=20, curve="linear")
+    assert (slot.stage, slot.alpha_value) == (Stage.BLENDING, 0.5)
+    assert script.growth._lives["early"].blending_accuracy == accuracy
+    (verdict,) = script.epoch()
+    assert slot.alpha_value == pytest.approx(0.5 + 0.5 * 16 / 20)
+    assert "alpha_not_at_target" in {check.name for check in verdict.failed}
+    script.epoch()
+    assert (slot.stage, slot.alpha_value) == (Stage.HOLDING, 1.0)
+    targets = script.of("alpha_target")
+    assert [(event["target"], event["steps"], event["curve"]) for event in targets] == [(1.0, 20, "linear")]
+
+
+def test_a_jump_is_felt_at_once_and_needs_no_step():
+    script = blending()
+    script.epoch()
+    script.growth.set_alpha_target("early", 0.25, steps=0)
+    assert script.growth.slots["early"].alpha_value == 0.25
+
+
+@pytest.mark.parametrize("target", [0.0, -0.5, 1.5, float("nan")])
+def test_an_impossible_target_is_refused_and_the_seed_stays_where_it_was(target):
+    script = blending()
+    script.epoch()
+    slot = script.growth.slots["early"]
+    assert slot.stage is Stage.HOLDING
+    with pytest.raises(ConfigurationError, match=r"\(0, 1\]"):
+        script.growth.set_alpha_target("early", target)
+    with pytest.raises(ConfigurationError, match="unknown curve"):
+        script.growth.set_alpha_target("early", 0.5, curve="cubic")
+    assert (slot.stage, slot.alpha_value) == (Stage.HOLDING, 1.0)
+
+
+def test_alpha_moves_only_where_it_is_felt():
+    script = Script()
+    with pytest.raises(WiringError, match="no living seed"):
+        script.growth.set_alpha_target("early", 0.5)
+    script.growth.germinate("early", Residual(6))
+    with pytest.raises(WiringError, match=r"BLENDING and HOLDING.*TRAINING"):
+        script.growth.set_alpha_target("early", 0.5)
+    assert script.growth.slots["early"].alpha_value == 0.0
+
+
 @pytest.mark.parametrize("accuracy", [93.0, -0.1, float("nan")])
 def test_an_accuracy_that_is_no_share_is_refused_and_no_epoch_counted(accuracy):
     script = Script()
