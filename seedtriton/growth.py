@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .blending import ADD
 from .errors import ConfigurationError, WiringError
 from .evidence import SeedEvidence
-from .gates import STRICT, GateThresholds, QualityGates, SeedStatus, Verdict
+from .gates import STRICT, Gate, GateThresholds, QualityGates, SeedStatus, Verdict
 from .isolation import Isolation
-from .lifecycle import FORWARD, Stage
+from .lifecycle import FORWARD, RESTING, Stage
 from .monitor import WINDOW, GradientMonitor
 from .schedules import HOLD, AlphaController, AlphaSchedule
 from .slot import SeedSlot, seed_module
@@ -33,6 +33,9 @@ _PER_GROUP = (
     "base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
 )
 
+# G0 is asked when the script germinates a seed; these lead from one stage of its life to the next.
+MOVING_GATES = (Gate.G1, Gate.G2, Gate.G3, Gate.G5)
+
 
 @dataclass
 class _Life:
@@ -43,6 +46,7 @@ class _Life:
     group: dict[str, Any] | None  # the optimizer's, while the seed has one
     schedule: AlphaSchedule  # of the first ramp; later ones take steps and curve from it unless told
     alpha: AlphaController = field(default_factory=AlphaController)
+    pruning: tuple[str, str] | None = None  # reason and initiator, while alpha is on its way down to the end
     training_accuracy: float | None = None  # when TRAINING began
     blending_accuracy: float | None = None  # when BLENDING began
     evidence: SeedEvidence | None = field(default=None)
@@ -59,11 +63,17 @@ class GrowthController:
         schedule: the first ramp of alpha, in optimizer steps.
         schedulers: learning-rate schedulers of the optimizer; they must learn of every new group.
         total_epochs: length of the whole training, for thresholds that depend on its progress.
+        auto_advance: gates that move a seed by themselves in ``end_epoch`` (G1 in ``germinate``); the others only
+            report, and ``advance`` moves.
+        pruned_epochs: epochs that a slot rests in PRUNED after a prune, at least 1.
+        embargoed_epochs: the same in EMBARGOED.
+        resetting_epochs: the same in RESETTING.
         window: samples that the monitor keeps.
         sinks: take every event; a log at level INFO unless told.
 
     Raises:
         WiringError: the model has no slot.
+        ConfigurationError: an impossible number of epochs, or a gate that does not move a seed.
     """
 
     def __init__(
@@ -76,6 +86,10 @@ class GrowthController:
         schedule: AlphaSchedule | None = None,
         schedulers: Sequence[Any] = (),
         total_epochs: int | None = None,
+        auto_advance: Iterable[Gate] = MOVING_GATES,
+        pruned_epochs: int = 1,
+        embargoed_epochs: int = 1,
+        resetting_epochs: int = 1,
         window: int = WINDOW,
         sinks: Iterable[Sink | Callable[[Event], None]] | None = None,
     ) -> None:
@@ -86,13 +100,23 @@ class GrowthController:
         }
         if not self.slots:
             raise WiringError("the model has no SeedSlot: put one where a seed may grow, x = self.slot(x)")
-        if total_epochs is not None and (type(total_epochs) is not int or total_epochs < 1):
-            raise ConfigurationError(f"total_epochs must be a whole number of at least 1, got {total_epochs!r}")
+        rests = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
+        counts = {"total_epochs": 1 if total_epochs is None else total_epochs}
+        counts |= {f"{str(stage).lower()}_epochs": rest for stage, rest in rests.items()}
+        for name, count in counts.items():
+            if type(count) is not int or count < 1:
+                raise ConfigurationError(f"{name} must be a whole number of at least 1, got {count!r}")
+        self.auto_advance = frozenset(auto_advance)
+        unknown = [gate for gate in self.auto_advance if gate not in MOVING_GATES or not isinstance(gate, Gate)]
+        if unknown:
+            known = ", ".join(f"Gate.{gate}" for gate in MOVING_GATES)
+            raise ConfigurationError(f"auto_advance takes gates that move a seed, {known}; got {unknown}")
         self.model, self.optimizer = model, optimizer
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
         self.schedulers = list(schedulers)
         self.total_epochs = total_epochs
+        self.rests: Mapping[Stage, int] = rests
         self.monitor = GradientMonitor(model, {}, window=window, optimizers=optimizer)
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
         self.epoch = 0
@@ -128,7 +152,7 @@ class GrowthController:
             **group: settings of that group, such as ``lr``; the first group's present ones unless told.
 
         Returns:
-            The verdict of gate G1, passed.
+            The verdict of gate G1.
 
         Raises:
             ConfigurationError: no slot has this name, or no blend.
@@ -136,8 +160,11 @@ class GrowthController:
                 parameters of the host or of another seed; nothing has changed.
         """
         place = self._slot(slot)
+        if place.stage in RESTING:
+            left = self._epochs_of_rest(place)
+            raise WiringError(f"slot {slot!r} is resting (stage {place.stage}), {left} more epochs; use another")
         if place.stage is not Stage.DORMANT:
-            raise WiringError(f"slot {slot!r} is occupied or resting (stage {place.stage}); prune it first")
+            raise WiringError(f"slot {slot!r} is occupied (stage {place.stage}); prune it first, or use another")
         module = seed_module(seed)
         self._refuse_shared(slot, module)
         if add_to_optimizer:
@@ -162,10 +189,9 @@ class GrowthController:
         parameters = _trainable(*place.modules_of_seed())
         self._emit("germinated", slot, parameters=parameters, in_optimizer=add_to_optimizer, blend=blend)
         self._emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
-        verdict = self.gates.judge(Stage.TRAINING, self._status(slot, place, life))
-        self._emit_gate(life, verdict)
-        if verdict.passed:
-            self._move(life, Stage.TRAINING, str(verdict))
+        verdict = self._judge(life)
+        if verdict.passed and verdict.gate in self.auto_advance:
+            self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
 
     def measure(self, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -198,7 +224,8 @@ class GrowthController:
             strict: raise when a living seed was never measured, instead of only refusing it.
 
         Returns:
-            One verdict per living seed, in the order of germination; those that passed have moved.
+            One verdict per living seed, in the order of germination, except for seeds on their way out. Those
+            that passed have moved, where ``auto_advance`` has the gate.
 
         Raises:
             ConfigurationError: an accuracy outside [0, 1]; nothing has changed.
@@ -213,30 +240,52 @@ class GrowthController:
         self._accuracy = accuracy
         self._emit("epoch", None, accuracy=accuracy, loss=loss)
         verdicts = []
+        resting = [name for name, slot in self.slots.items() if slot.stage in RESTING]
         for name, life in list(self._lives.items()):
             life.slot.lifecycle.tick()
             life.evidence = evidence[name]
             if life.training_accuracy is None and life.slot.stage is Stage.TRAINING:
                 # Germinated before any accuracy was known: the first one seen is where the rise begins.
                 life.training_accuracy = accuracy
-            target = FORWARD[life.slot.stage]
-            verdict = self.gates.judge(target, self._status(name, life.slot, life))
             self._emit_epoch(life, accuracy, loss)
-            self._emit_gate(life, verdict)
+            if life.pruning is not None:
+                if life.alpha.mode == HOLD:
+                    self._remove(life, *life.pruning)
+                continue
+            verdict = self._judge(life)
             verdicts.append(verdict)
-            if verdict.passed:
-                self._move(life, target, str(verdict))
+            if verdict.passed and verdict.gate in self.auto_advance:
+                self._move(life, verdict.target, str(verdict), "gate")
             elif life.slot.stage is Stage.TRAINING:
                 life.slot.check_isolation_again()
-        for name, slot in self.slots.items():
-            if name not in self._lives:
-                self._rest(name, slot)
+        for name in resting:
+            self._rest(name, self.slots[name])
         return verdicts
+
+    def advance(self, slot: str) -> Verdict:
+        """Ask the gate before a seed now, and move the seed if it passes; reads the evidence, which waits for a copy.
+
+        Raises:
+            ConfigurationError: no slot has this name.
+            WiringError: the slot has no living seed, or it is on its way out.
+        """
+        life = self._living(slot)
+        if life.pruning is not None:
+            raise WiringError(
+                f"the seed in {slot!r} is being pruned ({life.pruning[0]}); set_alpha_target() would keep it"
+            )
+        life.evidence = self.monitor.read()[slot]
+        verdict = self._judge(life)
+        if verdict.passed:
+            self._move(life, verdict.target, str(verdict), "script")
+        return verdict
 
     def set_alpha_target(
         self, slot: str, target: float, *, steps: int | None = None, curve: str | None = None
     ) -> None:
         """Send alpha of a blending or held seed to another target; a held seed goes back to BLENDING.
+
+        A seed that is being faded out is kept: it learns again, and its evidence begins anew.
 
         Args:
             slot: the slot's path in the model.
@@ -254,29 +303,69 @@ class GrowthController:
             raise WiringError(f"alpha moves in BLENDING and HOLDING, the seed in {slot!r} is in {life.slot.stage}")
         if not 0.0 < target <= 1.0:
             raise ConfigurationError(f"target must lie in (0, 1], got {target!r}; prune() ends a seed")
-        life.alpha.retarget(
-            target,
-            life.schedule.steps if steps is None else steps,
-            life.schedule.curve if curve is None else curve,
-        )
+        steps = life.schedule.steps if steps is None else steps
+        curve = life.schedule.curve if curve is None else curve
+        AlphaSchedule(steps=steps, curve=curve)
+        if life.pruning is not None:
+            life.pruning = None
+            life.alpha.halt()
+            life.slot.thaw()
+            self.monitor.reset(slot)
+            self._emit("prune_cancelled", slot)
+        life.alpha.retarget(target, steps, curve)
         life.slot.set_alpha(life.alpha.alpha)
         self._emit("alpha_target", slot, target=life.alpha.target, steps=life.alpha.steps_total, curve=life.alpha.curve)
         if life.slot.stage is Stage.HOLDING:
-            self._move(life, Stage.BLENDING, f"alpha target {target:.3g}")
+            self._move(life, Stage.BLENDING, f"alpha target {target:.3g}", "script")
 
-    def prune(self, slot: str, reason: str = "pruned by the script") -> None:
+    def prune(
+        self,
+        slot: str,
+        reason: str = "pruned by the script",
+        *,
+        initiator: str = "script",
+        steps: int = 0,
+        curve: str = "cosine",
+    ) -> None:
         """Take a seed out: of its slot, of the monitor, and of the optimizer with its state.
 
+        With ``steps`` a seed that is felt is faded out first: alpha goes to 0, and the seed is taken out at the end
+        of the epoch in which it arrives there. Meanwhile the seed is frozen and no gate is asked; the host trains
+        on, and still gets the gradient that reaches it through the seed. ``set_alpha_target`` keeps it after all.
+
+        Args:
+            slot: the slot's path in the model.
+            reason: kept in the events and in the history.
+            initiator: who wanted it, kept likewise: "script", "policy", ...
+            steps: optimizer steps of the fade; 0 takes it out at once, as does an alpha of 0.
+            curve: of the fade.
+
         Raises:
-            ConfigurationError: no slot has this name.
-            WiringError: the slot has no living seed; a fossil is part of the host and stays.
+            ConfigurationError: no slot has this name, steps below 0, an unknown curve.
+            WiringError: the slot has no living seed (a fossil is part of the host and stays), or it is already being
+                faded out and this asks for a fade.
         """
         life = self._living(slot)
+        AlphaSchedule(steps=steps, curve=curve)
+        if steps == 0 or life.slot.alpha_value == 0.0:
+            self._remove(life, reason, initiator)
+            return
+        if life.pruning is not None:
+            raise WiringError(f"the seed in {slot!r} is already being faded out; steps=0 takes it out at once")
+        life.pruning = (reason, initiator)
+        life.alpha.halt()
+        life.alpha.retarget(0.0, steps, curve)
+        self._emit("prune_scheduled", slot, reason=reason, initiator=initiator, steps=steps, curve=curve)
+        if life.slot.stage is Stage.HOLDING:
+            self._move(life, Stage.BLENDING, reason, initiator)
+        life.slot.freeze()
+
+    def _remove(self, life: _Life, reason: str, initiator: str) -> None:
         self._remove_group(life.group)
-        del self._lives[slot]
-        self._move(life, Stage.PRUNED, reason)
+        del self._lives[life.name]
+        self._move(life, Stage.PRUNED, reason, initiator)
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
-        self.monitor.remove_seed(slot)
+        self.monitor.remove_seed(life.name)
 
     def evidence(self) -> dict[str, SeedEvidence]:
         """What the monitor says of every living seed now; copies to the host once."""
@@ -313,9 +402,14 @@ class GrowthController:
             progress=progress,
         )
 
-    def _move(self, life: _Life, target: Stage, reason: str) -> None:
+    def _judge(self, life: _Life) -> Verdict:
+        verdict = self.gates.judge(FORWARD[life.slot.stage], self._status(life.name, life.slot, life))
+        self._emit_gate(life, verdict)
+        return verdict
+
+    def _move(self, life: _Life, target: Stage, reason: str, initiator: str) -> None:
         source = life.slot.stage
-        life.slot.move(target, reason)
+        life.slot.move(target, reason, initiator)
         if target is Stage.TRAINING:
             life.training_accuracy = self._accuracy
         elif target is Stage.BLENDING and source is Stage.TRAINING:
@@ -324,9 +418,11 @@ class GrowthController:
             life.alpha = AlphaController(life.schedule.start)
             life.alpha.retarget(life.schedule.target, life.schedule.steps, life.schedule.curve)
             life.slot.set_alpha(life.alpha.alpha)
-        self._emit("stage", life.name, source=str(source), target=str(target), reason=reason)
+        self._emit(
+            "stage", life.name, source=str(source), target=str(target), reason=reason, initiator=initiator
+        )
         if target is Stage.PRUNED:
-            self._emit("pruned", life.name, reason=reason)
+            self._emit("pruned", life.name, reason=reason, initiator=initiator)
         elif target is Stage.FOSSILIZED:
             # From now on its parameters are the host's; they stay where they are in the optimizer.
             self.monitor.remove_seed(life.name)
@@ -337,11 +433,18 @@ class GrowthController:
             self.monitor.reset(life.name)
 
     def _rest(self, name: str, slot: SeedSlot) -> None:
-        """One step of the rest after a prune; an epoch each, then the slot may be used again."""
+        """One epoch of the rest after a prune; after the last the slot may be used again."""
         source = slot.stage
-        if source in (Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING):
-            slot.move(FORWARD[source])
-            self._emit("stage", name, source=str(source), target=str(slot.stage), reason="time")
+        slot.lifecycle.tick()
+        if slot.lifecycle.epochs_in_stage >= self.rests[source]:
+            slot.move(FORWARD[source], "rested", "time")
+            self._emit(
+                "stage", name, source=str(source), target=str(slot.stage), reason="rested", initiator="time"
+            )
+
+    def _epochs_of_rest(self, slot: SeedSlot) -> int:
+        ahead = RESTING[RESTING.index(slot.stage) :]
+        return sum(self.rests[stage] for stage in ahead) - slot.lifecycle.epochs_in_stage
 
     def _refuse_shared(self, slot: str, module: nn.Module) -> None:
         known = {id(parameter) for parameter in self.model.parameters()}

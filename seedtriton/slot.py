@@ -17,7 +17,7 @@ from . import blending
 from ._state import check_state
 from .errors import ConfigurationError, StateDictError, WiringError
 from .isolation import Isolation, StraightThrough, TrustRegion, behind, leaks
-from .lifecycle import Lifecycle, Stage
+from .lifecycle import RESTING, Lifecycle, Stage
 
 # Forward passes that are looked at for leaks after entering TRAINING and after each epoch: more than a gate
 # forgives, and few enough to cost nothing (a walk over the seed's graph each).
@@ -47,6 +47,7 @@ class SeedSlot(nn.Module):
         isolation: how it trains behind the host.
         blend: how its output and the host's features become one: "add", "multiply" or "gate".
         gate: the gate network of a seed with blend "gate", else None.
+        frozen: names of the parameters that ``freeze()`` stopped; None while the seed may learn.
         isolation_violations: checked forward passes in which the seed reached into the host.
     """
 
@@ -63,6 +64,7 @@ class SeedSlot(nn.Module):
         self.lifecycle = Lifecycle()
         self.isolation: Isolation = TrustRegion()
         self.isolation_violations = 0
+        self.frozen: tuple[str, ...] | None = None
         self.preserves_shape: bool | None = None
         self._alpha_value = 0.0
         self._mode: str | None = None
@@ -170,13 +172,13 @@ class SeedSlot(nn.Module):
         self.isolation_violations = ISOLATION_CHECKS if leaky else 0
         self.move(Stage.GERMINATED)
 
-    def move(self, target: Stage, reason: str = "") -> None:
+    def move(self, target: Stage, reason: str = "", initiator: str = "script") -> None:
         """Move to ``target`` by the table, and compute as that stage does from the next forward pass on.
 
         Raises:
             TransitionError: the table does not allow it; nothing has changed.
         """
-        self.lifecycle.move(target, reason)
+        self.lifecycle.move(target, reason, initiator)
         self._mode = _FORWARD.get(target)
         self._checks_due = ISOLATION_CHECKS if target is Stage.TRAINING else 0
         if target is Stage.PRUNED:
@@ -199,6 +201,26 @@ class SeedSlot(nn.Module):
         with torch.no_grad():
             self.alpha.fill_(value)
         self._alpha_value = float(value)
+
+    def freeze(self) -> None:
+        """Stop the seed's learning: no parameter of it requires or holds a gradient, so no optimizer moves it.
+
+        The way through it stays: the host still gets the gradient that reaches it through the seed. ``thaw()``
+        undoes it for exactly the parameters that learned before.
+        """
+        if self.frozen is None:
+            self.frozen = tuple(name for name, p in self.named_parameters() if p.requires_grad)
+        for name, parameter in self.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def thaw(self) -> None:
+        """Let the seed learn again after ``freeze()``."""
+        for name, parameter in self.named_parameters():
+            if name in (self.frozen or ()):
+                parameter.requires_grad_(True)
+        self.frozen = None
 
     def check_isolation_again(self) -> None:
         """Look for leaks in the next eager forward passes in TRAINING, as in the first ones."""
@@ -226,7 +248,7 @@ class SeedSlot(nn.Module):
         values = check_state(state, "SeedSlot", self.VERSION, keys)
         restored = Lifecycle()
         restored.load_state_dict(values["lifecycle"])
-        occupied = restored.stage not in (Stage.DORMANT, Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING)
+        occupied = restored.stage not in (Stage.DORMANT, *RESTING)
         if occupied != (self.seed is not None):
             raise StateDictError(
                 f"SeedSlot: the saved stage is {restored.stage}, but the slot is "
@@ -249,6 +271,7 @@ class SeedSlot(nn.Module):
         return str(self.stage) if self.seed is None else f"{self.stage}, alpha={self._alpha_value:.3g}"
 
     def _clear(self) -> None:
+        self.thaw()  # the module goes back to whoever made it
         self.seed = None
         self.gate = None
         self.blend = blending.ADD
