@@ -273,6 +273,7 @@ class SeedStatus:
         isolation_violations: forward passes in which the seed reached into the host.
         alpha: blend factor now.
         alpha_target: where it is going.
+        alpha_holds: it has stopped there.
         progress: share of the whole training that is done, for thresholds that depend on it.
         probe: validation loss at alpha 0 and above, if it was tried; at G5 at the present alpha only.
     """
@@ -288,6 +289,7 @@ class SeedStatus:
     isolation_violations: int = 0
     alpha: float = 0.0
     alpha_target: float = 1.0
+    alpha_holds: bool = True
     progress: float | None = None
     probe: BlendProbe | None = None
 
@@ -426,7 +428,8 @@ class QualityGates(PlainState):
             _finite(status.known, limits.max_dropped_share),
             _fresh(status.known, limits.max_sample_age),
             _yes(
-                "alpha", status.alpha == status.alpha_target, "alpha_target_reached", "alpha_not_at_target",
+                "alpha", status.alpha_holds and status.alpha == status.alpha_target > 0.0,
+                "alpha_target_reached", "alpha_not_at_target",
                 status.alpha, status.alpha_target, f"alpha {status.alpha:.3g} of {status.alpha_target:.3g}",
             ),
             _epochs(

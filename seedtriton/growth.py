@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blending import ADD
 from .errors import ConfigurationError, WiringError
 from .evidence import BlendProbe, SeedEvidence
-from .gates import STRICT, GateThresholds, QualityGates, SeedStatus, Verdict
+from .gates import STRICT, Gate, GateThresholds, QualityGates, SeedStatus, Verdict
 from .isolation import Isolation
-from .lifecycle import FORWARD, Stage
+from .lifecycle import FORWARD, RESTING, Stage
 from .monitor import WINDOW, GradientMonitor
 from .probing import PROBE_AT, Evaluate, probe
-from .schedules import AlphaSchedule
+from .schedules import HOLD, AlphaController, AlphaSchedule
 from .slot import SeedSlot, seed_module
 from .telemetry import Event, LogSink, Sink, Telemetry, gate_fields
 
@@ -34,6 +35,9 @@ _PER_GROUP = (
     "base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
 )
 
+# G0 is asked when the script germinates a seed; these lead from one stage of its life to the next.
+MOVING_GATES = (Gate.G1, Gate.G2, Gate.G3, Gate.G5)
+
 
 @dataclass
 class _Life:
@@ -42,8 +46,9 @@ class _Life:
     name: str
     slot: SeedSlot
     group: dict[str, Any] | None  # the optimizer's, while the seed has one
-    schedule: AlphaSchedule
-    blend_step: int = 0
+    schedule: AlphaSchedule  # of the first ramp; later ones take steps and curve from it unless told
+    alpha: AlphaController = field(default_factory=AlphaController)
+    pruning: tuple[str, str] | None = None  # reason and initiator, while alpha is on its way down to the end
     training_accuracy: float | None = None  # when TRAINING began
     blending_accuracy: float | None = None  # when BLENDING began
     evidence: SeedEvidence | None = field(default=None)
@@ -57,9 +62,14 @@ class GrowthController:
         optimizer: what trains the host; a seed gets a parameter group of its own in it.
         thresholds: limits of the gates.
         mode: "strict" or "permissive", see ``QualityGates``.
-        schedule: alpha while blending, in optimizer steps.
+        schedule: the first ramp of alpha, in optimizer steps.
         schedulers: learning-rate schedulers of the optimizer; they must learn of every new group.
         total_epochs: length of the whole training, for thresholds that depend on its progress.
+        auto_advance: gates that move a seed by themselves in ``end_epoch`` (G1 in ``germinate``); the others only
+            report, and ``advance`` moves.
+        pruned_epochs: epochs that a slot rests in PRUNED after a prune, at least 1.
+        embargoed_epochs: the same in EMBARGOED.
+        resetting_epochs: the same in RESETTING.
         window: samples that the monitor keeps.
         evaluate: validation loss of a model, see ``probing.probe``; with it, G2 asks what blending would do to that
             loss and G5 what the seed contributes. Called when all other questions of the gate are answered well.
@@ -67,6 +77,7 @@ class GrowthController:
 
     Raises:
         WiringError: the model has no slot.
+        ConfigurationError: an impossible number of epochs, or a gate that does not move a seed.
     """
 
     def __init__(
@@ -79,6 +90,10 @@ class GrowthController:
         schedule: AlphaSchedule | None = None,
         schedulers: Sequence[Any] = (),
         total_epochs: int | None = None,
+        auto_advance: Iterable[Gate] = MOVING_GATES,
+        pruned_epochs: int = 1,
+        embargoed_epochs: int = 1,
+        resetting_epochs: int = 1,
         window: int = WINDOW,
         evaluate: Evaluate | None = None,
         sinks: Iterable[Sink | Callable[[Event], None]] | None = None,
@@ -90,14 +105,24 @@ class GrowthController:
         }
         if not self.slots:
             raise WiringError("the model has no SeedSlot: put one where a seed may grow, x = self.slot(x)")
-        if total_epochs is not None and (type(total_epochs) is not int or total_epochs < 1):
-            raise ConfigurationError(f"total_epochs must be a whole number of at least 1, got {total_epochs!r}")
+        rests = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
+        counts = {"total_epochs": 1 if total_epochs is None else total_epochs}
+        counts |= {f"{str(stage).lower()}_epochs": rest for stage, rest in rests.items()}
+        for name, count in counts.items():
+            if type(count) is not int or count < 1:
+                raise ConfigurationError(f"{name} must be a whole number of at least 1, got {count!r}")
+        self.auto_advance = frozenset(auto_advance)
+        unknown = [gate for gate in self.auto_advance if gate not in MOVING_GATES or not isinstance(gate, Gate)]
+        if unknown:
+            known = ", ".join(f"Gate.{gate}" for gate in MOVING_GATES)
+            raise ConfigurationError(f"auto_advance takes gates that move a seed, {known}; got {unknown}")
         self.model, self.optimizer = model, optimizer
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
         self.schedulers = list(schedulers)
         self.total_epochs = total_epochs
         self.evaluate = evaluate
+        self.rests: Mapping[Stage, int] = rests
         self.monitor = GradientMonitor(model, {}, window=window, optimizers=optimizer)
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
         self.epoch = 0
@@ -112,6 +137,7 @@ class GrowthController:
         *,
         probe: Tensor | None = None,
         isolation: Isolation | None = None,
+        blend: str = ADD,
         add_to_optimizer: bool = True,
         schedule: AlphaSchedule | None = None,
         **group: Any,
@@ -125,21 +151,26 @@ class GrowthController:
             probe: features as the slot sees them, to try the seed on now; otherwise the first forward pass
                 does.
             isolation: how it trains, ``TrustRegion()`` unless told.
+            blend: how it is blended in: "add", "multiply", or "gate", which learns how much of the seed each
+                sample gets and needs a ``probe``.
             add_to_optimizer: put its parameters into the optimizer as a group of their own.
-            schedule: alpha while blending; the controller's unless told.
+            schedule: the first ramp of alpha; the controller's unless told.
             **group: settings of that group, such as ``lr``; the first group's present ones unless told.
 
         Returns:
-            The verdict of gate G1, passed.
+            The verdict of gate G1.
 
         Raises:
-            ConfigurationError: no slot has this name.
+            ConfigurationError: no slot has this name, or no blend.
             WiringError: the slot is occupied, or the seed is unfit: no trainable parameter, another shape,
                 parameters of the host or of another seed; nothing has changed.
         """
         place = self._slot(slot)
+        if place.stage in RESTING:
+            left = self._epochs_of_rest(place)
+            raise WiringError(f"slot {slot!r} is resting (stage {place.stage}), {left} more epochs; use another")
         if place.stage is not Stage.DORMANT:
-            raise WiringError(f"slot {slot!r} is occupied or resting (stage {place.stage}); prune it first")
+            raise WiringError(f"slot {slot!r} is occupied (stage {place.stage}); prune it first, or use another")
         module = seed_module(seed)
         self._refuse_shared(slot, module)
         if add_to_optimizer:
@@ -147,31 +178,32 @@ class GrowthController:
         like = probe if probe is not None else next(p for p in self.model.parameters() if p.is_floating_point())
         dormant = self._status(slot, place, None, parameters=_trainable(module))
         before = place.lifecycle.state_dict()
-        place.germinate(module, probe=probe, isolation=isolation, device=like.device, dtype=like.dtype)
-        assert place.seed is not None
+        place.germinate(
+            module, probe=probe, isolation=isolation, blend=blend, device=like.device, dtype=like.dtype
+        )
         added = None
         try:
             if add_to_optimizer:
-                added = self._add_group(place.seed, group)
-            self.monitor.add_seed(slot, place.seed, alpha=place)
+                added = self._add_group(place, group)
+            self.monitor.add_seed(slot, place.modules_of_seed(), alpha=place)
         except Exception:
             self._remove_group(added)
             place.move(Stage.PRUNED, "refused")
             place.lifecycle.load_state_dict(before)
             raise
         self._lives[slot] = life = _Life(slot, place, added, schedule or self.schedule)
-        self._emit("germinated", slot, parameters=_trainable(place.seed), in_optimizer=add_to_optimizer)
+        parameters = _trainable(*place.modules_of_seed())
+        self._emit("germinated", slot, parameters=parameters, in_optimizer=add_to_optimizer, blend=blend)
         self._emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
-        verdict = self.gates.judge(Stage.TRAINING, self._status(slot, place, life))
-        self._emit_gate(life, verdict)
-        if verdict.passed:
-            self._move(life, Stage.TRAINING, str(verdict))
+        verdict = self._judge(life)
+        if verdict.passed and verdict.gate in self.auto_advance:
+            self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
 
     def measure(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Measure the gradients of this step: after backward and unscaling, before clipping and the step.
 
-        Also moves the alpha of blending seeds one step along its schedule, from the next forward pass on.
+        Also moves every alpha that is on its way one step, from the next forward pass on.
         Does nothing while no slot holds a living seed. A ``scaler`` is read, never touched; see
         ``GradientMonitor.measure``.
         """
@@ -180,9 +212,8 @@ class GrowthController:
             return
         self.monitor.measure(scaler)
         for life in self._lives.values():
-            if life.slot.stage is Stage.BLENDING and life.blend_step < life.schedule.steps:
-                life.blend_step += 1
-                life.slot.set_alpha(life.schedule(life.blend_step))
+            if life.alpha.mode != HOLD:
+                life.slot.set_alpha(life.alpha.step())
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """``GradientMonitor.clip_grad_norm_`` over the whole model, seeds included."""
@@ -199,7 +230,8 @@ class GrowthController:
             strict: raise when a living seed was never measured, instead of only refusing it.
 
         Returns:
-            One verdict per living seed, in the order of germination; those that passed have moved.
+            One verdict per living seed, in the order of germination, except for seeds on their way out. Those
+            that passed have moved, where ``auto_advance`` has the gate.
 
         Raises:
             ConfigurationError: an accuracy outside [0, 1]; nothing has changed.
@@ -214,42 +246,132 @@ class GrowthController:
         self._accuracy = accuracy
         self._emit("epoch", None, accuracy=accuracy, loss=loss)
         verdicts = []
+        resting = [name for name, slot in self.slots.items() if slot.stage in RESTING]
         for name, life in list(self._lives.items()):
             life.slot.lifecycle.tick()
             life.evidence = evidence[name]
             if life.training_accuracy is None and life.slot.stage is Stage.TRAINING:
                 # Germinated before any accuracy was known: the first one seen is where the rise begins.
                 life.training_accuracy = accuracy
-            target = FORWARD[life.slot.stage]
-            verdict = self._judge(life, target)
             self._emit_epoch(life, accuracy, loss)
-            self._emit_gate(life, verdict)
+            if life.pruning is not None:
+                if life.alpha.mode == HOLD:
+                    self._remove(life, *life.pruning)
+                continue
+            verdict = self._judge(life)
             verdicts.append(verdict)
-            if verdict.passed:
-                self._move(life, target, str(verdict))
+            if verdict.passed and verdict.gate in self.auto_advance:
+                self._move(life, verdict.target, str(verdict), "gate")
             elif life.slot.stage is Stage.TRAINING:
                 life.slot.check_isolation_again()
-        for name, slot in self.slots.items():
-            if name not in self._lives:
-                self._rest(name, slot)
+        for name in resting:
+            self._rest(name, self.slots[name])
         return verdicts
 
-    def prune(self, slot: str, reason: str = "pruned by the script") -> None:
-        """Take a seed out: of its slot, of the monitor, and of the optimizer with its state.
+    def advance(self, slot: str) -> Verdict:
+        """Ask the gate before a seed now, and move the seed if it passes; reads the evidence, which waits for a copy.
 
         Raises:
             ConfigurationError: no slot has this name.
-            WiringError: the slot has no living seed; a fossil is part of the host and stays.
+            WiringError: the slot has no living seed, or it is on its way out.
         """
-        place = self._slot(slot)
-        life = self._lives.get(slot)
-        if life is None:
-            raise WiringError(f"slot {slot!r} has no seed to prune (stage {place.stage})")
+        life = self._living(slot)
+        if life.pruning is not None:
+            raise WiringError(
+                f"the seed in {slot!r} is being pruned ({life.pruning[0]}); set_alpha_target() would keep it"
+            )
+        life.evidence = self.monitor.read()[slot]
+        verdict = self._judge(life)
+        if verdict.passed:
+            self._move(life, verdict.target, str(verdict), "script")
+        return verdict
+
+    def set_alpha_target(
+        self, slot: str, target: float, *, steps: int | None = None, curve: str | None = None
+    ) -> None:
+        """Send alpha of a blending or held seed to another target; a held seed goes back to BLENDING.
+
+        A seed that is being faded out is kept: it learns again, and its evidence begins anew.
+
+        Args:
+            slot: the slot's path in the model.
+            target: in (0, 1].
+            steps: optimizer steps it takes, 0 for a jump; those of the seed's schedule unless told.
+            curve: "linear", "cosine" or "sigmoid"; the one of the seed's schedule unless told.
+
+        Raises:
+            ConfigurationError: no slot has this name, alpha is still on its way, or a value is impossible;
+                nothing has changed.
+            WiringError: the slot has no seed in BLENDING or HOLDING.
+        """
+        life = self._living(slot)
+        if life.slot.stage not in (Stage.BLENDING, Stage.HOLDING):
+            raise WiringError(f"alpha moves in BLENDING and HOLDING, the seed in {slot!r} is in {life.slot.stage}")
+        if not 0.0 < target <= 1.0:
+            raise ConfigurationError(f"target must lie in (0, 1], got {target!r}; prune() ends a seed")
+        steps = life.schedule.steps if steps is None else steps
+        curve = life.schedule.curve if curve is None else curve
+        AlphaSchedule(steps=steps, curve=curve)
+        if life.pruning is not None:
+            life.pruning = None
+            life.alpha.halt()
+            life.slot.thaw()
+            self.monitor.reset(slot)
+            self._emit("prune_cancelled", slot)
+        life.alpha.retarget(target, steps, curve)
+        life.slot.set_alpha(life.alpha.alpha)
+        self._emit("alpha_target", slot, target=life.alpha.target, steps=life.alpha.steps_total, curve=life.alpha.curve)
+        if life.slot.stage is Stage.HOLDING:
+            self._move(life, Stage.BLENDING, f"alpha target {target:.3g}", "script")
+
+    def prune(
+        self,
+        slot: str,
+        reason: str = "pruned by the script",
+        *,
+        initiator: str = "script",
+        steps: int = 0,
+        curve: str = "cosine",
+    ) -> None:
+        """Take a seed out: of its slot, of the monitor, and of the optimizer with its state.
+
+        With ``steps`` a seed that is felt is faded out first: alpha goes to 0, and the seed is taken out at the end
+        of the epoch in which it arrives there. Meanwhile the seed is frozen and no gate is asked; the host trains
+        on, and still gets the gradient that reaches it through the seed. ``set_alpha_target`` keeps it after all.
+
+        Args:
+            slot: the slot's path in the model.
+            reason: kept in the events and in the history.
+            initiator: who wanted it, kept likewise: "script", "policy", ...
+            steps: optimizer steps of the fade; 0 takes it out at once, as does an alpha of 0.
+            curve: of the fade.
+
+        Raises:
+            ConfigurationError: no slot has this name, steps below 0, an unknown curve.
+            WiringError: the slot has no living seed (a fossil is part of the host and stays), or it is already being
+                faded out and this asks for a fade.
+        """
+        life = self._living(slot)
+        AlphaSchedule(steps=steps, curve=curve)
+        if steps == 0 or life.slot.alpha_value == 0.0:
+            self._remove(life, reason, initiator)
+            return
+        if life.pruning is not None:
+            raise WiringError(f"the seed in {slot!r} is already being faded out; steps=0 takes it out at once")
+        life.pruning = (reason, initiator)
+        life.alpha.halt()
+        life.alpha.retarget(0.0, steps, curve)
+        self._emit("prune_scheduled", slot, reason=reason, initiator=initiator, steps=steps, curve=curve)
+        if life.slot.stage is Stage.HOLDING:
+            self._move(life, Stage.BLENDING, reason, initiator)
+        life.slot.freeze()
+
+    def _remove(self, life: _Life, reason: str, initiator: str) -> None:
         self._remove_group(life.group)
-        del self._lives[slot]
-        self._move(life, Stage.PRUNED, reason)
+        del self._lives[life.name]
+        self._move(life, Stage.PRUNED, reason, initiator)
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
-        self.monitor.remove_seed(slot)
+        self.monitor.remove_seed(life.name)
 
     def probe(
         self, slot: str, evaluate: Evaluate | None = None, alphas: Sequence[float] | None = None
@@ -282,14 +404,11 @@ class GrowthController:
             raise ConfigurationError(f"the model has no slot {name!r}; its slots are {sorted(self.slots)}")
         return self.slots[name]
 
-    def _judge(self, life: _Life, target: Stage) -> Verdict:
-        """The verdict on a living seed; the validation loss is probed only if nothing else stands against it."""
-        status = self._status(life.name, life.slot, life)
-        verdict = self.gates.judge(target, status)
-        if not verdict.passed or self.evaluate is None or not self.gates.asks_probe(target):
-            return verdict
-        alphas = None if target is Stage.BLENDING else [life.slot.alpha_value]
-        return self.gates.judge(target, dataclasses.replace(status, probe=self.probe(life.name, alphas=alphas)))
+    def _living(self, name: str) -> _Life:
+        place, life = self._slot(name), self._lives.get(name)
+        if life is None:
+            raise WiringError(f"slot {name!r} has no living seed (stage {place.stage}); a fossil stays as it is")
+        return life
 
     def _status(
         self, name: str, slot: SeedSlot, life: _Life | None, parameters: int | None = None
@@ -299,29 +418,45 @@ class GrowthController:
             seed=name,
             stage=slot.stage,
             epochs_in_stage=slot.lifecycle.epochs_in_stage,
-            parameters=_trainable(slot.seed) if parameters is None else parameters,
+            parameters=_trainable(*slot.modules_of_seed()) if parameters is None else parameters,
             preserves_shape=slot.preserves_shape,
             evidence=life.evidence if life else None,
             improvement=_points(life.training_accuracy if life else None, self._accuracy),
             accuracy_change=_points(life.blending_accuracy if life else None, self._accuracy),
             isolation_violations=slot.isolation_violations,
             alpha=slot.alpha_value,
-            alpha_target=life.schedule.target if life else 1.0,
+            alpha_target=life.alpha.target if life else 1.0,
+            alpha_holds=life is None or life.alpha.mode == HOLD,
             progress=progress,
         )
 
-    def _move(self, life: _Life, target: Stage, reason: str) -> None:
+    def _judge(self, life: _Life) -> Verdict:
+        """The verdict on a living seed; the validation loss is probed only if nothing else stands against it."""
+        target = FORWARD[life.slot.stage]
+        status = self._status(life.name, life.slot, life)
+        verdict = self.gates.judge(target, status)
+        if verdict.passed and self.evaluate is not None and self.gates.asks_probe(target):
+            alphas = None if target is Stage.BLENDING else [life.slot.alpha_value]
+            verdict = self.gates.judge(target, dataclasses.replace(status, probe=self.probe(life.name, alphas=alphas)))
+        self._emit_gate(life, verdict)
+        return verdict
+
+    def _move(self, life: _Life, target: Stage, reason: str, initiator: str) -> None:
         source = life.slot.stage
-        life.slot.move(target, reason)
+        life.slot.move(target, reason, initiator)
         if target is Stage.TRAINING:
             life.training_accuracy = self._accuracy
-        elif target is Stage.BLENDING:
+        elif target is Stage.BLENDING and source is Stage.TRAINING:
+            # Not when it comes back from HOLDING: the accuracy to be kept is the one before it was felt at all.
             life.blending_accuracy = self._accuracy
-            life.blend_step = 0
-            life.slot.set_alpha(life.schedule(0))
-        self._emit("stage", life.name, source=str(source), target=str(target), reason=reason)
+            life.alpha = AlphaController(life.schedule.start)
+            life.alpha.retarget(life.schedule.target, life.schedule.steps, life.schedule.curve)
+            life.slot.set_alpha(life.alpha.alpha)
+        self._emit(
+            "stage", life.name, source=str(source), target=str(target), reason=reason, initiator=initiator
+        )
         if target is Stage.PRUNED:
-            self._emit("pruned", life.name, reason=reason)
+            self._emit("pruned", life.name, reason=reason, initiator=initiator)
         elif target is Stage.FOSSILIZED:
             # From now on its parameters are the host's; they stay where they are in the optimizer.
             self.monitor.remove_seed(life.name)
@@ -332,11 +467,18 @@ class GrowthController:
             self.monitor.reset(life.name)
 
     def _rest(self, name: str, slot: SeedSlot) -> None:
-        """One step of the rest after a prune; an epoch each, then the slot may be used again."""
+        """One epoch of the rest after a prune; after the last the slot may be used again."""
         source = slot.stage
-        if source in (Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING):
-            slot.move(FORWARD[source])
-            self._emit("stage", name, source=str(source), target=str(slot.stage), reason="time")
+        slot.lifecycle.tick()
+        if slot.lifecycle.epochs_in_stage >= self.rests[source]:
+            slot.move(FORWARD[source], "rested", "time")
+            self._emit(
+                "stage", name, source=str(source), target=str(slot.stage), reason="rested", initiator="time"
+            )
+
+    def _epochs_of_rest(self, slot: SeedSlot) -> int:
+        ahead = RESTING[RESTING.index(slot.stage) :]
+        return sum(self.rests[stage] for stage in ahead) - slot.lifecycle.epochs_in_stage
 
     def _refuse_shared(self, slot: str, module: nn.Module) -> None:
         known = {id(parameter) for parameter in self.model.parameters()}
@@ -355,7 +497,7 @@ class GrowthController:
                 "pass it: GrowthController(..., schedulers=[scheduler])"
             )
 
-    def _add_group(self, seed: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _add_group(self, slot: SeedSlot, settings: Mapping[str, Any]) -> dict[str, Any]:
         first = self.optimizer.param_groups[0]
         unknown = sorted(set(settings) - set(first))
         if unknown:
@@ -365,9 +507,11 @@ class GrowthController:
             group["initial_lr"] = settings["lr"]
         group |= settings
         if "param_names" in first:  # named parameters: an optimizer wants names in all groups or in none
-            group["params"] = list(seed.named_parameters())
+            group["params"] = [
+                (f"{part}.{name}", p) for part, module in slot.named_children() for name, p in module.named_parameters()
+            ]
         else:
-            group["params"] = list(seed.parameters())
+            group["params"] = list(slot.parameters())
         before = len(self.optimizer.param_groups)
         self.optimizer.add_param_group(group)
         for scheduler in _each_scheduler(self.schedulers):
@@ -416,10 +560,8 @@ def _points(before: float | None, now: float | None) -> float | None:
     return None if before is None or now is None or math.isnan(now) else 100.0 * (now - before)
 
 
-def _trainable(module: nn.Module | None) -> int:
-    if module is None:
-        return 0
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+def _trainable(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blending import slope
 from .errors import ConfigurationError
 
 
@@ -64,13 +65,12 @@ class _Behind(torch.autograd.Function):
         host, seed = ctx.saved_tensors
         difference = seed - host
         to_alpha = to_seed = None
-        # bf16 sums keep three digits: everything that sums is at least fp32.
-        wide = torch.promote_types(gradient.dtype, torch.float32)
         if ctx.needs_input_grad[2]:
-            to_alpha = (gradient.to(wide) * difference.to(wide)).sum().float()
+            to_alpha = slope(gradient, difference)
         if ctx.needs_input_grad[1]:
             to_seed = gradient
             if ctx.rho is not None:
+                wide = torch.promote_types(gradient.dtype, torch.float32)
                 radius = ctx.rho * torch.linalg.vector_norm(host, dtype=wide)
                 norm = torch.linalg.vector_norm(gradient, dtype=wide)
                 weight = torch.where(radius > 0, norm / radius, torch.zeros_like(norm))
@@ -86,7 +86,8 @@ def behind(host: Tensor, seed: Tensor, alpha: Tensor, isolation: Isolation) -> T
 
     Args:
         host: features of the host, any shape, floating.
-        seed: the seed's output for the detached features, same shape and dtype.
+        seed: what a full blend would put out for the detached features (``blending.candidate``; for "add" the
+            seed's output), same shape and dtype.
         alpha: 0-dim float32 leaf that requires a gradient; its value is not used.
         isolation: what the seed is trained by.
 

@@ -63,6 +63,10 @@ FORWARD: Mapping[Stage, Stage] = MappingProxyType(
 )
 
 
+# A pruned seed's slot rests here, an epoch or more in each, before it may be used again.
+RESTING = (Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING)
+
+
 class Lifecycle:
     """One seed's position in the table, with its epochs and a bounded history of moves."""
 
@@ -79,8 +83,8 @@ class Lifecycle:
         """Whether the table allows a move to ``target`` from here; a bare number is no stage."""
         return isinstance(target, Stage) and target in TRANSITIONS[self.stage]
 
-    def move(self, target: Stage, reason: str = "") -> None:
-        """Move to ``target`` and start counting its epochs at 0.
+    def move(self, target: Stage, reason: str = "", initiator: str = "script") -> None:
+        """Move to ``target`` and start counting its epochs at 0; why and by whom go into the history.
 
         Raises:
             TransitionError: when the table does not allow it; nothing has changed then.
@@ -95,6 +99,7 @@ class Lifecycle:
                 "epochs_in_source": self.epochs_in_stage,
                 "epoch": self.epochs_total,
                 "reason": reason,
+                "initiator": initiator,
             }
         )
         del self.history[:-HISTORY_LIMIT]
@@ -132,7 +137,7 @@ class Lifecycle:
                 "Lifecycle: epochs must be whole numbers with 0 <= epochs_in_stage <= epochs_total, "
                 f"got {in_stage!r} and {total!r}"
             )
-        entry_keys = {"source", "target", "epochs_in_source", "epoch", "reason"}
+        entry_keys = {"source", "target", "epochs_in_source", "epoch", "reason", "initiator"}
         if not isinstance(history, list) or len(history) > HISTORY_LIMIT:
             raise StateDictError(f"Lifecycle: history must be a list of at most {HISTORY_LIMIT} moves")
         for entry in history:

@@ -1,6 +1,7 @@
 """How numbers change over time: alpha along a curve, a threshold with the progress of training.
 
-Pure functions of a step or of progress; who ticks, and when, is decided elsewhere.
+Functions of a step or of progress, and the controller that walks alpha from one target to the next; who
+ticks, and when, is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ._state import PlainState
-from .errors import ConfigurationError
+from ._state import PlainState, check_state
+from .errors import ConfigurationError, StateDictError
 
 SIGMOID_STEEPNESS = 12.0
 
@@ -82,6 +83,108 @@ class AlphaSchedule(PlainState):
         # The last bit of a curve may step over an end; alpha never leaves the interval it moves in.
         low, high = sorted((self.start, self.target))
         return min(max(alpha, low), high)
+
+
+HOLD, UP, DOWN = "HOLD", "UP", "DOWN"  # modes of an AlphaController
+
+
+class AlphaController:
+    """Walks alpha to a target and holds it there, until it is given the next one.
+
+    Its whole state is the path it is on and how far it has come; alpha follows from these, so the two cannot
+    disagree.
+
+    Args:
+        alpha: where it begins, holding.
+
+    Raises:
+        ConfigurationError: ``alpha`` outside [0, 1] or NaN.
+    """
+
+    VERSION = 1
+
+    def __init__(self, alpha: float = 0.0) -> None:
+        """Begin in HOLD."""
+        self._path = _standing(alpha)
+        self.steps_done = 0
+
+    @property
+    def alpha(self) -> float:
+        """Alpha now; exactly ``target`` in HOLD."""
+        return float(self._path(self.steps_done))
+
+    @property
+    def start(self) -> float:
+        """Where the present path began."""
+        return float(self._path.start)
+
+    @property
+    def target(self) -> float:
+        """Where it leads."""
+        return float(self._path.target)
+
+    @property
+    def curve(self) -> str:
+        """Along which curve."""
+        return self._path.curve
+
+    @property
+    def steps_total(self) -> int:
+        """In how many steps."""
+        return self._path.steps
+
+    @property
+    def mode(self) -> str:
+        """"HOLD" when it has arrived; before that "UP" or "DOWN"."""
+        if self.steps_done >= self.steps_total:
+            return HOLD
+        return UP if self.target > self.start else DOWN
+
+    def retarget(self, target: float, steps: int, curve: str = "cosine") -> None:
+        """Set out for ``target`` from where alpha is, in ``steps`` steps along ``curve``; 0 steps is a jump.
+
+        Raises:
+            ConfigurationError: it is still on its way, a target outside [0, 1] or NaN, steps below 0, an
+                unknown curve; nothing has changed.
+        """
+        if self.mode != HOLD:
+            raise ConfigurationError(
+                f"alpha is on its way {self.mode} to {self.target:.3g}, {self.steps_done} of {self.steps_total} steps; "
+                "wait until it holds, or halt() it where it is"
+            )
+        path = AlphaSchedule(start=self.alpha, target=target, steps=steps, curve=curve)
+        self._path = _standing(target) if target == self.alpha else path
+        self.steps_done = 0
+
+    def halt(self) -> None:
+        """Hold where alpha is now; that is the target then."""
+        self._path = _standing(self.alpha)
+        self.steps_done = 0
+
+    def step(self) -> float:
+        """One step along the path, none in HOLD; the last one is exactly the target. Returns alpha."""
+        if self.mode != HOLD:
+            self.steps_done += 1
+        return self.alpha
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain, JSON-safe values."""
+        return {"version": self.VERSION, "path": self._path.state_dict(), "steps_done": self.steps_done}
+
+    @classmethod
+    def from_state_dict(cls, state: object) -> AlphaController:
+        """The controller saved by ``state_dict``; StateDictError, or ConfigurationError for bad values."""
+        values = check_state(state, "AlphaController", cls.VERSION, ("path", "steps_done"))
+        path, done = AlphaSchedule.from_state_dict(values["path"]), values["steps_done"]
+        if type(done) is not int or not 0 <= done <= path.steps:
+            raise StateDictError(f"AlphaController: steps_done must lie in [0, {path.steps}], got {done!r}")
+        restored = cls()
+        restored._path, restored.steps_done = path, done
+        return restored
+
+
+def _standing(alpha: float) -> AlphaSchedule:
+    return AlphaSchedule(start=alpha, target=alpha, steps=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from . import blending
 from ._state import check_state
 from .errors import ConfigurationError, StateDictError, WiringError
 from .isolation import Isolation, StraightThrough, TrustRegion, behind, leaks
-from .lifecycle import Lifecycle, Stage
+from .lifecycle import RESTING, Lifecycle, Stage
 
 # Forward passes that are looked at for leaks after entering TRAINING and after each epoch: more than a gate
 # forgives, and few enough to cost nothing (a walk over the seed's graph each).
@@ -45,6 +45,9 @@ class SeedSlot(nn.Module):
             would train it); None while the slot is empty.
         lifecycle: where the seed is in its life.
         isolation: how it trains behind the host.
+        blend: how its output and the host's features become one: "add", "multiply" or "gate".
+        gate: the gate network of a seed with blend "gate", else None.
+        frozen: names of the parameters that ``freeze()`` stopped; None while the seed may learn.
         isolation_violations: checked forward passes in which the seed reached into the host.
     """
 
@@ -55,10 +58,13 @@ class SeedSlot(nn.Module):
         """Begin empty."""
         super().__init__()
         self.seed: nn.Module | None = None
+        self.gate: nn.Module | None = None
+        self.blend = blending.ADD
         self.register_buffer("alpha", None)
         self.lifecycle = Lifecycle()
         self.isolation: Isolation = TrustRegion()
         self.isolation_violations = 0
+        self.frozen: tuple[str, ...] | None = None
         self.preserves_shape: bool | None = None
         self._alpha_value = 0.0
         self._mode: str | None = None
@@ -76,28 +82,34 @@ class SeedSlot(nn.Module):
         """Alpha as a number, kept on the host: reading it never waits for the device."""
         return self._alpha_value
 
+    def modules_of_seed(self) -> list[nn.Module]:
+        """Everything that trains, is measured and goes as the seed: the seed, and its gate network if it has one."""
+        return [module for module in (self.seed, self.gate) if module is not None]
+
     def forward(self, features: Tensor) -> Tensor:
         """Host features in, features of the same shape and dtype out, as the stage says."""
         if self._mode is None or self.seed is None or self.alpha is None:
             return features
         if self._mode == BEHIND and not torch.is_grad_enabled():
             return features  # nothing to learn from, and the output would be the host's anyway
-        inner = features.detach() if self._mode == BEHIND else features
-        if self._copy_input:
-            inner = inner.clone()
+        if self._mode == BEHIND:
+            inner = features.detach()
+        else:  # a fossil's alpha is never 0, so its host needs no shield
+            inner = blending.shield(features, self.alpha) if self.alpha.requires_grad else features
+        given = inner.clone() if self._copy_input else inner
         looking = not torch.compiler.is_compiling() and self._checks_due > 0
-        version = inner._version if looking else 0
-        output = self.seed(inner)
+        version = given._version if looking else 0
+        output = self.seed(given)
         if output.shape != features.shape or (
             output.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type)
         ):
             raise WiringError(_shape_complaint(features, output))
-        output = output.to(features.dtype)
+        full = blending.candidate(self.blend, inner, output.to(features.dtype), self.gate)
         if self._mode == BLENDED:
-            return blending.add(features, output, self.alpha)
+            return blending.blend(features, full, self.alpha)
         if looking:
-            self._look(output, wrote=inner._version != version)
-        return behind(features, output, self.alpha, self.isolation)
+            self._look(full, wrote=given._version != version)
+        return behind(features, full, self.alpha, self.isolation)
 
     def germinate(
         self,
@@ -105,6 +117,7 @@ class SeedSlot(nn.Module):
         *,
         probe: Tensor | None = None,
         isolation: Isolation | None = None,
+        blend: str = blending.ADD,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -115,13 +128,15 @@ class SeedSlot(nn.Module):
             probe: features as the slot will see them, any batch size. The seed is run on them once, in eval
                 mode, without a change of random state. Without it the first forward pass checks.
             isolation: how it will train; ``TrustRegion()`` unless told.
+            blend: "add", "multiply" or "gate", see ``blending.candidate``. A gate network belongs to the seed: it
+                learns with it, and is made for the channels of the probe.
             device: moved there; the probe's device unless told.
             dtype: floating parameters are converted to it; the probe's dtype unless told.
 
         Raises:
-            WiringError: the slot is occupied, the seed has no trainable parameter, or it changes the shape
-                or dtype of the probe; the slot is as it was.
-            ConfigurationError: ``seed`` is neither a module nor a factory of one.
+            WiringError: the slot is occupied, the seed has no trainable parameter, it changes the shape or
+                dtype of the probe, or a gate has no features to be made for; the slot is as it was.
+            ConfigurationError: ``seed`` is neither a module nor a factory of one, or an unknown blend.
         """
         if self.stage is not Stage.DORMANT:
             raise WiringError(
@@ -132,15 +147,23 @@ class SeedSlot(nn.Module):
             raise WiringError("the seed has no trainable parameter: it could never learn")
         if isolation is not None and not isinstance(isolation, (StraightThrough, TrustRegion)):
             raise ConfigurationError(f"isolation must be TrustRegion or StraightThrough, got {isolation!r}")
+        blending.check_blend(blend)
+        if blend == blending.GATE and probe is None:
+            raise WiringError("blend 'gate' needs probe=features: the gate network is made for their channels")
         if probe is not None:
             device, dtype = device or probe.device, dtype or probe.dtype
         module.to(device=device, dtype=dtype)
         # Without a probe nobody knows whether the seed writes into its input: it gets a copy until it was seen.
         writes, leaky = (True, False) if probe is None else _try_seed(module, probe)
+        place = device or next(module.parameters()).device
+        gate = None
+        if blend == blending.GATE and probe is not None:
+            gate = blending.GateNetwork(blending.channels_of(probe)).to(device=place, dtype=dtype)
         self._copy_input = writes
         self.preserves_shape = True if probe is not None else None
         self.seed = module.train(self.training)
-        place = device or next(module.parameters()).device
+        self.gate = None if gate is None else gate.train(self.training)
+        self.blend = blend
         self.alpha = torch.zeros((), dtype=torch.float32, device=place).requires_grad_()
         self._alpha_value = 0.0
         self.isolation = isolation or TrustRegion()
@@ -149,13 +172,13 @@ class SeedSlot(nn.Module):
         self.isolation_violations = ISOLATION_CHECKS if leaky else 0
         self.move(Stage.GERMINATED)
 
-    def move(self, target: Stage, reason: str = "") -> None:
+    def move(self, target: Stage, reason: str = "", initiator: str = "script") -> None:
         """Move to ``target`` by the table, and compute as that stage does from the next forward pass on.
 
         Raises:
             TransitionError: the table does not allow it; nothing has changed.
         """
-        self.lifecycle.move(target, reason)
+        self.lifecycle.move(target, reason, initiator)
         self._mode = _FORWARD.get(target)
         self._checks_due = ISOLATION_CHECKS if target is Stage.TRAINING else 0
         if target is Stage.PRUNED:
@@ -191,6 +214,26 @@ class SeedSlot(nn.Module):
         self.set_alpha(alpha)
         self._mode = BLENDED
 
+    def freeze(self) -> None:
+        """Stop the seed's learning: no parameter of it requires or holds a gradient, so no optimizer moves it.
+
+        The way through it stays: the host still gets the gradient that reaches it through the seed. ``thaw()``
+        undoes it for exactly the parameters that learned before.
+        """
+        if self.frozen is None:
+            self.frozen = tuple(name for name, p in self.named_parameters() if p.requires_grad)
+        for name, parameter in self.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def thaw(self) -> None:
+        """Let the seed learn again after ``freeze()``."""
+        for name, parameter in self.named_parameters():
+            if name in (self.frozen or ()):
+                parameter.requires_grad_(True)
+        self.frozen = None
+
     def check_isolation_again(self) -> None:
         """Look for leaks in the next eager forward passes in TRAINING, as in the first ones."""
         self._checks_due = ISOLATION_CHECKS if self._mode == BEHIND else 0
@@ -217,7 +260,7 @@ class SeedSlot(nn.Module):
         values = check_state(state, "SeedSlot", self.VERSION, keys)
         restored = Lifecycle()
         restored.load_state_dict(values["lifecycle"])
-        occupied = restored.stage not in (Stage.DORMANT, Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING)
+        occupied = restored.stage not in (Stage.DORMANT, *RESTING)
         if occupied != (self.seed is not None):
             raise StateDictError(
                 f"SeedSlot: the saved stage is {restored.stage}, but the slot is "
@@ -240,18 +283,22 @@ class SeedSlot(nn.Module):
         return str(self.stage) if self.seed is None else f"{self.stage}, alpha={self._alpha_value:.3g}"
 
     def _clear(self) -> None:
+        self.thaw()  # the module goes back to whoever made it
         self.seed = None
+        self.gate = None
+        self.blend = blending.ADD
         self.alpha = None
         self._alpha_value = 0.0
         self.preserves_shape = None
 
-    def _look(self, output: Tensor, wrote: bool) -> None:
+    def _look(self, full: Tensor, wrote: bool) -> None:
         """Count leaks, and learn whether the seed writes into its input: only then it gets a copy."""
         self._checks_due -= 1
         self.preserves_shape = True
         assert self.seed is not None
         wrote_into_host = wrote and not self._copy_input
-        self.isolation_violations += int(wrote_into_host or leaks(output, _own(self.seed)) > 0)
+        own = [tensor for module in self.modules_of_seed() for tensor in _own(module)]
+        self.isolation_violations += int(wrote_into_host or leaks(full, own) > 0)
         self._copy_input = wrote or _may_write(self.seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:

@@ -34,7 +34,7 @@ def assert_isolated(
     grown, plain = copy.deepcopy(model), copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, SeedSlot):
-            module.seed = None
+            module.seed = module.gate = None
     results = []
     for candidate in (grown, plain):
         candidate.zero_grad(set_to_none=True)

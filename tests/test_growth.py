@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from networks import Mlp, Residual
+from scripts import THRESHOLDS, Script, TwoSlots, blending
 from torch import nn
 
 from seedtriton import (
@@ -13,64 +14,12 @@ from seedtriton import (
     ConfigurationError,
     GateThresholds,
     GrowthController,
-    SeedSlot,
     Stage,
     StraightThrough,
     TrustRegion,
     WiringError,
 )
 from seedtriton.slot import ISOLATION_CHECKS
-
-# A host that has stopped improving cannot pass the improvement check, and these hosts soon do.
-THRESHOLDS = GateThresholds(min_training_improvement=None)
-
-
-class TwoSlots(nn.Module):
-    def __init__(self, width=6):
-        super().__init__()
-        self.first = nn.Linear(8, width)
-        self.early = SeedSlot()
-        self.second = nn.Linear(width, width)
-        self.late = SeedSlot()
-        self.last = nn.Linear(width, 4)
-
-    def forward(self, x):
-        return self.last(self.late(torch.relu(self.second(self.early(torch.relu(self.first(x)))))))
-
-
-class Script:
-    """An ordinary training script: random teacher, AdamW, an accuracy per epoch."""
-
-    def __init__(self, model=None, optimizer=None, thresholds=THRESHOLDS, measure=True, **options):
-        torch.manual_seed(0)
-        self.model = model or TwoSlots()
-        self.optimizer = optimizer or torch.optim.AdamW(self.model.parameters(), lr=5e-3)
-        self.events = []
-        self.growth = GrowthController(
-            self.model, self.optimizer, thresholds=thresholds, sinks=[self.events.append], **options
-        )
-        self.measure = measure
-        teacher = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
-        self.x = torch.randn(512, 8)
-        self.y = teacher(self.x).argmax(dim=1).detach()
-        self.generator = torch.Generator().manual_seed(1)
-
-    def epoch(self):
-        for batch in torch.randperm(len(self.x), generator=self.generator).split(32):
-            nn.functional.cross_entropy(self.model(self.x[batch]), self.y[batch]).backward()
-            if self.measure:
-                self.growth.measure()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        with torch.no_grad():
-            accuracy = float((self.model(self.x).argmax(dim=1) == self.y).double().mean())
-        return self.growth.end_epoch(accuracy=accuracy)
-
-    def epochs(self, count):
-        return [self.epoch() for _ in range(count)]
-
-    def of(self, event):
-        return [entry for entry in self.events if entry["event"] == event]
 
 
 def test_a_healthy_seed_lives_from_germinated_to_fossilized_on_measurements_alone():
@@ -407,6 +356,57 @@ def test_alpha_moves_along_its_schedule_once_per_measured_step():
     assert slot.alpha_value == pytest.approx(schedule(16))
     script.epochs(2)
     assert slot.alpha_value == 0.5
+
+
+def test_a_partial_target_is_held_and_raised_on_request_by_way_of_blending():
+    schedule = AlphaSchedule(steps=8, target=0.5, curve="linear")
+    script = blending(Script(schedule=schedule, thresholds=THRESHOLDS.without("max_accuracy_drop")))
+    slot = script.growth.slots["early"]
+    with pytest.raises(ConfigurationError, match="on its way UP"):
+        script.growth.set_alpha_target("early", 1.0)
+    script.epoch()
+    assert (slot.stage, slot.alpha_value) == (Stage.HOLDING, 0.5)
+    accuracy = script.growth._lives["early"].blending_accuracy
+    script.growth.set_alpha_target("early", 1.0, steps=20, curve="linear")
+    assert (slot.stage, slot.alpha_value) == (Stage.BLENDING, 0.5)
+    assert script.growth._lives["early"].blending_accuracy == accuracy
+    (verdict,) = script.epoch()
+    assert slot.alpha_value == pytest.approx(0.5 + 0.5 * 16 / 20)
+    assert "alpha_not_at_target" in {check.name for check in verdict.failed}
+    script.epoch()
+    assert (slot.stage, slot.alpha_value) == (Stage.HOLDING, 1.0)
+    targets = script.of("alpha_target")
+    assert [(event["target"], event["steps"], event["curve"]) for event in targets] == [(1.0, 20, "linear")]
+
+
+def test_a_jump_is_felt_at_once_and_needs_no_step():
+    script = blending()
+    script.epoch()
+    script.growth.set_alpha_target("early", 0.25, steps=0)
+    assert script.growth.slots["early"].alpha_value == 0.25
+
+
+@pytest.mark.parametrize("target", [0.0, -0.5, 1.5, float("nan")])
+def test_an_impossible_target_is_refused_and_the_seed_stays_where_it_was(target):
+    script = blending()
+    script.epoch()
+    slot = script.growth.slots["early"]
+    assert slot.stage is Stage.HOLDING
+    with pytest.raises(ConfigurationError, match=r"\(0, 1\]"):
+        script.growth.set_alpha_target("early", target)
+    with pytest.raises(ConfigurationError, match="unknown curve"):
+        script.growth.set_alpha_target("early", 0.5, curve="cubic")
+    assert (slot.stage, slot.alpha_value) == (Stage.HOLDING, 1.0)
+
+
+def test_alpha_moves_only_where_it_is_felt():
+    script = Script()
+    with pytest.raises(WiringError, match="no living seed"):
+        script.growth.set_alpha_target("early", 0.5)
+    script.growth.germinate("early", Residual(6))
+    with pytest.raises(WiringError, match=r"BLENDING and HOLDING.*TRAINING"):
+        script.growth.set_alpha_target("early", 0.5)
+    assert script.growth.slots["early"].alpha_value == 0.0
 
 
 @pytest.mark.parametrize("accuracy", [93.0, -0.1, float("nan")])

@@ -7,7 +7,7 @@ import torch
 from networks import Cnn, Mlp, Residual
 from torch import nn
 
-from seedtriton import ConfigurationError, GateThresholds, GrowthController, Stage
+from seedtriton import AlphaSchedule, ConfigurationError, GateThresholds, GrowthController, Stage
 from seedtriton.probing import probe, twin_of
 
 ONLY_THE_PROBE = GateThresholds(
@@ -228,21 +228,23 @@ def test_the_loss_is_not_probed_when_the_seed_is_refused_already():
 
 
 def test_g5_asks_what_the_seed_contributes():
-    x = data()
-    growth = controller(Scaled(0.5), x)
-    growth.end_epoch()
+    growth = controller(Scaled(0.5), data(), schedule=AlphaSchedule(steps=0))
     slot = growth.slots["slot"]
-    slot.set_alpha(1.0)
-    slot.move(Stage.HOLDING)
-    growth.measure()
+
+    def epoch():
+        growth.model(data()).square().mean().backward()
+        growth.measure()
+        return growth.end_epoch()[0]
+
+    assert epoch().passed
+    assert epoch().passed
+    assert (slot.stage, slot.alpha_value) == (Stage.HOLDING, 1.0)
     with torch.no_grad():
         slot.seed.factor.fill_(1.0)
-    (verdict,) = growth.end_epoch()
-    assert names(verdict) == ["seed_contributes_nothing"]
+    assert names(epoch()) == ["seed_contributes_nothing"]
     with torch.no_grad():
         slot.seed.factor.fill_(0.5)
-    (verdict,) = growth.end_epoch()
-    assert verdict.passed
+    assert epoch().passed
     assert slot.stage is Stage.FOSSILIZED
 
 

@@ -675,6 +675,13 @@ HOLDING = [
     ({"epochs_in_stage": 1}, {"epochs_in_stage": 0}, "epochs", "blending_complete", "blending_incomplete"),
     ({"alpha": 1.0}, {"alpha": math.nextafter(1.0, 0)}, "alpha", "alpha_target_reached", "alpha_not_at_target"),
     (
+        {"alpha_holds": True}, {"alpha_holds": False}, "alpha", "alpha_target_reached", "alpha_not_at_target",
+    ),
+    (
+        {"alpha": 0.1, "alpha_target": 0.1}, {"alpha": 0.0, "alpha_target": 0.0},
+        "alpha", "alpha_target_reached", "alpha_not_at_target",
+    ),
+    (
         {"alpha": 0.5, "alpha_target": 0.5}, {"alpha": 1.0, "alpha_target": 0.5},
         "alpha", "alpha_target_reached", "alpha_not_at_target",
     ),

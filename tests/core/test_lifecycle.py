@@ -101,6 +101,7 @@ def test_every_pair_of_stages(source, target):
             "epochs_in_source": before["epochs_in_stage"],
             "epoch": before["epochs_total"],
             "reason": "told to",
+            "initiator": "script",
         }
         return
     with pytest.raises(TransitionError) as caught:

@@ -1,6 +1,7 @@
 """Curves are exact at both ends and never turn back; thresholds change at their boundary exactly."""
 
 import dataclasses
+import json
 import math
 from itertools import pairwise
 
@@ -8,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from seedtriton.errors import ConfigurationError
-from seedtriton.schedules import CURVES, AlphaSchedule, ProgressThreshold, cosine, linear, sigmoid
+from seedtriton.errors import ConfigurationError, StateDictError
+from seedtriton.schedules import CURVES, AlphaController, AlphaSchedule, ProgressThreshold, cosine, linear, sigmoid
 
 shares = st.floats(0.0, 1.0)
 curves = st.sampled_from(["linear", "cosine", "sigmoid"])
@@ -154,3 +155,83 @@ def test_schedules_cannot_be_changed():
         AlphaSchedule().steps = 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         ProgressThreshold(early=1, mid=1, late=1).mid = 3
+
+
+# --- the controller of alpha ---
+
+
+@pytest.mark.parametrize("curve", sorted(CURVES))
+@pytest.mark.parametrize("start, target, mode", [(0.0, 0.7, "UP"), (0.9, 0.2, "DOWN")])
+def test_the_controller_walks_the_schedule_and_holds_exactly_at_its_target(curve, start, target, mode):
+    alpha = AlphaController(start)
+    assert (alpha.mode, alpha.alpha, alpha.target) == ("HOLD", start, start)
+    alpha.retarget(target, 7, curve)
+    schedule = AlphaSchedule(start=start, target=target, steps=7, curve=curve)
+    assert (alpha.start, alpha.target, alpha.curve, alpha.steps_total) == (start, target, curve, 7)
+    for step in range(7):
+        assert alpha.mode == mode
+        assert (alpha.alpha, alpha.steps_done) == (schedule(step), step)
+        assert alpha.step() == schedule(step + 1)
+    assert (alpha.mode, alpha.alpha) == ("HOLD", target)
+    assert alpha.step() == target
+    assert alpha.steps_done == 7
+
+
+def test_the_controller_jumps_in_no_steps_and_stands_when_it_is_there():
+    alpha = AlphaController()
+    alpha.retarget(0.4, 0)
+    assert (alpha.mode, alpha.alpha) == ("HOLD", 0.4)
+    alpha.retarget(0.4, 100)
+    assert (alpha.mode, alpha.alpha) == ("HOLD", 0.4)
+
+
+def test_the_controller_sets_out_only_from_hold_and_says_how():
+    alpha = AlphaController()
+    alpha.retarget(1.0, 4, "linear")
+    alpha.step()
+    before = alpha.state_dict()
+    with pytest.raises(ConfigurationError, match=r"UP to 1, 1 of 4 steps.*halt\(\)"):
+        alpha.retarget(0.0, 2)
+    assert alpha.state_dict() == before
+    alpha.halt()
+    assert (alpha.mode, alpha.alpha, alpha.target) == ("HOLD", 0.25, 0.25)
+    alpha.retarget(0.0, 2, "linear")
+    assert (alpha.mode, alpha.step(), alpha.step()) == ("DOWN", 0.125, 0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1, math.inf, "1", None, True])
+def test_the_controller_refuses_an_alpha_or_target_that_is_none(bad):
+    with pytest.raises(ConfigurationError, match="must lie in"):
+        AlphaController(bad)
+    alpha = AlphaController(0.3)
+    with pytest.raises(ConfigurationError, match="target must lie in"):
+        alpha.retarget(bad, 3)
+    assert alpha.state_dict() == AlphaController(0.3).state_dict()
+
+
+@pytest.mark.parametrize("steps, curve", [(-1, "linear"), (1.5, "linear"), (True, "linear"), (3, "cubic")])
+def test_the_controller_refuses_impossible_paths(steps, curve):
+    alpha = AlphaController(0.3)
+    with pytest.raises(ConfigurationError, match=r"steps must|unknown curve"):
+        alpha.retarget(1.0, steps, curve)
+    assert (alpha.mode, alpha.alpha) == ("HOLD", 0.3)
+
+
+def test_a_restored_controller_goes_on_where_it_was():
+    alpha = AlphaController()
+    alpha.retarget(0.8, 5, "sigmoid")
+    alpha.step()
+    restored = AlphaController.from_state_dict(json.loads(json.dumps(alpha.state_dict())))
+    assert [restored.step() for _ in range(6)] == [alpha.step() for _ in range(6)]
+    assert restored.mode == "HOLD"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"version": 2}, {"steps_done": 6}, {"steps_done": -1}, {"steps_done": 1.0}, {"path": None}, {"more": 1}],
+)
+def test_a_damaged_controller_is_refused(change):
+    alpha = AlphaController()
+    alpha.retarget(0.8, 5)
+    with pytest.raises(StateDictError):
+        AlphaController.from_state_dict({**alpha.state_dict(), **change})
