@@ -1,0 +1,276 @@
+"""Readiness benchmark: is gate G2 right about seeds that learn and seeds that do not? python -m bench.readiness
+
+Truth is measured, not labelled: at each verdict, the loss on held-out samples that no gate has seen, with the
+seed blended in at alpha 0.1 and at the slot's target, against the loss without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import multiprocessing
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import torch  # noqa: E402 - the folder of the benchmarks has to be known first
+from machine import header  # noqa: E402
+from scenarios import BROKEN, SCENARIOS, Run, Scenario  # noqa: E402
+from tasks import TASKS, Task  # noqa: E402
+
+from seedtriton import GateThresholds, GrowthController, Verdict, reference  # noqa: E402
+from seedtriton.probing import probe  # noqa: E402
+
+SLOT = "slot"
+EPOCHS, STEPS = 10, 40  # of TRAINING; verdicts are given at the end of each epoch
+TRUTH_AT = (0.1, 1.0)
+# Standard errors of the truth, and the least change of the loss that counts: about one chance in 400 that the
+# noise of the held-out samples alone makes a label.
+TRUTH_ERRORS = 3.0
+TRUTH_FLOOR = 1e-3
+READY, NOT_READY, NOISE = "ready", "not ready", "within noise"
+
+
+def truth(loss: float, changes: Sequence[float], errors: Sequence[float]) -> str:
+    """What blending does to the loss: READY if it falls somewhere and rises nowhere, beyond the noise."""
+    floor = TRUTH_FLOOR * abs(loss)
+    if not all(map(math.isfinite, (*changes, *errors))):
+        return NOT_READY
+    bounds = [max(TRUTH_ERRORS * error, floor) for error in errors]
+    if any(change > bound for change, bound in zip(changes, bounds)):
+        return NOT_READY
+    return READY if any(change < -bound for change, bound in zip(changes, bounds)) else NOISE
+
+
+class Esper:
+    """esper-lite's rule, written from its description: RMS ratio of the epoch's last batch, clamped, smoothed."""
+
+    def __init__(self) -> None:
+        self.average: float | None = None
+
+    def __call__(self, epoch: int, sample: Sample) -> bool:
+        ratio = 0.0
+        host, seed = math.sqrt(sample.host_sumsq), math.sqrt(sample.seed_sumsq)
+        # Written so that NaN falls through to the clamp, as there.
+        if not (host < 1e-8 or sample.seed_elements == 0):
+            ratio = seed / host * math.sqrt(sample.host_elements / sample.seed_elements)
+            ratio = ratio if ratio < 10.0 else 10.0
+        self.average = ratio if self.average is None else 0.9 * self.average + 0.1 * ratio
+        return epoch >= 3 and self.average >= 0.10
+
+
+def original(epoch: int, sample: Sample) -> bool:
+    """The rule of the original review: ratio of the gradient norms of the epoch's last batch at least 0.05."""
+    host, seed = math.sqrt(sample.host_sumsq), math.sqrt(sample.seed_sumsq)
+    ratio = seed / (host + 1e-8) if host > 0 else 0.0
+    return epoch >= 3 and ratio >= 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The last measurement of an epoch, as it was: what the other judges look at."""
+
+    host_sumsq: float
+    seed_sumsq: float
+    host_elements: float
+    seed_elements: float
+
+    @classmethod
+    def last_of(cls, growth: GrowthController) -> Sample:
+        monitor = growth.monitor
+        row = monitor.ring[(int(monitor.count) - 1) % monitor.window].tolist()
+        sums = [segment[reference.SUMSQ] for segment in row]
+        elements = [segment[reference.ELEMENTS] for segment in row]
+        return cls(sums[0], sums[1], elements[0], elements[1])
+
+
+JUDGES = ("original", "esper-lite", "G2 without probe", "G2", "G2 with improvement")
+
+
+def opinions(epoch: int, sample: Sample, esper: Esper, verdict: Verdict, improvement: float | None) -> dict[str, bool]:
+    """Whether each judge would let the seed blend now."""
+    from_gradients = [check for check in verdict.checks if not check.question.startswith("probe")]
+    return {
+        "original": original(epoch, sample),
+        "esper-lite": esper(epoch, sample),
+        "G2 without probe": all(check.passed is not False for check in from_gradients),
+        "G2": verdict.passed,
+        "G2 with improvement": verdict.passed and improvement is not None and improvement >= 1.0,
+    }
+
+
+def warm_host(task: Task, random_seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The host after training alone, with its optimizer."""
+    torch.manual_seed(random_seed)
+    model = task.make_host()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr)
+    batches = task.batches(random_seed)
+    for _ in range(task.warm_steps):
+        task.loss(model, next(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def train(
+    scenario: Scenario, task: Task, random_seed: int, epochs: int, warm: Callable[[Task, int], Any]
+) -> list[dict[str, Any]]:
+    """One seed behind one host: for every epoch the judges' opinions, the evidence and the truth."""
+    task = scenario.task(task, random_seed)
+    model, optimizer = copy.deepcopy(warm(task, random_seed))
+    torch.manual_seed(random_seed + 1000)
+    # gates only report: what happens after a verdict is the growth benchmark's subject.
+    growth = GrowthController(
+        model, optimizer, thresholds=GateThresholds(min_training_improvement=None), auto_advance=(), sinks=(),
+        evaluate=lambda twin: task.sample_losses(twin, task.probe),
+    )  # fmt: skip
+    run = Run(task, model, optimizer)
+    run.growth, run.batches, run.steps = growth, task.batches(random_seed + 1000), epochs * STEPS
+    growth.germinate(SLOT, scenario.seed(task), **scenario.germinate(task))
+    assert growth.advance(SLOT).passed
+    run.seed = model.slot.seed
+    scenario.prepare(run)
+    esper, rows = Esper(), []
+    start = task.accuracy(model, task.probe)
+    for epoch in range(1, epochs + 1):
+        for _ in range(STEPS):
+            scenario.one_step(run)
+            run.step += 1
+        accuracy = task.accuracy(model, task.probe)
+        improvement = None if accuracy is None or start is None else 100.0 * (accuracy - start)
+        (verdict,) = growth.end_epoch(accuracy=accuracy)
+        measured = probe(model, SLOT, lambda twin: task.sample_losses(twin, task.truth), TRUTH_AT)
+        errors = measured.errors or ()
+        evidence = growth.evidence()[SLOT]
+        rows.append({
+            "epoch": epoch,
+            "passes": opinions(epoch, Sample.last_of(growth), esper, verdict, improvement),
+            "refused_for": [check.name for check in verdict.failed],
+            "truth": truth(measured.loss, measured.changes, errors),
+            "loss": measured.loss,
+            "changes": list(measured.changes),
+            "errors": list(errors),
+            "t": evidence.blend_gain_t,
+            "ratio": evidence.ratio,
+            "rms_ratio": evidence.rms_ratio,
+            "displacement": evidence.displacement,
+            "effective_samples": evidence.effective_samples,
+        })  # fmt: skip
+    return rows
+
+
+def verdicts(scenario: Scenario, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each judge its verdict (the first pass, or the refusal at the end) and whether it was right.
+
+    "right", "wrong", or "within noise", where both verdicts are right. Where nothing true can be measured,
+    only a refusal that names the cause is right.
+    """
+    found = {}
+    for judge in JUDGES:
+        passed = next((row for row in rows if row["passes"][judge]), None)
+        row = passed or rows[-1]
+        named = passed is None and any(cause in row["refused_for"] for cause in scenario.causes)
+        if scenario.kind == BROKEN:
+            right = "wrong" if passed else "right"
+        elif row["truth"] == NOISE:
+            right = "within noise"
+        else:
+            right = "right" if (passed is not None) == (row["truth"] == READY) else "wrong"
+        found[judge] = {
+            "passed": passed is not None, "epoch": row["epoch"], "truth": row["truth"], "right": right,
+            "cause_named": named if judge.startswith("G2") else None,
+        }  # fmt: skip
+    return found
+
+
+def case(job: tuple[str, int, int]) -> list[dict[str, Any]]:
+    """All scenarios of one task and one random seed; they share the warm host."""
+    name, random_seed, epochs = job
+    torch.set_num_threads(1)
+    task = TASKS[name]()
+    warmed: list[tuple[Task, Any]] = []
+
+    def warm(wanted: Task, random_seed: int) -> Any:
+        for known, host in warmed:
+            if known is wanted:
+                return host
+        host = warm_host(wanted, random_seed)
+        warmed.append((wanted, host))
+        return host
+
+    results = []
+    for make in SCENARIOS:
+        scenario = make()
+        begun = time.perf_counter()
+        rows = train(scenario, task, random_seed, epochs, warm)
+        results.append({
+            "task": name, "random_seed": random_seed, "scenario": scenario.name, "kind": scenario.kind,
+            "causes": list(scenario.causes), "verdicts": verdicts(scenario, rows), "epochs": rows,
+            "seconds": time.perf_counter() - begun,
+        })  # fmt: skip
+    return results
+
+
+def run(tasks: Sequence[str], random_seeds: int, epochs: int, processes: int) -> list[dict[str, Any]]:
+    """All cases."""
+    jobs = [(task, random_seed, epochs) for random_seed in range(random_seeds) for task in tasks]
+    if processes == 1:
+        return [result for job in jobs for result in case(job)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return [result for results in pool.imap_unordered(case, jobs, chunksize=1) for result in results]
+
+
+def wrong(results: Sequence[dict[str, Any]], judge: str) -> list[dict[str, Any]]:
+    """The runs that ``judge`` was wrong about."""
+    return [result for result in results if result["verdicts"][judge]["right"] == "wrong"]
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """A line per scenario and the totals."""
+    from readiness_report import markdown
+
+    print(markdown(results))
+    for result in wrong(results, "G2"):
+        verdict = result["verdicts"]["G2"]
+        row = result["epochs"][verdict["epoch"] - 1]
+        print(
+            f"WRONG  {result['scenario']} / {result['task']} / {result['random_seed']}: "
+            f"{'passed' if verdict['passed'] else 'refused'} in epoch {verdict['epoch']}, truth {row['truth']}, "
+            f"loss {row['loss']:.4g}, changes {row['changes']}, errors {row['errors']}, t {row['t']}, "
+            f"refused for {row['refused_for']}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; 1 when our gate was wrong anywhere."""
+    parser = argparse.ArgumentParser(prog="python -m bench.readiness", description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=5, help="random seeds (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="two cheap tasks, one random seed each")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON to write")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.tasks, options.seeds, options.processes = ["digits_mlp", "spirals"], 1, 1
+    begun = time.perf_counter()
+    results = run(options.tasks, options.seeds, options.epochs, options.processes)
+    show(results)
+    print(f"{time.perf_counter() - begun:.0f} s")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        head = header("python -m bench.readiness " + " ".join(arguments if arguments is not None else sys.argv[1:]))
+        options.output.write_text(json.dumps({**head, "runs": results}, indent=None) + "\n", encoding="utf-8")
+    return int(bool(wrong(results, "G2")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

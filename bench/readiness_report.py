@@ -1,0 +1,87 @@
+"""The readiness benchmark's raw output as a table and as a picture."""
+
+JUDGES = ("original", "esper-lite", "G2 without probe", "G2")
+HEADS = ("ratio >= 0.05", "RMS ratio >= 0.10 (esper-lite)", "G2, gradients alone", "G2 with probe")
+
+
+def markdown(results):
+    """Wrong verdicts per scenario and judge, with the reason that our gate gave most often."""
+    lines = [
+        "| scenario | ready / not / noise | " + " | ".join(HEADS) + " | G2 says |",
+        "|---|---|" + "---|" * (len(HEADS) + 1),
+    ]
+    for scenario in dict.fromkeys(result["scenario"] for result in results):
+        rows = [result for result in results if result["scenario"] == scenario]
+        cells = [_wrong(rows, judge) for judge in JUDGES]
+        lines.append(f"| {scenario} | {_truths(rows)} | " + " | ".join(cells) + f" | {_says(rows)} |")
+    cells = [_wrong(results, judge) for judge in JUDGES]
+    lines.append(f"| **all {len(results)} runs** | {_truths(results)} | " + " | ".join(cells) + " | |")
+    return "\n".join(lines)
+
+
+def _truths(rows):
+    if all(row["kind"] == "broken measurement" for row in rows):
+        return "not measurable"
+    found = [row["verdicts"]["G2"]["truth"] for row in rows]
+    return " / ".join(str(found.count(kind)) for kind in ("ready", "not ready", "within noise"))
+
+
+def _wrong(rows, judge):
+    """False passes and false refusals, as "2 p, 1 r"; a dash where there is none."""
+    wrong = [row["verdicts"][judge] for row in rows if row["verdicts"][judge]["right"] == "wrong"]
+    passes = sum(verdict["passed"] for verdict in wrong)
+    parts = [f"{count} {kind}" for count, kind in ((passes, "p"), (len(wrong) - passes, "r")) if count]
+    return ", ".join(parts) or "-"
+
+
+def _says(rows):
+    """How often it passed, else the planted cause if it was named, else the first reason."""
+    passed = sum(row["verdicts"]["G2"]["passed"] for row in rows)
+    refused = [row for row in rows if not row["verdicts"]["G2"]["passed"]]
+    reasons = {}
+    for row in refused:
+        names = row["epochs"][row["verdicts"]["G2"]["epoch"] - 1]["refused_for"]
+        reason = next((name for name in names if name in row["causes"]), names[0])
+        reasons[reason] = reasons.get(reason, 0) + 1
+    parts = [f"passes {passed}"] if passed else []
+    parts += [f"`{name}` {count}" for name, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    return ", ".join(parts)
+
+
+def picture(results, path):
+    """What the bare ratio and the t statistic see of every run at the end, against what blending would do."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {"ready": "#1b9e77", "not ready": "#d95f02", "within noise": "#999999"}
+    panels = (
+        ("ratio", "ratio of gradient norms, seed / host", 0.05, {"xscale": ("symlog", {"linthresh": 1e-3})}),
+        ("t", "t of the blend gain", 4.0, {"xscale": ("symlog", {"linthresh": 10})}),
+    )
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    for axis, (field, label, limit, scales) in zip(axes, panels):
+        for truth, colour in colours.items():
+            points = [_point(result, field) for result in results if result["kind"] != "broken measurement"]
+            chosen = [(x, y) for x, y, found in points if found == truth and x is not None and y is not None]
+            axis.scatter(*zip(*chosen or [((), ())]), s=14, alpha=0.7, c=colour, label=truth, edgecolors="none")
+        axis.axvline(limit, color="black", linewidth=1)
+        axis.annotate(f"threshold {limit:g}", (limit, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
+        axis.set_xscale(scales["xscale"][0], **scales["xscale"][1])
+        axis.set_yscale("symlog", linthresh=1e-2)
+        axis.axhline(0.0, color="black", linewidth=0.5)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("relative change of held-out loss at full blend")
+    axes[0].legend(loc="upper left", fontsize=8)
+    figure.suptitle(f"{len(results)} seeds at the end of their training behind the host; below zero blending helps")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _point(result, field):
+    row = result["epochs"][-1]
+    change = row["changes"][-1] / abs(row["loss"])
+    return row[field], change if abs(change) < 1e9 else None, row["truth"]

@@ -1,0 +1,116 @@
+"""The readiness benchmark in its quick form, and its arithmetic: who is right, and against what."""
+
+import importlib
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+
+BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
+
+
+@pytest.fixture(scope="module")
+def readiness():
+    sys.path.insert(0, BENCH)
+    try:
+        yield importlib.import_module("readiness")
+    finally:
+        sys.path.remove(BENCH)
+
+
+@pytest.fixture(scope="module")
+def quick(readiness, tmp_path_factory):
+    path = tmp_path_factory.mktemp("readiness") / "quick.json"
+    code = readiness.main(["--quick", "--output", str(path)])
+    return code, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_our_gate_makes_no_mistake_and_the_bare_ratios_make_many(readiness, quick):
+    code, found = quick
+    assert code == 0
+    wrong = {judge: len(readiness.wrong(found["runs"], judge)) for judge in readiness.JUDGES}
+    assert wrong["G2"] == wrong["G2 without probe"] == 0
+    assert wrong["original"] >= 5
+    assert wrong["esper-lite"] >= 5
+
+
+def test_the_truth_has_both_kinds(quick):
+    truths = [run["verdicts"]["G2"]["truth"] for run in quick[1]["runs"]]
+    assert min(truths.count("ready"), truths.count("not ready")) >= 5
+
+
+def test_every_refusal_of_a_planted_cause_names_it(quick):
+    refused = [run for run in quick[1]["runs"] if run["causes"] and not run["verdicts"]["G2"]["passed"]]
+    assert len(refused) >= 12
+    assert [run["scenario"] for run in refused if not run["verdicts"]["G2"]["cause_named"]] == []
+
+
+def test_the_output_says_what_it_was_measured_with_and_holds_every_scenario(readiness, quick):
+    found = quick[1]
+    assert {"command", "date", "python", "torch", "threads", "machine", "commit", "runs"} <= found.keys()
+    assert {run["scenario"] for run in found["runs"]} == {make().name for make in readiness.SCENARIOS}
+    assert len({make().name for make in readiness.SCENARIOS}) == len(readiness.SCENARIOS) >= 28
+
+
+@pytest.mark.parametrize(
+    "changes, errors, label",
+    [
+        ((-0.1, -0.1), (0.01, 0.01), "ready"),
+        ((-0.1, 0.0), (0.01, 0.01), "ready"),
+        ((0.0, -0.1), (0.01, 0.01), "ready"),
+        ((-0.1, 0.1), (0.01, 0.01), "not ready"),
+        ((0.1, -0.1), (0.01, 0.01), "not ready"),
+        ((-0.02, 0.02), (0.01, 0.01), "within noise"),
+        ((-0.031, 0.0), (0.01, 0.01), "ready"),
+        ((-0.029, 0.0), (0.01, 0.01), "within noise"),
+        ((-0.001, 0.001), (0.0, 0.0), "within noise"),
+        ((-0.0021, 0.0), (0.0, 0.0), "ready"),
+        ((math.nan, -0.1), (0.01, 0.01), "not ready"),
+    ],
+)
+def test_truth_is_what_blending_does_to_the_loss_beyond_the_noise(readiness, changes, errors, label):
+    assert readiness.truth(2.0, changes, errors) == label
+
+
+def test_the_other_judges_are_what_they_are_said_to_be(readiness):
+    def sample(host, seed):
+        return readiness.Sample(host_sumsq=host**2, seed_sumsq=seed**2, host_elements=400, seed_elements=100)
+
+    assert readiness.original(3, sample(1.0, 0.051))
+    assert not readiness.original(3, sample(1.0, 0.049))
+    assert not readiness.original(2, sample(1.0, 1.0))
+    assert not readiness.original(3, sample(0.0, 1.0))
+    assert not readiness.original(3, sample(1.0, math.nan))
+    esper = readiness.Esper()
+    assert not esper(3, sample(1.0, 0.049))
+    assert esper.average == pytest.approx(0.098)
+    assert esper(3, sample(1.0, 0.1))  # 0.9 * 0.098 + 0.1 * 0.2
+    assert esper.average == pytest.approx(0.1082)
+    nan = readiness.Esper()
+    assert nan(3, sample(1.0, math.nan))
+    assert nan.average == 10.0
+
+
+def test_a_verdict_is_the_first_pass_or_the_refusal_at_the_end(readiness):
+    def row(epoch, passes, truth, refused_for=()):
+        return {
+            "epoch": epoch, "truth": truth, "refused_for": list(refused_for),
+            "passes": dict.fromkeys(readiness.JUDGES, passes),
+        }  # fmt: skip
+
+    learning, broken = readiness.Scenario(), readiness.Scenario()
+    broken.kind, broken.causes = "broken measurement", ("why",)
+    cases = [
+        (learning, [row(1, True, "not ready"), row(2, True, "ready")], (True, 1, "wrong", False)),
+        (learning, [row(1, False, "ready"), row(2, True, "ready")], (True, 2, "right", False)),
+        (learning, [row(1, False, "not ready"), row(2, False, "ready")], (False, 2, "wrong", False)),
+        (learning, [row(1, True, "within noise")], (True, 1, "within noise", False)),
+        (learning, [row(1, False, "not ready")], (False, 1, "right", False)),
+        (broken, [row(1, True, "ready")], (True, 1, "wrong", False)),
+        (broken, [row(1, False, "ready", ["why"])], (False, 1, "right", True)),
+    ]
+    for scenario, rows, expected in cases:
+        found = readiness.verdicts(scenario, rows)["G2"]
+        assert (found["passed"], found["epoch"], found["right"], found["cause_named"]) == expected
