@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from seedtriton import FlatGradients, GradientMonitor, WiringError, _loss_scale
+from seedtriton import FlatGradients, GradientMonitor, WiringError, _loss_scale, step_if_grads
 from seedtriton.evidence import NEVER_MEASURED, NO_GRADIENT
 
 OVERFLOW = 5  # the step whose loss is made infinite
@@ -117,6 +117,52 @@ def test_a_scaler_needs_known_optimizers():
     loop.scaler.scale(loop.loss()).backward()
     with pytest.raises(WiringError, match="optimizers"):
         monitor.measure(loop.scaler)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_an_optimizer_without_gradients_is_not_stepped_and_the_scaler_goes_on(unscale):
+    loop = Loop(optimizers=2)
+    host, seed = loop.optimizers
+    for grown in (False, True, False):
+        hidden = loop.host(torch.randn(4, 4))
+        loop.scaler.scale((loop.seed(hidden) if grown else hidden).square().mean()).backward()
+        before = loop.seed.weight.clone()
+        for optimizer in loop.optimizers if unscale else ():
+            loop.scaler.unscale_(optimizer)
+        if not grown:
+            with pytest.raises(AssertionError, match="No inf checks were recorded"):  # why this function exists
+                loop.scaler.step(seed)
+        assert step_if_grads(loop.scaler, host) is True
+        assert step_if_grads(loop.scaler, seed) is grown
+        assert torch.equal(loop.seed.weight, before) is not grown
+        loop.scaler.update()
+        for optimizer in loop.optimizers:
+            optimizer.zero_grad()
+
+
+def test_step_if_grads_steps_as_the_scaler_does():
+    left, right = Loop(), Loop()
+    torch.manual_seed(1)
+    for step in range(3):
+        for loop in (left, right):
+            torch.manual_seed(step)
+            loop.scaler.scale(loop.loss() * (float("inf") if step == 1 else 1.0)).backward()
+        left.scaler.step(left.optimizers[0])
+        assert step_if_grads(right.scaler, right.optimizers[0])
+        for loop in (left, right):
+            loop.scaler.update()
+            loop.optimizers[0].zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(left.seed.parameters(), right.seed.parameters()))
+    assert left.scaler.get_scale() == right.scaler.get_scale()
+
+
+def test_step_if_grads_works_with_a_scaler_that_is_switched_off():
+    loop = Loop(scaled=False)
+    before = loop.seed.weight.clone()
+    assert not step_if_grads(loop.scaler, loop.optimizers[0])
+    loop.loss().backward()
+    assert step_if_grads(loop.scaler, loop.optimizers[0])
+    assert not torch.equal(loop.seed.weight, before)
 
 
 def test_clipping_before_unscaling_uses_the_unscaled_norm():
