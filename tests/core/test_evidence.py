@@ -485,7 +485,8 @@ def test_both_sides_clipped_to_their_own_norms_are_evidence_although_the_common_
 
 def test_dropped_and_empty_samples_have_no_part_in_the_plateau():
     window = [sample(host_sumsq=w, seed_sumsq=w) for w in WILD[:8]]
-    assert collect([*window, *[NOTHING] * 9, *[sample(skipped=True)] * 9, sample(host_sumsq=INF)]).plateau_share == 1 / 8
+    unusable = [*[NOTHING] * 9, *[sample(skipped=True)] * 9, sample(host_sumsq=INF)]
+    assert collect([*window, *unusable]).plateau_share == 1 / 8
 
 
 def test_a_seed_with_zero_parameters_has_no_live_share():
