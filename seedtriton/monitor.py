@@ -274,7 +274,8 @@ class GradientMonitor(nn.Module):
 
         Call it before registering the hooks that step. ``measure()`` after backward then closes the sample; it
         looks at no gradient any more. Not for accumulation over several backward passes: squares of partial
-        gradients would be added.
+        gradients would be added. Nor under DDP, where a gradient is complete only after backward: these would be
+        the sums of one process alone.
 
         Returns:
             A handle; ``handle.remove()`` ends it.

@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -657,15 +656,6 @@ def test_own_flat_gradients_are_recognised():
     found = flat_buffer_of(p.grad for p in model.parameters())
     assert found.data_ptr() == flat.buffer.data_ptr()
     assert flat.buffer.numel() - found.numel() < 4
-
-
-@pytest.fixture
-def gloo(tmp_path):
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("gloo")

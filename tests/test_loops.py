@@ -708,3 +708,89 @@ def test_tags_compile_whole_one_graph_each():
     assert len(graphs) == 2
     assert torch.equal(made.monitors["g"].ring.nan_to_num(), eager.monitors["g"].ring.nan_to_num())
     assert made.monitors["g"].read()["a"].samples == 6
+
+
+# Kinds of gradients and of compilation
+
+
+@pytest.mark.usefixtures("gloo")
+def test_accumulation_under_no_sync_is_one_sample_of_the_sum():
+    one, many = Loop(scaled=False), Loop(scaled=False)
+    nets = [nn.Sequential(loop.host, loop.seed) for loop in (one, many)]
+    ddp = nn.parallel.DistributedDataParallel(nets[1])
+    for _ in range(3):
+        batches = torch.randn(3, 4, 4)
+        nets[0](batches).square().sum().backward()
+        one.monitor.measure()
+        with ddp.no_sync():
+            for batch in batches[:-1]:
+                ddp(batch).square().sum().backward()
+        ddp(batches[-1]).square().sum().backward()
+        many.monitor.measure()  # on steps that synchronise only
+        for net in nets:
+            net.zero_grad()
+    left, right = one.monitor.read()["a"], many.monitor.read()["a"]
+    assert left.samples == right.samples == 3
+    assert (left.seed_norm, left.host_norm) == pytest.approx((right.seed_norm, right.host_norm), rel=1e-5)
+
+
+def test_channels_last_sparse_and_tied_gradients_are_measured_as_dense_ones():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    words, out = nn.Embedding(9, 8, sparse=True), nn.Linear(8, 9, bias=False)
+    tied = nn.Linear(8, 9, bias=False)
+    tied.weight = out.weight
+    monitor = GradientMonitor(nn.ModuleList([conv, words]), {"a": nn.ModuleList([out, tied])})
+    image = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last)
+    features = conv(image).mean((2, 3)) + words(torch.tensor([[1, 1, 4], [2, 1, 1]])).sum(1)
+    (out(features) + tied(features).square()).sum().backward()
+    assert words.weight.grad.is_sparse
+    assert not conv.weight.grad.is_contiguous()
+    assert conv.weight.grad.is_contiguous(memory_format=torch.channels_last)
+    monitor.measure()
+    host = [conv.weight.grad, conv.bias.grad, words.weight.grad.to_dense()]
+    found = monitor.read()["a"]
+    assert found.host_norm == pytest.approx(torch.cat([g.flatten() for g in host]).norm().item(), rel=1e-6)
+    assert found.seed_norm == pytest.approx(out.weight.grad.norm().item(), rel=1e-6)
+    assert monitor.ring[0, 1, reference.TENSORS] == 1
+
+
+def test_reduce_overhead_gives_the_numbers_of_eager():
+    """On a CPU this mode has no CUDA graphs to record; what is left is inductor, for model and monitor.
+
+    Without biases and activations it needs no C++ compiler, and a tenth of the time.
+    """
+    torch._dynamo.reset()
+    nets = [nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    monitors = [GradientMonitor(net[0], {"a": net[1]}) for net in nets]
+    forward = torch.compile(nets[1], mode="reduce-overhead")
+    measure = torch.compile(monitors[1], mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(8, 4)
+        for net, take in ((nets[0], monitors[0]), (forward, measure)):
+            net(x).square().mean().backward()
+            take()
+        for net in nets:
+            net.zero_grad()
+    torch.testing.assert_close(monitors[1].ring, monitors[0].ring, rtol=1e-5, atol=0, equal_nan=True)
+    assert monitors[1].read()["a"].samples == 4
+
+
+def test_freezing_under_a_compiled_measurement_is_seen():
+    torch._dynamo.reset()
+    loop = Loop(scaled=False)
+    compiled = torch.compile(loop.monitor, fullgraph=True, backend="eager")
+
+    def tensors():
+        loop.host.zero_grad()
+        loop.seed.zero_grad()
+        loop.loss().backward()
+        compiled()
+        return loop.monitor.ring[int(loop.monitor.count) - 1, 1, reference.TENSORS].item()
+
+    assert tensors() == 2
+    loop.seed.bias.requires_grad_(False)
+    assert tensors() == 1
+    loop.seed.bias.requires_grad_(True)
+    assert tensors() == 2

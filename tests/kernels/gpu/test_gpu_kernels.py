@@ -280,3 +280,17 @@ def test_a_buffer_that_somebody_else_keeps_is_found_and_followed(device):
         monitor.measure()
         expected = model[1].weight.grad.double().square().sum().item()
         assert monitor.ring[step, 1, reference.SUMSQ].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradients_on_another_device_are_measured_too(device):
+    from seedtriton import GradientMonitor
+
+    host, seed = torch.nn.Linear(64, 64, device=device), torch.nn.Linear(64, 64)
+    monitor = GradientMonitor(host, {"a": seed})
+    for parameter in (*host.parameters(), *seed.parameters()):
+        parameter.grad = torch.randn_like(parameter)
+    monitor.measure()
+    found = monitor.read()["a"]
+    for norm, module in ((found.host_norm, host), (found.seed_norm, seed)):
+        expected = torch.cat([p.grad.double().flatten() for p in module.parameters()]).norm().item()
+        assert norm == pytest.approx(expected, rel=1e-6)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from seedtriton import FlatGradients, GradientMonitor, GrowthController, SeedSlot, WiringError, ops, reference
@@ -229,15 +228,6 @@ def test_flat_gradients_upload_once_and_measure_the_same(through, uploads):
             assert len(uploads) == 1
         rows.append(monitor.ring[:3].nan_to_num())
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-6, atol=0)
-
-
-@pytest.fixture
-def gloo(tmp_path):
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("gloo")
