@@ -68,7 +68,9 @@ class GradientMonitor(nn.Module):
         flat: a ``FlatGradients``, which keeps the gradients in one buffer: they are put back into it before each
             measurement, and on a GPU neither checked one by one nor uploaded. "auto": somebody else may keep them
             so, as DDP does with ``gradient_as_bucket_view=True``; whether all that are measured lie in one buffer,
-            and where in it, is looked at in every measurement, because DDP moves them.
+            and where in it, is looked at in every measurement, because DDP moves them. That look costs more time
+            on the CPU than comparing addresses does without it (0.37 against 0.07 ms for 300 tensors): it is for
+            buffers that are another one in most steps, where it saves the upload.
         tag: the loss whose gradients count, in a loop with several backward passes per step (GAN, RL). Only
             ``measure(tag=...)`` with this very tag makes a sample; any other tag makes none, and a call without
             one is an error. One monitor per loss, each called with the same line: the ratio of a discriminator's
