@@ -44,6 +44,21 @@ class Unsupported(ValueError):  # noqa: N818 - it is caught as a condition, not 
         self.reason = reason
 
 
+class Uncapturable(RuntimeError):  # noqa: N818 - as above
+    """Addresses that a CUDA graph, while it is captured, cannot take up.
+
+    Attributes:
+        index: place of the one that moved among the tensors, or among the gains; None: never measured before.
+        gain: whether it is a gain.
+        fate: what happened to it and the way out, to be said after its name.
+    """
+
+    def __init__(self, fate: str, index: int | None = None, gain: bool = False) -> None:
+        what = "these tensors" if index is None else f"{'gain' if gain else 'tensor'} {index}"
+        super().__init__(f"{what} {fate}")
+        self.index, self.gain, self.fate = index, gain, fate
+
+
 class Signature(NamedTuple):
     """What a plan depends on. Addresses are not in it."""
 
@@ -262,20 +277,23 @@ class _Cache:
                 self._captured.setdefault(what, []).append(tables)
                 return tables
         others = [tables for _, tables in known] + self._captured.get(what, [])
-        raise RuntimeError(_capture_message(others, pointers, tensors))
+        raise _uncapturable(others, pointers, tensors)
 
 
-def _capture_message(known: Sequence[Tables], pointers: tuple[int, ...], tensors: int) -> str:
+def _uncapturable(known: Sequence[Tables], pointers: tuple[int, ...], tensors: int) -> Uncapturable:
     advice = (
         "addresses cannot be uploaded while a CUDA graph is captured. Run one measurement before the capture "
         "with the very same gradients, and keep them in place: zero_grad(set_to_none=False)"
     )
-    for tables in known:
-        for index, (old, new) in enumerate(zip(tables.pointers or (), pointers)):
-            if old != new:
-                what = f"tensor {index}" if index < tensors else f"gain {index - tensors}"
-                return f"{what} moved from {old:#x} to {new:#x} since the last measurement; {advice}"
-    return f"these tensors were not measured before the capture; {advice}"
+    # Several may be known: of other streams and graphs, or of a ring that lay at the same address once. The one that
+    # differs least says what moved.
+    tables = max(known, key=lambda each: sum(map(int.__eq__, each.pointers or (), pointers)), default=None)
+    for index, (old, new) in enumerate(zip((tables and tables.pointers) or (), pointers)):
+        if old != new:
+            gain = index >= tensors
+            fate = f"moved from {old:#x} to {new:#x} since the last measurement; {advice}"
+            return Uncapturable(fate, index - tensors if gain else index, gain)
+    return Uncapturable(f"were not measured before the capture; {advice}")
 
 
 _cache = _Cache()
@@ -326,6 +344,7 @@ def find_tables(
     extras: Sequence[int] = (),
     outside: Sequence[tuple[int, int]] = (),
     flat: Tensor | None = None,
+    settled: bool = True,
     distinct: bool = False,
 ) -> Tables:
     """Tables with the current addresses of ``tensors`` in them; the current device must be ``device``.
@@ -339,11 +358,17 @@ def find_tables(
         extra_pointers: compared like the tensors' addresses, and named "gain" in errors.
         extras: written to the table behind the tensors' addresses, always as many.
         outside: (tensors, elements) of each segment that the kernel does not see but the row counts.
-        flat: a buffer of which all tensors are views that never move within it.
+        flat: a buffer of which all tensors are views.
+        settled: they never move within it, and are not looked at. False: their places are compared in every call.
         distinct: refuse two tensors at one address, which a kernel that writes would race on.
     """
     stream, capturing = _stream(device)
-    pointers, signature = _flat_signature(tensors, flat) if flat is not None else _moving_signature(tensors)
+    if flat is None:
+        pointers, signature = _moving_signature(tensors)
+    elif settled:
+        pointers, signature = _flat_signature(tensors, flat)
+    else:
+        pointers, signature = _placed_signature(tensors, flat)
     segments = tuple(segments)
     what = (domain, device.index, num_segments, segments, tuple(outside), signature)
     pointers = (*pointers, *extra_pointers)
@@ -361,8 +386,10 @@ def find_tables(
         _cache.put(stream, what, tables)
     elif tables.pointers == pointers:
         return tables
-    else:
+    elif flat is None:
         _check_moved(tensors, pointers, device)
+    else:
+        tables.base_offsets = _flat_offsets(tensors, flat)
     if distinct:
         _check_distinct(tensors)
     with torch.inference_mode(False), torch.no_grad():
@@ -387,6 +414,13 @@ def _flat_signature(tensors: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int,
     start = flat.data_ptr()
     ends = (tensors[0].data_ptr() - start, tensors[-1].data_ptr() - start) if tensors else ()
     return (), ("flat", flat.numel(), flat.dtype, len(tensors), ends)
+
+
+def _placed_signature(tensors: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int, ...], Any]:
+    """As ``_moving_signature``, with places in the buffer for addresses: a buffer that moved is no change."""
+    pointers, signature = _moving_signature(tensors)
+    start = flat.data_ptr()
+    return tuple([pointer - start for pointer in pointers]), ("placed", flat.device, flat.dtype, signature)
 
 
 def _flat_offsets(tensors: Sequence[Tensor], flat: Tensor) -> tuple[int, ...]:

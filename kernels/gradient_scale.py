@@ -106,7 +106,7 @@ def scale_(
     Raises:
         Unsupported: a tensor that the kernel cannot take.
         ValueError: a coefficient of another dtype or size.
-        RuntimeError: a new address while a CUDA graph is captured.
+        Uncapturable: a new address while a CUDA graph is captured.
     """
     if coefficient.dtype not in (torch.float32, torch.float64) or coefficient.numel() != 1:
         raise ValueError(

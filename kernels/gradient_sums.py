@@ -394,7 +394,7 @@ def segmented_sumsq(
     Raises:
         Unsupported: a tensor that the kernel cannot take.
         ValueError: no tensors, or ``outside`` of another shape.
-        RuntimeError: a new address while a CUDA graph is captured.
+        Uncapturable: a new address while a CUDA graph is captured.
     """
     if not tensors:
         raise ValueError("segmented_sumsq got no tensors, so it knows no device: return zeros without it")
@@ -430,6 +430,7 @@ def record_(
     *,
     layout: tuple[int, int, int, int, int, int, int, int, int],
     clip_eps: float,
+    settled: bool = True,
     programs: int | None = None,
     two_launches: bool = False,
 ) -> None:
@@ -451,17 +452,18 @@ def record_(
         lanes: float32 or float64.
         outside: float64 [segments, 2], columns SUMSQ and LIVE of gradients that went elsewhere.
         outside_counts: (tensors, elements) of those, for every segment.
-        flat: a buffer of which all gradients are views that never move within it: no address is looked at.
+        flat: a buffer of which all gradients are views.
         layout: SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT and
             SUMMARY_HEAD of ``reference``.
         clip_eps: CLIP_EPS of ``reference``.
+        settled: the gradients never move within ``flat``, and no address is looked at.
         programs: size of the grid; the result does not depend on it.
         two_launches: without counters, the oracle of the single launch; the same bits.
 
     Raises:
         Unsupported: a gradient that the kernel cannot take.
         ValueError: a gain that it cannot take, two gains for one segment, ``outside`` of another shape.
-        RuntimeError: a new address while a CUDA graph is captured.
+        Uncapturable: a new address while a CUDA graph is captured.
     """
     device = ring.device
     num_segments = ring.shape[1]
@@ -476,7 +478,7 @@ def record_(
     with _launch.guard(device), _launch.lock():
         tables = _launch.find_tables(
             gradients, segments, num_segments, device, ("record", ring.data_ptr(), tuple(gain_segments)),
-            gain_pointers, gain_table, outside_counts or (), flat,
+            gain_pointers, gain_table, outside_counts or (), flat, settled,
         )  # fmt: skip
         row = (ring.data_ptr(), ring.shape[0], count.data_ptr(), summary.data_ptr())
         arguments = _arguments(tables, flat, row, outside, tuple(map(_address, scalars)), (max_norm, eps, clip_eps))

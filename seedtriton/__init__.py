@@ -7,6 +7,7 @@ operation on an accelerator.
 import logging
 
 from . import ops as ops
+from ._loss_scale import step_if_grads as step_if_grads
 from .errors import ConfigurationError as ConfigurationError
 from .errors import SeedtritonError as SeedtritonError
 from .errors import StateDictError as StateDictError

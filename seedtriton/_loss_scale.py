@@ -63,6 +63,26 @@ def read_scaler(
     return mixed(scale)
 
 
+def step_if_grads(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """``scaler.step(optimizer)``, unless no parameter of the optimizer has a gradient.
+
+    A seed that is not in the forward pass yet, or rests, leaves its optimizer without gradients;
+    ``GradScaler.step`` then raises "No inf checks were recorded for this optimizer". Call ``scaler.update()`` once
+    after all optimizers, as ever; it wants at least one of them to have had gradients.
+
+    Args:
+        scaler: switched off, it steps as the optimizer itself would, under the same condition.
+        optimizer: unscaled before, or not.
+
+    Returns:
+        Whether the scaler was asked to step; like every step of a scaler, it is skipped on overflow.
+    """
+    if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
+        return False
+    scaler.step(optimizer)
+    return True
+
+
 def mixed(scale: Tensor) -> LossScale:
     """The scale of a sample that is to be dropped, because it mixes scaled and unscaled gradients; warns once."""
     global _warned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ class ParameterSource:
     """Where parameters come from: looked up again on every call, each once."""
 
     def __init__(self, source: Parameters) -> None:
+        self._single = isinstance(source, (nn.Module, Tensor))
         items: tuple[object, ...] = (source,) if isinstance(source, (nn.Module, Tensor)) else tuple(source)
         self._items: list[nn.Module | Tensor] = []
         for item in items:
@@ -33,6 +34,15 @@ class ParameterSource:
             for tensor in tensors:
                 found.setdefault(id(tensor), tensor)
         return list(found.values())
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """What to call each parameter in an error: by its path in its module, or by its place among bare tensors."""
+        for index, item in enumerate(self._items):
+            if isinstance(item, nn.Module):
+                for name, parameter in item.named_parameters(prefix="" if self._single else str(index)):
+                    yield f"parameter {name!r}", parameter
+            else:
+                yield f"parameter {index}", item
 
     def modules(self) -> list[nn.Module]:
         return [module for item in self._items if isinstance(item, nn.Module) for module in item.modules()]

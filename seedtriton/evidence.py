@@ -22,6 +22,11 @@ HOST_FLOOR = 1e-6
 GAIN_SAMPLES = 100
 # Fewer gains than this have no autocorrelation worth the name.
 MIN_GAIN_SAMPLES = 8
+# Norms this close to the largest of the window lie on a plateau: a clipped norm is max_norm to within 1e-6 over
+# what it was before, and rounding.
+PLATEAU_TOLERANCE = 1e-4
+# Fewer samples than this can lie close together by chance.
+MIN_PLATEAU_SAMPLES = 8
 
 # What the ratio is worth. Each is a different answer, and only the first is a number.
 MEASURED = "measured"
@@ -157,6 +162,44 @@ def t_statistic(values: Sequence[float]) -> tuple[float | None, float]:
     return mean / math.sqrt(variance / effective), effective
 
 
+def plateau_share(sumsqs: Sequence[float]) -> float | None:
+    """Share of the norms that lie within a relative ``PLATEAU_TOLERANCE`` of the largest; None: too few to tell.
+
+    Clipping a group by its own norm cuts every larger one down to ``max_norm``, so its norms pile up at their
+    maximum; norms of other batches, or of other weights, do not. 0.0 when all are zero, and when all are the same to
+    the last bit: that is one gradient again and again (the whole data in every batch, and nothing that feeds it
+    moves), while clipped norms differ in their last bits.
+
+    What it cannot see: clipping by *value*, of which norms tell nothing; and clipping of gradients that are bf16 or
+    fp16 themselves, whose norms torch rounds to their dtype, so that they scatter by more than the tolerance.
+
+    Args:
+        sumsqs: sums of squares of one group, one per sample, finite.
+    """
+    if len(sumsqs) < MIN_PLATEAU_SAMPLES:
+        return None
+    top = max(sumsqs)
+    if min(sumsqs) == top:
+        return 0.0
+    floor = top * (1.0 - PLATEAU_TOLERANCE) ** 2
+    return sum(value >= floor for value in sumsqs) / len(sumsqs)
+
+
+def clipped_share(samples: Sequence[Sample]) -> float | None:
+    """The larger ``plateau_share()`` of seed and host: near 1 when somebody clips each by its own norm.
+
+    Clipping both by their common norm leaves the ratio as it is and must not count. It makes a plateau of the common
+    norm, and of the host's as well when the seed's is less than about 1 % of it; never of both. So where the common
+    norm lies on a plateau, both sides have to.
+    """
+    seed = plateau_share([sample.seed_sumsq for sample in samples])
+    host = plateau_share([sample.host_sumsq for sample in samples])
+    common = plateau_share([sample.host_sumsq + sample.seed_sumsq for sample in samples])
+    if seed is None or host is None or common is None:
+        return None
+    return max(seed, host) if common < max(seed, host) else min(seed, host)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SeedEvidence(PlainState):
     """What the window says of one seed. A number that could not be had is None, and ``reason`` says why.
@@ -182,6 +225,9 @@ class SeedEvidence(PlainState):
         live_share: share of the seed's parameters (by tensor) with a gradient that is not all zero.
         in_optimizer: every parameter of the seed that requires a gradient is in an optimizer.
         optimizer_steps: steps of that optimizer since the window began.
+        plateau_share: share of the samples whose norm, the seed's or the host's, lies at the top of the window: near
+            1 when somebody clips host and seed apart before they are measured. See ``clipped_share()`` and
+            ``plateau_share()``, also for what they cannot see. None for fewer than 8 samples.
     """
 
     seed: str
@@ -202,6 +248,7 @@ class SeedEvidence(PlainState):
     live_share: float | None = None
     in_optimizer: bool | None = None
     optimizer_steps: int | None = None
+    plateau_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -281,6 +328,7 @@ def collect_evidence(
         live_share=live / (len(used) * parameters) if used and parameters else None,
         in_optimizer=in_optimizer,
         optimizer_steps=optimizer_steps,
+        plateau_share=clipped_share(used),
     )
 
 

@@ -6,7 +6,7 @@ one address. Nothing here waits for a device, and training stays bit for bit as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -190,7 +190,7 @@ class FlatGradients:
         """Name and tensor of every parameter that takes part, each once, all of them fit for it."""
         sparse = {id(m.weight) for m in self._source.modules() if isinstance(m, _EMBEDDINGS) and m.sparse}
         found: dict[int, tuple[str, Tensor]] = {}
-        for name, parameter in _named(self._items):
+        for name, parameter in self._source.named():
             if not parameter.requires_grad or id(parameter) in found:
                 continue
             reason = _unusable(parameter)
@@ -385,16 +385,6 @@ class _Flat:
         place.parameter.grad = view
         place.attached, place.blank = view, False
         return view
-
-
-def _named(items: Parameters) -> Iterator[tuple[str, Tensor]]:
-    several = not isinstance(items, (nn.Module, Tensor))
-    for index, item in enumerate(items if several else (items,)):  # type: ignore[arg-type]
-        if isinstance(item, nn.Module):
-            for name, parameter in item.named_parameters(prefix=str(index) if several else ""):
-                yield f"parameter {name!r}", parameter
-        elif isinstance(item, Tensor):
-            yield f"parameter {index}", item
 
 
 def _unusable(parameter: Tensor) -> str | None:

@@ -69,6 +69,9 @@ class GateThresholds(PlainState):
         min_samples: G2, measurements in the window.
         max_sample_age: G2, G3, G5, optimizer steps without a new measurement.
         max_dropped_share: G2, G3, G5, share of the measurements that were not finite or skipped.
+        max_plateau_share: G2, share of the samples whose norm, seed's or host's, sits at one largest value: above
+            it somebody clips them apart before they are measured, and the ratio says nothing. Too few samples
+            to tell are listed as not asked.
         require_optimizer: G2, the seed's parameters are in an optimizer that steps.
         min_displacement: G2, relative change of the seed's weights since TRAINING began.
         min_live_share: G2, share of the seed's parameters whose gradient is not all zero.
@@ -95,6 +98,7 @@ class GateThresholds(PlainState):
     min_samples: int | None = 32
     max_sample_age: int | None = 20
     max_dropped_share: float | None = 0.1
+    max_plateau_share: float | None = 0.5
     require_optimizer: bool | None = True
     min_displacement: float | None = 1e-4
     min_live_share: float | None = 0.5
@@ -376,6 +380,7 @@ class QualityGates(PlainState):
             _stage_is(status, Stage.TRAINING, "in_training", "not_in_training"),
             _measured(known),
             _finite(known, limits.max_dropped_share),
+            _not_clipped(known, limits.max_plateau_share),
             _in_optimizer(known, limits.require_optimizer),
             _at_least(
                 "displacement", "min_displacement", known.displacement, limits.min_displacement,
@@ -583,6 +588,19 @@ def _finite(known: SeedEvidence, limit: float | None) -> Check:
     return _at_most(
         "finite", "max_dropped_share", known.dropped_share, limit,
         "gradients_finite", "gradients_not_finite", "share of the measurements dropped",
+    )
+
+
+def _not_clipped(known: SeedEvidence, limit: float | None) -> Check:
+    share = known.plateau_share
+    if limit is not None and share is None:
+        few = f"not asked: {known.samples} samples are too few to tell a plateau"
+        return Check("clipping", "clipping", None, None, limit, few)
+    return _at_most(
+        "clipping", "max_plateau_share", share, limit,
+        "not_clipped_before_measuring", "clipped_before_measuring",
+        "share of the samples whose norm sits at one largest value, as after clipping host or seed by its own norm "
+        "(measure before you clip)",
     )
 
 

@@ -22,7 +22,7 @@ from .evidence import BlendProbe, SeedEvidence
 from .gates import STRICT, Gate, GateThresholds, QualityGates, SeedStatus, Verdict
 from .isolation import Isolation
 from .lifecycle import FORWARD, RESTING, Stage
-from .monitor import WINDOW, GradientMonitor
+from .monitor import WINDOW, GradientMonitor, Gradients
 from .probing import PROBE_AT, Evaluate, probe
 from .schedules import HOLD, AlphaController, AlphaSchedule
 from .slot import SeedSlot, seed_module
@@ -200,17 +200,19 @@ class GrowthController:
             self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
 
-    def measure(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def measure(
+        self, scaler: torch.amp.GradScaler | None = None, *, gradients: Gradients | None = None
+    ) -> None:
         """Measure the gradients of this step: after backward and unscaling, before clipping and the step.
 
         Also moves every alpha that is on its way one step, from the next forward pass on.
-        Does nothing while no slot holds a living seed. A ``scaler`` is read, never touched; see
-        ``GradientMonitor.measure``.
+        Does nothing while no slot holds a living seed. A ``scaler`` is read, never touched; for it and for
+        explicit ``gradients`` see ``GradientMonitor.measure``.
         """
         self.step += 1
         if not self._lives:
             return
-        self.monitor.measure(scaler)
+        self.monitor.measure(scaler, gradients=gradients)
         for life in self._lives.values():
             if life.alpha.mode != HOLD:
                 life.slot.set_alpha(life.alpha.step())

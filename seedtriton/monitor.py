@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,13 @@ from ._step_hook import StepHook
 from ._training import Mark, StepCounter
 from .errors import ConfigurationError, StateDictError, WiringError
 from .evidence import HOST_FLOOR, NEVER_MEASURED, RATIO_EPS, Sample, SeedEvidence, collect_evidence
-from .flat import FlatGradients
+from .flat import FlatGradients, flat_buffer_of
 
 logger = logging.getLogger("seedtriton")
 
 WINDOW = 128
+# A parameter and its gradient; None: autograd.grad(allow_unused=True) found none.
+Gradients = Mapping[Tensor, Tensor | None] | Iterable[tuple[Tensor, Tensor | None]]
 _version_of = attrgetter("_version")
 
 
@@ -62,12 +65,21 @@ class GradientMonitor(nn.Module):
         eps: added to the host's norm in the ratio.
         host_floor: host norm below which the ratio is undefined.
         lanes: dtype in which squares are first summed; see ``ops.segmented_sumsq``.
-        flat: keeps the gradients in one buffer; they are put back into it before each measurement, and on a GPU
-            neither checked one by one nor uploaded.
+        flat: a ``FlatGradients``, which keeps the gradients in one buffer: they are put back into it before each
+            measurement, and on a GPU neither checked one by one nor uploaded. "auto": somebody else may keep them
+            so, as DDP does with ``gradient_as_bucket_view=True``; whether all that are measured lie in one buffer,
+            and where in it, is looked at in every measurement, because DDP moves them. That look costs more time
+            on the CPU than comparing addresses does without it (0.37 against 0.07 ms for 300 tensors): it is for
+            buffers that are another one in most steps, where it saves the upload.
+        tag: the loss whose gradients count, in a loop with several backward passes per step (GAN, RL). Only
+            ``measure(tag=...)`` with this very tag makes a sample; any other tag makes none, and a call without
+            one is an error. One monitor per loss, each called with the same line: the ratio of a discriminator's
+            loss and that of a generator's are two quantities, with a window, a reading and a gate each, and no
+            average of them means anything.
 
     Raises:
         WiringError: no parameters on a side, or a parameter in two seeds.
-        ConfigurationError: an impossible window, eps or floor, or an alpha for an unknown seed.
+        ConfigurationError: an impossible window, eps, floor, flat or tag, or an alpha for an unknown seed.
     """
 
     VERSION = 1
@@ -87,7 +99,8 @@ class GradientMonitor(nn.Module):
         eps: float = RATIO_EPS,
         host_floor: float = HOST_FLOOR,
         lanes: torch.dtype = torch.float32,
-        flat: FlatGradients | None = None,
+        flat: FlatGradients | Literal["auto"] | None = None,
+        tag: str | None = None,
     ) -> None:
         """Look the parameters up and lay out an empty ring on their device."""
         super().__init__()
@@ -99,7 +112,12 @@ class GradientMonitor(nn.Module):
         unknown = sorted(set(alphas or {}) - set(seeds))
         if unknown:
             raise ConfigurationError(f"alphas for unknown seeds {unknown}; seeds are {sorted(seeds)}")
+        if not (flat is None or flat == "auto" or isinstance(flat, FlatGradients)):
+            raise ConfigurationError(f'flat must be a FlatGradients, "auto" or None, got {flat!r}')
+        if not (tag is None or isinstance(tag, str)):
+            raise ConfigurationError(f"tag must be a string or None, got {tag!r}")
         self.window, self.eps, self.host_floor, self.lanes = window, eps, host_floor, lanes
+        self.tag = tag
         self._flat = flat
         self._host = ParameterSource(host)
         self._seeds = {name: ParameterSource(seed) for name, seed in seeds.items()}
@@ -130,11 +148,17 @@ class GradientMonitor(nn.Module):
         """Names of the seeds, in the order of their segments."""
         return tuple(self._seeds)
 
-    def forward(self) -> None:
+    def forward(self, *, tag: str | None = None) -> None:
         """Measure; so that ``torch.compile(monitor, fullgraph=True)`` works."""
-        self.measure()
+        self.measure(tag=tag)
 
-    def measure(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def measure(
+        self,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        gradients: Gradients | None = None,
+        tag: str | None = None,
+    ) -> None:
         """Measure the gradients that exist now, as one sample. Waits for nothing, changes no gradient.
 
         Of the blend factors the gradient is taken: it is zero afterwards, so that the next backward pass
@@ -144,12 +168,82 @@ class GradientMonitor(nn.Module):
             scaler: the GradScaler in use, if any. Before ``unscale_`` the sums are divided by its scale on the
                 device; after it, a step that the scaler will skip is dropped from the window. The scaler
                 itself is never touched.
+            gradients: for loops that call ``torch.autograd.grad``: pairs ``zip(parameters, grads)``, or a dict by
+                parameter. They are measured in place of ``p.grad``, which is then neither read nor written.
+                Parameters that are not listed, or whose gradient is None, have no gradient. A blend factor may be
+                among them. With a scaler, they are scaled as ``p.grad`` is at this moment.
+            tag: the loss that these gradients are of; see the constructor. A call with another tag than the
+                monitor's makes no sample, and discards what backward left for the blend factors, so that it is
+                not added to theirs from the loss that counts: give each blend factor to one monitor only.
 
         Raises:
-            WiringError: with a scaler: no optimizer is known, or one has already stepped.
+            WiringError: with a scaler: no optimizer is known, or one has already stepped. With ``gradients``: a
+                parameter that is not watched. Nothing was measured.
+            ConfigurationError: with ``gradients``: no pairs, a parameter that is listed twice, or a gradient of
+                another shape; a tag where the monitor has none, or none where it has one. Nothing was measured.
         """
+        counts = self._counts(tag)
+        if self._stale:
+            self.refresh()
+        given = None if gradients is None else self._check_gradients(gradients)
+        if not counts:
+            if given is None:
+                self._discard()
+            return
         scale = LossScale() if scaler is None else read_scaler(scaler, self._steps.optimizers())
-        self._measure(scale)
+        self._measure(scale, given)
+
+    def _counts(self, tag: str | None) -> bool:
+        """Whether a call with this tag makes a sample."""
+        if self.tag is None and tag is not None:
+            raise ConfigurationError(
+                f"measure(tag={tag!r}), but this monitor measures every call: give each loss a monitor of its own, "
+                f"GradientMonitor(..., tag={tag!r})"
+            )
+        if self.tag is not None and tag is None:
+            raise ConfigurationError(
+                f"this monitor measures the loss {self.tag!r} alone: say which loss it is now, measure(tag=...)"
+            )
+        return tag == self.tag
+
+    def _check_gradients(self, gradients: Gradients) -> dict[int, Tensor]:
+        """Explicit gradients by ``id`` of their parameter or blend factor; refuses what does not fit."""
+        pairs = gradients.items() if isinstance(gradients, Mapping) else gradients
+        known = self._segment_by_id.keys() | {id(alpha.holder.alpha) for _, alpha in self._gains}
+        seen: set[int] = set()
+        given: dict[int, Tensor] = {}
+        for pair in pairs:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], Tensor):
+                raise ConfigurationError(
+                    "gradients are pairs of a parameter and its gradient, zip(parameters, grads), or a dict by "
+                    f"parameter, got {type(pair).__name__} inside"
+                )
+            parameter, gradient = pair
+            if id(parameter) not in known:
+                raise WiringError(
+                    f"gradients has one for a tensor of shape {tuple(parameter.shape)} that is in neither host nor "
+                    "seeds: list parameters of the monitor only, or call refresh() after they were replaced"
+                )
+            if id(parameter) in seen:
+                raise ConfigurationError(f"gradients has two for {self._name_of(parameter)}: add them up first")
+            seen.add(id(parameter))
+            if gradient is None:
+                continue
+            if not isinstance(gradient, Tensor) or gradient.shape != parameter.shape:
+                found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else type(gradient).__name__
+                raise ConfigurationError(f"the gradient given for {self._name_of(parameter)} has {found}")
+            given[id(parameter)] = gradient
+        return given
+
+    @torch.no_grad()
+    def _discard(self) -> None:
+        """Forget what a backward pass that does not count has left for this monitor alone."""
+        for _, alpha in self._gains:
+            slope = alpha.gradient()
+            if slope is not None:
+                slope.zero_()
+        if self._collector is not None and self._collector.active:
+            self._collector.take(self.ring.shape[1], self.ring.device)
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
         """Count the steps of more optimizers: those that train the seeds, if they are not the host's."""
@@ -168,11 +262,16 @@ class GradientMonitor(nn.Module):
             A handle; ``handle.remove()`` ends it.
 
         Raises:
-            ConfigurationError: no optimizer.
+            ConfigurationError: no optimizer, or the monitor has a tag, which a hook cannot know.
             WiringError: later, in ``step(closure)``: the gradients do not exist yet when the hook runs.
         """
         if not optimizers:
             raise ConfigurationError("attach() needs the optimizers, in the order in which they step")
+        if self.tag is not None:
+            raise ConfigurationError(
+                f"a hook in step() cannot know the loss, and this monitor measures {self.tag!r} alone: call "
+                "measure(tag=...), or leave the tag out when these optimizers step for that loss only"
+            )
         self.watch(*optimizers)
         return StepHook(self._measure, optimizers, scaler)
 
@@ -181,7 +280,8 @@ class GradientMonitor(nn.Module):
 
         Call it before registering the hooks that step. ``measure()`` after backward then closes the sample; it
         looks at no gradient any more. Not for accumulation over several backward passes: squares of partial
-        gradients would be added.
+        gradients would be added. Nor under DDP, where a gradient is complete only after backward: these would be
+        the sums of one process alone.
 
         Returns:
             A handle; ``handle.remove()`` ends it.
@@ -193,19 +293,20 @@ class GradientMonitor(nn.Module):
     def _segment_of(self, parameter: Tensor) -> int | None:
         return self._segment_by_id.get(id(parameter))
 
-    def _measure(self, scale: LossScale) -> None:
+    def _measure(self, scale: LossScale, given: dict[int, Tensor] | None = None) -> None:
         if self._stale:
             self.refresh()
-        if self._flat is not None:
+        if given is None and isinstance(self._flat, FlatGradients):
             self._flat.restore()
         gains: list[Tensor] = []
         gain_segments: list[int] = []
         for segment, alpha in self._gains:
-            slope = alpha.gradient()
+            # A slope is zeroed once it is measured: not the one that was given.
+            slope = alpha.gradient() if given is None else _copy(given.get(id(alpha.holder.alpha)))
             if slope is not None:
                 gains.append(slope)
                 gain_segments.append(segment)
-        if self._collector is not None and self._collector.active:
+        if given is None and self._collector is not None and self._collector.active:
             both, counts = self._collector.take(self.ring.shape[1], self.ring.device)
             ops.record_sums_(
                 both, counts, gains, gain_segments, self.ring, self.count, self.summary,
@@ -215,27 +316,53 @@ class GradientMonitor(nn.Module):
         gradients: list[Tensor] = []
         segments: list[int] = []
         for parameter, segment in zip(self._tracked, self._segments):
-            gradient = parameter.grad
+            gradient = parameter.grad if given is None else given.get(id(parameter))
             if gradient is not None:
                 gradients.append(gradient)
                 segments.append(segment)
-        if not gradients and not torch.compiler.is_compiling():
+        if not gradients and given is None and not torch.compiler.is_compiling():
             self._warn_of_nothing()
         if gradients and gradients[0].device != self.ring.device:
             self.to(gradients[0].device)
+        flat = self._flat_buffer(gradients) if given is None else None
         ops.record_(
             gradients, segments, gains, gain_segments, self.ring, self.count, self.summary,
             self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf, self.lanes,
-            self._flat_buffer(len(gradients)),
+            flat, self._flat != "auto", partial(self._name_of_gradient, given),
         )
         self._remember(gradients)
 
-    def _flat_buffer(self, gradients: int) -> Tensor | None:
-        """The buffer, if it holds every gradient there is: all of them exist, and each has its place."""
+    def _flat_buffer(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """The buffer in which all of them lie, if they do and somebody is going to use it."""
         flat = self._flat
-        if flat is None or len(flat.buffers) != 1 or gradients != len(self._tracked):
+        if flat is None or torch.compiler.is_compiling() or ops.backend_of(self.ring.device).name == "torch":
+            return None
+        if not isinstance(flat, FlatGradients):
+            return flat_buffer_of(gradients)
+        # Our own: every gradient exists, and each has its place.
+        if len(flat.buffers) != 1 or len(gradients) != len(self._tracked):
             return None
         return flat.buffer if flat.places() == self._segment_by_id.keys() else None
+
+    def _name_of(self, parameter: Tensor) -> str:
+        """A parameter or blend factor in words: a seed's name for what a seed and the host both hold."""
+        for name, alpha in self._alphas.items():
+            if alpha.holder.alpha is parameter:
+                return f"the blend factor of seed {name!r}"
+        owners = [*((f"seed {name!r}", source) for name, source in self._seeds.items()), ("the host", self._host)]
+        for owner, source in owners:
+            for name, known in source.named():
+                if known is parameter:
+                    return f"{name} of {owner} (shape {tuple(parameter.shape)})"
+        return f"a parameter of shape {tuple(parameter.shape)}"
+
+    def _name_of_gradient(self, given: dict[int, Tensor] | None, gradient: Tensor) -> str:
+        owners = [*self._tracked, *(alpha.holder.alpha for _, alpha in self._gains)]
+        for parameter in owners:
+            held = parameter.grad if given is None else given.get(id(parameter))
+            if held is gradient:
+                return f"the gradient of {self._name_of(parameter)}"
+        return "a gradient"
 
     def read(self, *, strict: bool = False) -> dict[str, SeedEvidence]:
         """What the window says of every seed. Copies to the host once, and waits for that copy.
@@ -345,7 +472,7 @@ class GradientMonitor(nn.Module):
                     f"the total norm of the gradients is {float(summary[reference.TOTAL_NORM])}, so it cannot be "
                     "clipped; set error_if_nonfinite=False to scale them all the same"
                 )
-            total = ops.clip_(gradients, summary)
+            total = ops.clip_(gradients, summary, partial(self._name_of_gradient, None))
         self._mark_stepped()
         return total
 
@@ -454,6 +581,7 @@ class GradientMonitor(nn.Module):
         return {
             "version": self.VERSION,
             "seeds": list(self._seeds),
+            "tag": self.tag,
             "steps": self._steps.by_optimizer(),
             "marks": {name: mark.state_dict() for name, mark in self._marks.items()},
         }
@@ -469,7 +597,8 @@ class GradientMonitor(nn.Module):
             self._warned = True
             logger.warning(
                 "measure() found no gradient at all: it belongs after backward() and before "
-                "zero_grad(set_to_none=True); such samples count as empty"
+                "zero_grad(set_to_none=True), and loops with torch.autograd.grad pass measure(gradients=...); "
+                "such samples count as empty"
             )
 
     def _mark_stale(self) -> None:
@@ -518,6 +647,10 @@ class GradientMonitor(nn.Module):
         return self
 
 
+def _copy(slope: Tensor | None) -> Tensor | None:
+    return None if slope is None else slope.clone()
+
+
 class _Transit:
     """A copy of packed evidence on its way to the host."""
 
@@ -564,11 +697,13 @@ def _check_before_load(monitor: nn.Module, state_dict: Mapping[str, Any], prefix
         raise StateDictError(
             f"{kind}: missing {sorted(expected - entries)}, unknown {sorted(entries - expected)} entries"
         )
-    state = check_state(state_dict[f"{prefix}_extra_state"], kind, monitor.VERSION, ("seeds", "steps", "marks"))
+    state = check_state(state_dict[f"{prefix}_extra_state"], kind, monitor.VERSION, ("seeds", "tag", "steps", "marks"))
     if state["seeds"] != list(monitor.seeds):
         raise StateDictError(
             f"{kind}: the state is of seeds {state['seeds']}, the monitor has {list(monitor.seeds)}"
         )
+    if state["tag"] != monitor.tag:
+        raise StateDictError(f"{kind}: the state is of the loss {state['tag']!r}, the monitor's is {monitor.tag!r}")
     watched = len(monitor._steps.by_optimizer())
     if not isinstance(state["steps"], list) or len(state["steps"]) != watched:
         raise StateDictError(f"{kind}: the state counts steps {state['steps']!r}, the monitor {watched} optimizers")

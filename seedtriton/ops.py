@@ -7,13 +7,14 @@ go through the dispatcher, which costs 20 µs and more for a list of 300 tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _backend, reference
-from .errors import ConfigurationError
+from .errors import ConfigurationError, WiringError
 
 LANES = (torch.float32, torch.float64)
 
@@ -94,25 +95,28 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor | float) -> None:
         _scale_(tensors, coefficient)
 
 
-def clip_(gradients: Sequence[Tensor], summary: Tensor) -> Tensor:
+def clip_(gradients: Sequence[Tensor], summary: Tensor, names: Callable[[Tensor], str] | None = None) -> Tensor:
     """Scale by the clip coefficient of a measurement; for the monitor, in one launch.
 
     Args:
         gradients: what was measured.
         summary: float64, as ``record_`` wrote it for these gradients.
+        names: as ``record_``'s.
 
     Returns:
         A copy of its total norm, float32 0-dim: the next measurement overwrites the summary.
     """
     coefficient = summary[reference.CLIP_COEFFICIENT]
     if not _traced((summary,)) and backend_of(summary.device).name == "triton" and any(map(Tensor.numel, gradients)):
-        from .kernels import gradient_scale
+        from .kernels import _launch, gradient_scale
 
         total = torch.empty((), dtype=torch.float32, device=summary.device)
         try:
             gradient_scale.scale_(gradients, coefficient, copy=(summary[reference.TOTAL_NORM], total))
         except gradient_scale.Unsupported:
             pass  # below, in parts
+        except _launch.Uncapturable as error:
+            raise _named(error, gradients, (), names) from error
         else:
             return total
     total = summary[reference.TOTAL_NORM].float()
@@ -135,11 +139,17 @@ def record_(
     found_inf: Tensor | None = None,
     lanes: torch.dtype = torch.float32,
     flat: Tensor | None = None,
+    settled: bool = True,
+    names: Callable[[Tensor], str] | None = None,
 ) -> None:
     """Measure one sample; arguments as ``reference.record_``. For the monitor: it checks nothing again.
 
-    ``flat`` is a buffer of which all gradients are views that never move within it; on a GPU their addresses are
-    then neither looked at nor uploaded.
+    ``flat`` is a buffer of which all gradients are views: no address is uploaded while it moves as a whole. When it
+    is ``settled``, they never move within it, and on a GPU nobody looks at their addresses; otherwise their places
+    are compared in every call. ``names`` says what to call a gradient or a gain in an error.
+
+    Raises:
+        WiringError: an address that a CUDA graph, while it is captured, cannot take up.
     """
     if _traced((*gradients[:1], ring)):
         torch.ops.seedtriton.record_(
@@ -149,7 +159,7 @@ def record_(
     else:
         _record_(
             gradients, segments, gains, gain_segments, ring, count, summary,
-            max_norm, eps, grad_scale, gain_scale, found_inf, lanes, flat,
+            max_norm, eps, grad_scale, gain_scale, found_inf, lanes, flat, settled, names,
         )
 
 
@@ -222,6 +232,8 @@ def _record_(
     found_inf: Tensor | None,
     lanes: torch.dtype,
     flat: Tensor | None = None,
+    settled: bool = True,
+    names: Callable[[Tensor], str] | None = None,
 ) -> None:
     if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
         reference.record_(
@@ -229,7 +241,7 @@ def _record_(
             max_norm, eps, grad_scale, gain_scale, found_inf, lanes,
         )
         return
-    from .kernels import gradient_sums
+    from .kernels import _launch, gradient_sums
 
     def launch(
         listed: _Listed,
@@ -237,10 +249,13 @@ def _record_(
         outside: Tensor | None = None,
         counts: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        gradient_sums.record_(
-            *listed, gains, gain_segments, ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf,
-            lanes, outside, counts, flat, layout=_LAYOUT, clip_eps=reference.CLIP_EPS,
-        )
+        try:
+            gradient_sums.record_(
+                *listed, gains, gain_segments, ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf,
+                lanes, outside, counts, flat, layout=_LAYOUT, clip_eps=reference.CLIP_EPS, settled=settled,
+            )
+        except _launch.Uncapturable as error:
+            raise _named(error, listed[0], gains, names) from error
 
     try:
         launch((gradients, segments), flat)
@@ -277,6 +292,15 @@ def record_sums_(
         [], [], gains, gain_segments, *rest, outside=both, outside_counts=counts, layout=_LAYOUT,
         clip_eps=reference.CLIP_EPS,
     )
+
+
+def _named(
+    error: Any, tensors: Sequence[Tensor], gains: Sequence[Tensor], names: Callable[[Tensor], str] | None
+) -> WiringError:
+    """What an ``Uncapturable`` of the kernels says of a place in a list, said of what lies there."""
+    if error.index is None or names is None:
+        return WiringError(str(error))
+    return WiringError(f"{names((gains if error.gain else tensors)[error.index])} {error.fate}")
 
 
 _Listed = tuple[Sequence[Tensor], Sequence[int]]

@@ -8,11 +8,10 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seedtriton import ConfigurationError, WiringError
+from seedtriton import ConfigurationError, GradientMonitor, WiringError
 from seedtriton.flat import FlatGradients, flat_buffer_of
 
 
@@ -659,15 +658,6 @@ def test_own_flat_gradients_are_recognised():
     assert flat.buffer.numel() - found.numel() < 4
 
 
-@pytest.fixture
-def gloo(tmp_path):
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("gloo")
 def test_the_bucket_of_ddp_is_recognised():
     model, plain = twins()
@@ -698,3 +688,28 @@ def test_flat_gradients_beside_ddp_hold_what_ddp_computed():
         flat.restore()
         assert_flat(model, flat)
         assert_equal(gradients(model), gradients(plain))
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_monitor_beside_ddp_measures_what_it_would_measure_without():
+    model, plain = twins()
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    last = [{"last": net.last} for net in (model, plain)]
+    monitor = GradientMonitor(model, last[0], flat="auto")
+    expected = GradientMonitor(plain, last[1])
+    for step in range(5):
+        for net in (model, plain):
+            net.zero_grad(set_to_none=step % 2 == 1)
+        for net in (ddp, plain):
+            backward(net, step)
+        monitor.measure()
+        expected.measure()
+    torch.testing.assert_close(monitor.ring, expected.ring, rtol=1e-6, atol=0, equal_nan=True)
+    assert monitor.read()["last"].samples == 5
+
+
+@pytest.mark.parametrize("flat", [True, "yes", torch.zeros(3), nn.Linear(2, 2)])
+def test_a_monitor_refuses_what_is_no_flat_buffer(flat):
+    model = Net()
+    with pytest.raises(ConfigurationError, match=r'flat must be a FlatGradients, "auto" or None'):
+        GradientMonitor(model, {"last": model.last}, flat=flat)

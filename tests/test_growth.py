@@ -488,3 +488,18 @@ def test_clipping_uses_the_measurement_and_clips_host_and_seed_together():
     torch.testing.assert_close(norm, expected)
     for ours, theirs in zip(script.model.parameters(), twin.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_explicit_gradients_are_what_is_measured():
+    model = Mlp()
+    growth = GrowthController(model, torch.optim.SGD(model.parameters(), lr=0.1), sinks=())
+    growth.germinate("slot", model.seed())
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(model(torch.randn(6, 5)).square().mean(), parameters, allow_unused=True)
+    growth.measure(gradients=zip(parameters, gradients))
+    evidence = growth.evidence()["slot"]
+    own = {id(parameter) for parameter in model.slot.parameters()}
+    seed = torch.cat([g.flatten() for p, g in zip(parameters, gradients) if id(p) in own])
+    assert evidence.samples == 1
+    assert evidence.seed_norm == pytest.approx(seed.norm().item())
+    assert all(parameter.grad is None for parameter in parameters)

@@ -1,12 +1,22 @@
 """The monitor in loops that people run: loss scaling, several optimizers, closures, hooks, reading late."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from torch import nn
 
-from seedtriton import FlatGradients, GradientMonitor, WiringError, _loss_scale
+from seedtriton import (
+    ConfigurationError,
+    FlatGradients,
+    GradientMonitor,
+    StateDictError,
+    WiringError,
+    _loss_scale,
+    reference,
+    step_if_grads,
+)
 from seedtriton.evidence import NEVER_MEASURED, NO_GRADIENT
 
 OVERFLOW = 5  # the step whose loss is made infinite
@@ -117,6 +127,52 @@ def test_a_scaler_needs_known_optimizers():
     loop.scaler.scale(loop.loss()).backward()
     with pytest.raises(WiringError, match="optimizers"):
         monitor.measure(loop.scaler)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_an_optimizer_without_gradients_is_not_stepped_and_the_scaler_goes_on(unscale):
+    loop = Loop(optimizers=2)
+    host, seed = loop.optimizers
+    for grown in (False, True, False):
+        hidden = loop.host(torch.randn(4, 4))
+        loop.scaler.scale((loop.seed(hidden) if grown else hidden).square().mean()).backward()
+        before = loop.seed.weight.clone()
+        for optimizer in loop.optimizers if unscale else ():
+            loop.scaler.unscale_(optimizer)
+        if not grown:
+            with pytest.raises(AssertionError, match="No inf checks were recorded"):  # why this function exists
+                loop.scaler.step(seed)
+        assert step_if_grads(loop.scaler, host) is True
+        assert step_if_grads(loop.scaler, seed) is grown
+        assert torch.equal(loop.seed.weight, before) is not grown
+        loop.scaler.update()
+        for optimizer in loop.optimizers:
+            optimizer.zero_grad()
+
+
+def test_step_if_grads_steps_as_the_scaler_does():
+    left, right = Loop(), Loop()
+    torch.manual_seed(1)
+    for step in range(3):
+        for loop in (left, right):
+            torch.manual_seed(step)
+            loop.scaler.scale(loop.loss() * (float("inf") if step == 1 else 1.0)).backward()
+        left.scaler.step(left.optimizers[0])
+        assert step_if_grads(right.scaler, right.optimizers[0])
+        for loop in (left, right):
+            loop.scaler.update()
+            loop.optimizers[0].zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(left.seed.parameters(), right.seed.parameters()))
+    assert left.scaler.get_scale() == right.scaler.get_scale()
+
+
+def test_step_if_grads_works_with_a_scaler_that_is_switched_off():
+    loop = Loop(scaled=False)
+    before = loop.seed.weight.clone()
+    assert not step_if_grads(loop.scaler, loop.optimizers[0])
+    loop.loss().backward()
+    assert step_if_grads(loop.scaler, loop.optimizers[0])
+    assert not torch.equal(loop.seed.weight, before)
 
 
 def test_clipping_before_unscaling_uses_the_unscaled_norm():
@@ -376,3 +432,365 @@ def test_a_gradient_that_is_missing_is_not_measured_as_a_flat_zero():
     loop.host(torch.ones(1, 4)).sum().backward()
     monitor.measure()
     assert monitor.read()["a"].status == NO_GRADIENT
+
+
+# Explicit gradients
+
+
+def parameters(loop):
+    return [*loop.host.parameters(), *loop.seed.parameters()]
+
+
+FORMS = {
+    "zip": lambda tensors, grads: zip(tensors, grads),
+    "dict": lambda tensors, grads: dict(zip(tensors, grads)),
+    "list, other order": lambda tensors, grads: [*zip(tensors, grads)][::-1],
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_gradients_of_a_functional_loop_are_measured_as_backwards_would_be(form, create_graph):
+    plain, functional = Loop(scaled=False), Loop(scaled=False)
+    tensors = [*parameters(functional), functional.alpha]
+    for parameter in tensors:
+        parameter.grad = torch.full_like(parameter, 7.0)  # somebody else's: neither read nor written
+    for step in range(3):
+        for loop in (plain, functional):
+            torch.manual_seed(step)
+            loop.batch_loss = loop.loss()
+        plain.batch_loss.backward()
+        plain.monitor.measure()
+        plain.optimizers[0].zero_grad()
+        grads = torch.autograd.grad(functional.batch_loss, tensors, create_graph=create_graph)
+        before = [g.detach().clone() for g in grads]
+        functional.monitor.measure(gradients=form(tensors, grads))
+        assert all(torch.equal(a, b) for a, b in zip(grads, before))
+    assert all(bool((parameter.grad == 7.0).all()) for parameter in tensors)
+    assert torch.equal(plain.monitor.ring.nan_to_num(), functional.monitor.ring.nan_to_num())
+    assert functional.monitor.read()["a"].blend_gain == plain.monitor.read()["a"].blend_gain != 0.0
+
+
+def test_parameters_that_are_not_listed_or_unused_have_no_gradient(caplog):
+    loop = Loop(scaled=False)
+    loop.loss().backward()  # p.grad exists, and is not what is asked for
+    host = [*loop.host.parameters()]
+    grads = torch.autograd.grad(loop.host(torch.ones(1, 4)).sum(), parameters(loop), allow_unused=True)
+    assert grads[-1] is None
+    loop.monitor.measure(gradients=zip(parameters(loop), grads))
+    assert loop.monitor.read()["a"].status == NO_GRADIENT
+    loop.monitor.measure(gradients=zip(host[:1], grads))
+    row = loop.monitor.ring[1, 0]
+    assert row[reference.SUMSQ].item() == pytest.approx(grads[0].square().sum().item())
+    assert row[reference.TENSORS] == 1
+    loop.monitor.measure(gradients=())
+    assert loop.monitor.read()["a"].empty == 1
+    assert not caplog.records  # zero_grad has nothing to do with it
+
+
+def wrong(loop):
+    tensors, grads = parameters(loop), [torch.ones_like(p) for p in parameters(loop)]
+    good = [*zip(tensors, grads)]
+    return {
+        "unknown": ([*good, (nn.Linear(3, 2).weight, torch.ones(2, 3))], WiringError, r"\(2, 3\).*neither host nor"),
+        "shape": ([*good[1:], (tensors[0], torch.ones(4))], ConfigurationError, r"'weight' of the host.*shape \(4,\)"),
+        "type": ([*good[:-1], (tensors[-1], 1.0)], ConfigurationError, r"'bias' of seed 'a'.*has float"),
+        "twice": ([*good, good[0]], ConfigurationError, r"two for parameter 'weight' of the host"),
+        "no pairs": (grads, ConfigurationError, r"zip\(parameters, grads\).*got Tensor"),
+        "a pair of rows": ([torch.ones(2, 4)], ConfigurationError, r"zip\(parameters, grads\)"),
+        "names": ({"weight": grads[0]}, ConfigurationError, r"dict by parameter"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong(Loop(scaled=False)))
+def test_gradients_that_do_not_fit_are_refused_and_nothing_is_measured(name):
+    loop = Loop(scaled=False)
+    loop.loss().backward()
+    loop.monitor.measure()
+    before = copy.deepcopy(loop.monitor.state_dict())
+    gradients, error, words = wrong(loop)[name]
+    with pytest.raises(error, match=words):
+        loop.monitor.measure(gradients=gradients)
+    assert torch.equal(loop.monitor.ring.nan_to_num(), before["ring"].nan_to_num())
+    assert loop.monitor.count == before["count"] == 1
+    assert loop.monitor.read()["a"].samples == 1
+
+
+def test_clipping_after_explicit_gradients_sums_those_that_it_clips():
+    loop, other = Loop(scaled=False), Loop(scaled=False)
+    for each in (loop, other):
+        each.monitor.clip_grad_norm_(0.5)  # the next measurement computes the coefficient for this limit
+        torch.manual_seed(1)
+        each.loss().backward()
+    loop.monitor.measure()
+    grads = [torch.full_like(p, 100.0) for p in parameters(loop)]
+    loop.monitor.measure(gradients=zip(parameters(loop), grads))
+    expected = nn.utils.clip_grad_norm_(parameters(other), 0.5)
+    torch.testing.assert_close(loop.monitor.clip_grad_norm_(0.5), expected)
+    for a, b in zip(parameters(loop), parameters(other)):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_explicit_gradients_with_a_scaler_are_divided_by_its_scale(plain):
+    loop = Loop()
+    for step in range(12):
+        loss = loop.loss()
+        if step == OVERFLOW:
+            continue
+        tensors = [*parameters(loop), loop.alpha]
+        grads = torch.autograd.grad(loop.scaler.scale(loss), tensors)
+        loop.monitor.measure(loop.scaler, gradients=zip(tensors, grads))
+        for parameter, grad in zip(tensors, grads):
+            parameter.grad = grad / 1024.0
+        loop.optimizers[0].step()
+        loop.optimizers[0].zero_grad()
+    assert_same(loop.monitor.read()["a"], plain)
+
+
+def test_explicit_gradients_leave_flat_ones_and_collected_sums_alone():
+    loop = Loop(scaled=False)
+    flat = FlatGradients([loop.host, loop.seed])
+    monitor = GradientMonitor(loop.host, {"a": loop.seed}, flat=flat)
+    monitor.collect_in_backward()
+    loop.loss().backward()
+    expected = torch.cat([p.grad.flatten() for p in loop.seed.parameters()]).norm().item()
+    for parameter in parameters(loop):
+        parameter.grad = torch.zeros_like(parameter)  # not in the buffer
+    elsewhere = [parameter.grad for parameter in parameters(loop)]
+    monitor.measure(gradients=[(p, torch.full_like(p, 2.0)) for p in parameters(loop)])
+    assert all(p.grad is grad for p, grad in zip(parameters(loop), elsewhere))
+    monitor.measure()
+    norms = monitor.ring[:2, 1, reference.SUMSQ].sqrt().tolist()
+    assert norms == pytest.approx([(4.0 * 20) ** 0.5, expected])
+
+
+def test_explicit_gradients_compile_whole():
+    torch._dynamo.reset()
+    loop, eager = Loop(scaled=False), Loop(scaled=False)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def measure(grads):
+        loop.monitor.measure(gradients=zip(parameters(loop), grads))
+
+    for _ in range(3):
+        grads = torch.autograd.grad(loop.loss(), parameters(loop))
+        measure(grads)
+        eager.monitor.measure(gradients=zip(parameters(eager), grads))
+    assert torch.equal(loop.monitor.ring.nan_to_num(), eager.monitor.ring.nan_to_num())
+    assert loop.monitor.read()["a"].samples == 3
+
+
+# Tags
+
+
+class Adversaries:
+    """A generator with a seed in it, and a discriminator whose loss also flows back into the generator."""
+
+    def __init__(self, *tags):
+        torch.manual_seed(0)
+        self.host, self.seed, self.discriminator = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+        self.alphas = [torch.zeros((), requires_grad=True) for _ in tags]
+        self.monitors = {
+            tag: GradientMonitor(self.host, {"a": self.seed}, alphas={"a": alpha}, tag=tag)
+            for tag, alpha in zip(tags, self.alphas)
+        }
+
+    def backward(self, sign):
+        hidden = self.host(torch.randn(8, 3))
+        grown = hidden + sum(self.alphas) * (self.seed(hidden) - hidden) + self.seed(hidden.detach())
+        (sign * self.discriminator(grown)).exp().mean().backward()
+
+    def zero_grad(self):
+        for module in (self.host, self.seed, self.discriminator):
+            module.zero_grad()
+
+    def run(self, steps=10, losses=("d", "g"), measured=("d", "g")):
+        for step in range(steps):
+            for tag in losses:
+                torch.manual_seed(100 * step + ord(tag))
+                self.backward(1.0 if tag == "d" else -3.0)
+                for monitor in self.monitors.values() if tag in measured else ():
+                    monitor.measure(tag=None if monitor.tag is None else tag)
+                self.zero_grad()
+        return {tag: monitor.read()["a"] for tag, monitor in self.monitors.items()}
+
+
+def test_losses_of_different_tags_are_never_averaged_together():
+    both = Adversaries("d", "g").run()
+    alone = {tag: Adversaries("d", "g").run(losses=tag)[tag] for tag in "dg"}
+    assert both == alone
+    assert both["d"].samples == both["g"].samples == 10
+    assert both["d"].ratio != both["g"].ratio
+    assert both["d"].blend_gain * both["g"].blend_gain < 0.0
+    mixed = Adversaries(None).run()[None]
+    assert mixed.samples == 20
+    assert mixed.seed_norm not in (both["d"].seed_norm, both["g"].seed_norm)
+
+
+def test_another_tag_is_counted_nowhere_and_leaves_the_gradients_alone():
+    made = Adversaries("g")
+    made.backward(1.0)
+    before = [p.grad.clone() for p in made.seed.parameters()]
+    made.monitors["g"].measure(tag="d")
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(made.seed.parameters(), before))
+    found = made.monitors["g"].read()["a"]
+    assert (found.status, found.samples, found.dropped, found.empty) == (NEVER_MEASURED, 0, 0, 0)
+    assert made.alphas[0].grad == 0.0  # or it would be added to that of the loss that counts
+
+
+def test_another_tag_discards_what_was_collected_in_backward():
+    made = Adversaries("g")
+    monitor = made.monitors["g"]
+    monitor.collect_in_backward()
+    made.backward(1.0)
+    monitor.measure(tag="d")
+    made.zero_grad()
+    made.backward(-3.0)
+    monitor.measure(tag="g")
+    expected = torch.cat([p.grad.flatten() for p in made.seed.parameters()]).norm().item()
+    assert monitor.read()["a"].seed_norm == pytest.approx(expected)
+
+
+def test_explicit_gradients_of_another_tag_are_checked_and_ignored():
+    made = Adversaries("g")
+    monitor = made.monitors["g"]
+    made.alphas[0].grad = torch.ones(())
+    pairs = [(p, torch.ones_like(p)) for p in made.seed.parameters()]
+    monitor.measure(gradients=pairs, tag="d")
+    assert (monitor.count, made.alphas[0].grad) == (0, 1.0)
+    monitor.measure(gradients=pairs, tag="g")
+    assert monitor.count == 1
+    with pytest.raises(ConfigurationError, match="two for"):
+        monitor.measure(gradients=pairs * 2, tag="d")
+
+
+def test_a_tag_is_asked_for_by_both_sides_or_by_none():
+    made = Adversaries("g", None)
+    made.backward(1.0)
+    slopes = [alpha.grad.item() for alpha in made.alphas]
+    with pytest.raises(ConfigurationError, match=r"measures the loss 'g' alone.*measure\(tag=\.\.\.\)"):
+        made.monitors["g"].measure()
+    with pytest.raises(ConfigurationError, match=r"measures every call.*GradientMonitor\(\.\.\., tag='g'\)"):
+        made.monitors[None].measure(tag="g")
+    assert [alpha.grad.item() for alpha in made.alphas] == slopes
+    assert made.monitors["g"].count == made.monitors[None].count == 0
+    with pytest.raises(ConfigurationError, match="cannot know the loss"):
+        made.monitors["g"].attach(torch.optim.SGD(made.seed.parameters()))
+    with pytest.raises(ConfigurationError, match="tag must be a string or None, got 3"):
+        GradientMonitor(made.host, {"a": made.seed}, tag=3)
+
+
+def test_a_window_of_one_loss_is_not_loaded_into_a_monitor_of_another():
+    made = Adversaries("g", "d")
+    made.run(steps=2)
+    with pytest.raises(StateDictError, match="of the loss 'g', the monitor's is 'd'"):
+        made.monitors["d"].load_state_dict(made.monitors["g"].state_dict())
+    assert made.monitors["d"].read()["a"].samples == 2
+    fresh = Adversaries("g").monitors["g"]
+    fresh.load_state_dict(made.monitors["g"].state_dict())
+    assert fresh.read()["a"].ratio == made.monitors["g"].read()["a"].ratio
+
+
+def test_tags_compile_whole_one_graph_each():
+    torch._dynamo.reset()
+    made, eager = Adversaries("g"), Adversaries("g")
+    graphs = []
+    compiled = torch.compile(
+        made.monitors["g"], fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    for step in range(6):
+        for tag, sign in (("d", 1.0), ("g", -3.0)):
+            for each, measure in ((made, compiled), (eager, eager.monitors["g"])):
+                torch.manual_seed(step)
+                each.backward(sign)
+                measure(tag=tag)
+                each.zero_grad()
+    assert len(graphs) == 2
+    assert torch.equal(made.monitors["g"].ring.nan_to_num(), eager.monitors["g"].ring.nan_to_num())
+    assert made.monitors["g"].read()["a"].samples == 6
+
+
+# Kinds of gradients and of compilation
+
+
+@pytest.mark.usefixtures("gloo")
+def test_accumulation_under_no_sync_is_one_sample_of_the_sum():
+    one, many = Loop(scaled=False), Loop(scaled=False)
+    nets = [nn.Sequential(loop.host, loop.seed) for loop in (one, many)]
+    ddp = nn.parallel.DistributedDataParallel(nets[1])
+    for _ in range(3):
+        batches = torch.randn(3, 4, 4)
+        nets[0](batches).square().sum().backward()
+        one.monitor.measure()
+        with ddp.no_sync():
+            for batch in batches[:-1]:
+                ddp(batch).square().sum().backward()
+        ddp(batches[-1]).square().sum().backward()
+        many.monitor.measure()  # on steps that synchronise only
+        for net in nets:
+            net.zero_grad()
+    left, right = one.monitor.read()["a"], many.monitor.read()["a"]
+    assert left.samples == right.samples == 3
+    assert (left.seed_norm, left.host_norm) == pytest.approx((right.seed_norm, right.host_norm), rel=1e-5)
+
+
+def test_channels_last_sparse_and_tied_gradients_are_measured_as_dense_ones():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    words, out = nn.Embedding(9, 8, sparse=True), nn.Linear(8, 9, bias=False)
+    tied = nn.Linear(8, 9, bias=False)
+    tied.weight = out.weight
+    monitor = GradientMonitor(nn.ModuleList([conv, words]), {"a": nn.ModuleList([out, tied])})
+    image = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last)
+    features = conv(image).mean((2, 3)) + words(torch.tensor([[1, 1, 4], [2, 1, 1]])).sum(1)
+    (out(features) + tied(features).square()).sum().backward()
+    assert words.weight.grad.is_sparse
+    assert not conv.weight.grad.is_contiguous()
+    assert conv.weight.grad.is_contiguous(memory_format=torch.channels_last)
+    monitor.measure()
+    host = [conv.weight.grad, conv.bias.grad, words.weight.grad.to_dense()]
+    found = monitor.read()["a"]
+    assert found.host_norm == pytest.approx(torch.cat([g.flatten() for g in host]).norm().item(), rel=1e-6)
+    assert found.seed_norm == pytest.approx(out.weight.grad.norm().item(), rel=1e-6)
+    assert monitor.ring[0, 1, reference.TENSORS] == 1
+
+
+def test_reduce_overhead_gives_the_numbers_of_eager():
+    """On a CPU this mode has no CUDA graphs to record; what is left is inductor, for model and monitor.
+
+    Without biases and activations it needs no C++ compiler, and a tenth of the time.
+    """
+    torch._dynamo.reset()
+    nets = [nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    monitors = [GradientMonitor(net[0], {"a": net[1]}) for net in nets]
+    forward = torch.compile(nets[1], mode="reduce-overhead")
+    measure = torch.compile(monitors[1], mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(8, 4)
+        for net, take in ((nets[0], monitors[0]), (forward, measure)):
+            net(x).square().mean().backward()
+            take()
+        for net in nets:
+            net.zero_grad()
+    torch.testing.assert_close(monitors[1].ring, monitors[0].ring, rtol=1e-5, atol=0, equal_nan=True)
+    assert monitors[1].read()["a"].samples == 4
+
+
+def test_freezing_under_a_compiled_measurement_is_seen():
+    torch._dynamo.reset()
+    loop = Loop(scaled=False)
+    compiled = torch.compile(loop.monitor, fullgraph=True, backend="eager")
+
+    def tensors():
+        loop.host.zero_grad()
+        loop.seed.zero_grad()
+        loop.loss().backward()
+        compiled()
+        return loop.monitor.ring[int(loop.monitor.count) - 1, 1, reference.TENSORS].item()
+
+    assert tensors() == 2
+    loop.seed.bias.requires_grad_(False)
+    assert tensors() == 1
+    loop.seed.bias.requires_grad_(True)
+    assert tensors() == 2

@@ -32,8 +32,9 @@ def test_code_stands_within_the_first_ten_lines():
 def test_the_examples_in_the_readme_are_the_examples_in_the_folder():
     for block in blocks("python"):
         compile(block, "README.md", "exec")
-    for name in re.findall(r"\(examples/(\w+\.py)\)", README):
-        assert (ROOT / "examples" / name).is_file()
+    linked = re.findall(r"\(examples/(\w+\.py)\)", README)
+    assert sorted(linked) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert len(linked) == 3
 
 
 def test_every_public_name_is_explained():

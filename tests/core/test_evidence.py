@@ -27,6 +27,7 @@ from seedtriton.evidence import (
     collect_evidence,
     effective_sample_size,
     gradient_ratio,
+    plateau_share,
     rms_ratio,
     root_mean,
     t_statistic,
@@ -421,6 +422,73 @@ def test_live_share_counts_tensors_over_the_window():
     assert collect([sample(live_tensors=9)]).live_share == 1.0
 
 
+def clipped(sumsqs, max_norm=1.0):
+    """What is left of these when each is clipped by itself, as torch does it."""
+    return [value * min(1.0, max_norm / (math.sqrt(value) + 1e-6)) ** 2 for value in sumsqs]
+
+
+WILD = [math.exp(value) for value in noise(128, 3)]
+
+
+def test_norms_that_were_clipped_lie_on_a_plateau_and_others_do_not():
+    assert plateau_share(clipped(WILD, max_norm=0.2)) > 0.9
+    assert plateau_share(WILD) == 1 / 128
+    assert plateau_share(clipped(WILD, max_norm=1e3)) == 1 / 128
+
+
+def test_the_plateau_counts_the_samples_that_were_clipped():
+    limit = sorted(WILD)[96] ** 0.5 * (1 - 1e-9)  # 32 of 128 are larger
+    assert plateau_share(clipped(WILD, max_norm=limit)) == 32 / 128
+
+
+def test_the_plateau_is_at_the_top_and_as_wide_as_its_tolerance():
+    lower = [2.0] * 20 + [3.0 + i for i in range(20)]
+    assert plateau_share(lower) == 1 / 40
+    just, beyond = (1 - 0.99e-4) ** 2, (1 - 1.01e-4) ** 2
+    assert plateau_share([1.0] + [just] * 7) == 1.0
+    assert plateau_share([1.0] + [beyond] * 7) == 1 / 8
+
+
+def test_one_gradient_again_and_again_is_no_plateau():
+    assert plateau_share([0.7] * 50) == 0.0
+    assert plateau_share([0.0] * 50) == 0.0
+    assert plateau_share([0.7] * 49 + [math.nextafter(0.7, 0)]) == 1.0
+
+
+def test_seven_samples_are_too_few_for_a_plateau():
+    assert plateau_share(clipped(WILD[:7], max_norm=0.1)) is None
+    assert plateau_share(clipped(WILD[:8], max_norm=0.1)) == 1.0
+    assert plateau_share([]) is None
+
+
+@pytest.mark.parametrize("side", ["host_sumsq", "seed_sumsq"])
+def test_a_plateau_of_either_side_is_evidence(side):
+    other = {"host_sumsq": "seed_sumsq", "seed_sumsq": "host_sumsq"}[side]
+    window = [sample(**{side: c, other: w}) for c, w in zip(clipped(WILD, max_norm=0.2), WILD)]
+    assert collect(window).plateau_share > 0.9
+    assert collect([sample(host_sumsq=w, seed_sumsq=w) for w in WILD]).plateau_share == 1 / 128
+    assert collect([]).plateau_share is None
+
+
+def test_clipping_by_the_common_norm_is_no_evidence_however_small_the_seed():
+    for share in (0.3, 1e-3, 1e-5):
+        pairs = [(w, share * w * v) for w, v in zip(WILD, reversed(WILD))]
+        scales = [c / (h + s) for c, (h, s) in zip(clipped([h + s for h, s in pairs], 0.2), pairs)]
+        window = [sample(host_sumsq=h * x, seed_sumsq=s * x) for (h, s), x in zip(pairs, scales)]
+        assert collect(window).plateau_share < 0.1
+
+
+def test_both_sides_clipped_to_their_own_norms_are_evidence_although_the_common_norm_stands_still():
+    window = [sample(host_sumsq=c, seed_sumsq=d) for c, d in zip(clipped(WILD, 0.2), clipped(WILD[::-1], 0.1))]
+    assert collect(window).plateau_share > 0.9
+
+
+def test_dropped_and_empty_samples_have_no_part_in_the_plateau():
+    window = [sample(host_sumsq=w, seed_sumsq=w) for w in WILD[:8]]
+    unusable = [*[NOTHING] * 9, *[sample(skipped=True)] * 9, sample(host_sumsq=INF)]
+    assert collect([*window, *unusable]).plateau_share == 1 / 8
+
+
 def test_a_seed_with_zero_parameters_has_no_live_share():
     assert collect([sample()], parameters=0).live_share is None
     assert collect([], parameters=0).live_share is None
@@ -487,6 +555,8 @@ def test_whatever_was_measured_the_evidence_is_finite_counted_and_in_words(windo
     assert (found.status == NEVER_MEASURED) == (not window)
     assert found.reason
     assert found.live_share is None or 0.0 <= found.live_share <= 1.0
+    assert (found.plateau_share is None) == (found.samples < 8)
+    assert found.plateau_share is None or 0.0 <= found.plateau_share <= 1.0
     json.dumps(found.state_dict(), allow_nan=False)
 
 

@@ -41,6 +41,7 @@ ALWAYS_ASKED = {"stage", "measured"}
 # question: the threshold that switches it off
 QUESTIONS = {
     "finite": "max_dropped_share",
+    "clipping": "max_plateau_share",
     "optimizer": "require_optimizer",
     "displacement": "min_displacement",
     "live_share": "min_live_share",
@@ -69,6 +70,10 @@ LIMITS = [
     ("age", "age", 20, 21, "samples_fresh", "samples_stale"),
     ("displacement", "displacement", 1e-4, math.nextafter(1e-4, 0), "weights_moved", "weights_not_moved"),
     ("live_share", "live_share", 0.5, math.nextafter(0.5, 0), "gradients_alive", "gradients_dead"),
+    (
+        "clipping", "plateau_share", 0.5, math.nextafter(0.5, 1),
+        "not_clipped_before_measuring", "clipped_before_measuring",
+    ),
     (
         "blend_gain", "blend_gain_t", 4.0, math.nextafter(4.0, 0),
         "blend_gain_significant", "blend_gain_insignificant",
@@ -104,6 +109,7 @@ def seed_status(**changes):
         "live_share": 1.0,
         "in_optimizer": True,
         "optimizer_steps": 100,
+        "plateau_share": 0.02,
     }
     rest = {
         "stage": Stage.TRAINING,
@@ -148,7 +154,7 @@ def test_g2_asks_these_questions_and_a_good_seed_passes_all():
     assert (verdict.gate, verdict.target, verdict.seed, verdict.mode) == (Gate.G2, Stage.BLENDING, "s", STRICT)
     assert verdict.passed is True
     assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys()
-    assert len(verdict.checks) == 16
+    assert len(verdict.checks) == 17
     assert all(check.passed is True and check.reason for check in verdict.checks)
 
 
@@ -208,12 +214,25 @@ def test_what_is_not_known_does_not_pass(question, field):
         ("blend_gain", "blend_gain_t"),
         ("gradient_ratio", "ratio"),
         ("exploding", "ratio"),
+        ("clipping", "plateau_share"),
     ],
 )
 def test_nan_does_not_pass(question, field):
     verdict = judge(**{field: NAN})
     assert verdict.passed is False
     assert question in failed(verdict)
+
+
+def test_too_few_samples_to_tell_a_plateau_are_listed_as_not_asked():
+    verdict = judge(plateau_share=None, samples=7, thresholds=GateThresholds().without("min_samples"))
+    check = answer(verdict, "clipping")
+    assert verdict.passed is True
+    assert (check.passed, check.value, check.limit) == (None, None, 0.5)
+    assert check.reason == "not asked: 7 samples are too few to tell a plateau"
+
+
+def test_clipping_before_measuring_is_told_with_the_way_out():
+    assert "measure before you clip" in str(judge(plateau_share=1.0))
 
 
 def test_the_share_of_dropped_samples_passes_at_its_limit():
@@ -583,6 +602,7 @@ thresholds = st.builds(
     require_optimizer=st.sampled_from([True, False, None]),
     min_displacement=limits,
     min_live_share=shares,
+    max_plateau_share=shares,
     min_blend_gain_t=limits,
 )
 numbers = st.one_of(st.none(), st.floats())
@@ -601,6 +621,7 @@ unmeasured = st.builds(
     live_share=numbers,
     in_optimizer=st.sampled_from([True, False, None]),
     optimizer_steps=wholes,
+    plateau_share=numbers,
 )
 
 
@@ -762,7 +783,7 @@ WHOLE = {
     "max_isolation_violations", "min_training_epochs", "min_samples", "max_sample_age",
     "min_blending_epochs", "min_holding_epochs",
 }  # fmt: skip
-SHARES = {"max_dropped_share", "min_live_share"}
+SHARES = {"max_dropped_share", "min_live_share", "max_plateau_share"}
 NUMBERS = {
     "min_training_improvement", "min_gradient_ratio", "max_gradient_ratio", "min_displacement",
     "min_blend_gain_t", "max_accuracy_drop", "min_probe_gain", "max_probe_harm", "min_contribution",

@@ -410,6 +410,46 @@ def test_flat_mode_follows_its_buffer(device):
     assert torch.equal(flat, expected)
 
 
+def test_views_that_move_within_their_buffer_are_followed(device, monkeypatch):
+    """As DDP moves them when it lays out its buckets anew: same shapes, same size, the same two ends."""
+    uploads = []
+    upload = _launch.Tables.upload
+    monkeypatch.setattr(_launch.Tables, "upload", lambda *args: uploads.append(1) or upload(*args))
+    numels = (100, 300, 300, 33)
+    sample = Sample(3, device, window=8)
+    flat = random(sum(numels), torch.float32, device, 4)
+    flat[100:400] *= 100.0  # whoever reads the second for the third sees it
+
+    def record(order, flat):
+        views = dict(zip(order, flat.split([numels[i] for i in order])))
+        sample.record([views[i] for i in range(4)], [0, 1, 2, 0], more={"flat": flat, "settled": False})
+        sample.assert_same()
+
+    record((0, 1, 2, 3), flat)
+    record((0, 1, 2, 3), flat)
+    assert len(uploads) == 1
+    record((0, 2, 1, 3), flat)
+    assert len(uploads) == 2
+    record((0, 2, 1, 3), random(sum(numels), torch.float32, device, 8))  # the buffer as a whole
+    assert len(uploads) == 2
+    assert len(_launch._cache) == 1
+
+
+def test_views_of_other_shapes_or_layouts_in_a_known_buffer_are_another_plan(device):
+    sample = Sample(2, device, window=8)
+    flat = random(600, torch.float32, device)
+    for views in (
+        [flat[:300], flat[300:]],
+        [flat[:300].view(30, 10), flat[300:].view(10, 30).T],
+        [flat[:100], flat[300:]],
+    ):
+        sample.record(views, [0, 1], more={"flat": flat, "settled": False})
+        sample.assert_same()
+    holes = [flat[:300], flat[300:].view(20, 15)[:, :7]]
+    with pytest.raises(_launch.Unsupported, match="tensor 1"):
+        sample.record(holes, [0, 1], more={"flat": flat, "settled": False})
+
+
 def test_flat_mode_refuses_what_is_not_in_the_buffer(device):
     flat = random(100, torch.float32, device)
     with pytest.raises(ValueError, match="tensor 1 does not lie in the flat buffer"):
@@ -506,15 +546,31 @@ def test_an_upload_during_a_capture_names_the_tensor_that_moved(device, monkeypa
     monkeypatch.setattr(_launch, "_stream", lambda _: (stream, True))
     moved = [gradients[0], gradients[1].clone()]
     old, new = (t.data_ptr() for t in (gradients[1], moved[1]))
-    with pytest.raises(RuntimeError, match=f"tensor 1 moved from {old:#x} to {new:#x}.*set_to_none=False"):
+    expected = f"tensor 1 moved from {old:#x} to {new:#x}.*set_to_none=False"
+    with pytest.raises(_launch.Uncapturable, match=expected) as caught:
         sample.record(moved, [0, 1], gains, [1])
-    with pytest.raises(RuntimeError, match="gain 0 moved"):
+    assert (caught.value.index, caught.value.gain) == (1, False)
+    with pytest.raises(_launch.Uncapturable, match="gain 0 moved") as caught:
         sample.record(gradients, [0, 1], [gains[0].clone()], [1])
-    with pytest.raises(RuntimeError, match="not measured before"):
+    assert (caught.value.index, caught.value.gain) == (0, True)
+    with pytest.raises(_launch.Uncapturable, match="not measured before") as caught:
         sample.record(gradients[:1], [0], gains, [1])
+    assert caught.value.index is None
     gains[0].zero_()
     sample.record(gradients, [0, 1], gains, [1])  # these were measured
     sample.assert_same()
+
+
+def test_of_several_measurements_before_a_capture_the_one_that_differs_least_says_what_moved(device, monkeypatch):
+    sample = Sample(1, device)
+    stream = _launch._stream(torch.device(device))[0]
+    first, second = ([random(n, torch.float32, device) for n in (100, 9000)] for _ in range(2))
+    sample.record(first, [0, 0])
+    monkeypatch.setattr(_launch, "_stream", lambda _: (stream + 1, False))
+    sample.record(second, [0, 0])
+    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, True))
+    with pytest.raises(_launch.Uncapturable, match="tensor 1 moved"):
+        sample.record([second[0], second[1].clone()], [0, 0])
 
 
 def test_tables_of_a_captured_graph_are_never_uploaded_to_again(device, monkeypatch):

@@ -236,3 +236,61 @@ def test_the_monitor_measures_and_clips_in_one_launch_each_and_as_torch_does(dev
     # The limit is known from the second step on; then nothing but the two kernels runs.
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert sorted(name for name in kernels if "kernel" in name) == ["_scale_kernel", "_sums_kernel"]
+
+
+def test_what_moved_inside_a_capture_is_named_by_its_parameter(device):
+    from seedtriton import GradientMonitor, WiringError
+
+    host, seed = torch.nn.Linear(64, 64, device=device), torch.nn.Linear(64, 64, device=device)
+    monitor = GradientMonitor(host, {"a": seed})
+    for parameter in (*host.parameters(), *seed.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    monitor.measure()
+    work = torch.zeros(1, device=device)
+    elsewhere = seed.bias.grad.clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+
+    def capture():
+        with torch.cuda.graph(graph):
+            work.add_(1.0)  # torch warns of graphs without any work
+            monitor.measure()
+
+    seed.bias.grad, kept = elsewhere, seed.bias.grad
+    with pytest.raises(WiringError, match=r"the gradient of parameter 'bias' of seed 'a' \(shape \(64,\)\) moved"):
+        capture()
+    seed.bias.grad = kept
+    graph = torch.cuda.CUDAGraph()
+    capture()  # in place again
+    seed.weight.grad.fill_(3.0)
+    graph.replay()
+    assert monitor.read()["a"].samples == 2
+    assert monitor.ring[1, 1, reference.SUMSQ].item() == 9.0 * 64 * 64 + 64
+
+
+def test_a_buffer_that_somebody_else_keeps_is_found_and_followed(device):
+    from seedtriton import GradientMonitor
+
+    model = torch.nn.Sequential(*[torch.nn.Linear(32, 32, bias=False, device=device) for _ in range(3)])
+    monitor = GradientMonitor([model[0], model[2]], {"a": model[1]}, flat="auto")
+    for step, order in enumerate(((0, 1, 2), (0, 1, 2), (1, 0, 2), (2, 0, 1))):
+        buffer = torch.randn(3 * 1024, device=device)
+        for index, place in enumerate(order):
+            model[index].weight.grad = buffer[1024 * place : 1024 * place + 1024].view(32, 32)
+        monitor.measure()
+        expected = model[1].weight.grad.double().square().sum().item()
+        assert monitor.ring[step, 1, reference.SUMSQ].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradients_on_another_device_are_measured_too(device):
+    from seedtriton import GradientMonitor
+
+    host, seed = torch.nn.Linear(64, 64, device=device), torch.nn.Linear(64, 64)
+    monitor = GradientMonitor(host, {"a": seed})
+    for parameter in (*host.parameters(), *seed.parameters()):
+        parameter.grad = torch.randn_like(parameter)
+    monitor.measure()
+    found = monitor.read()["a"]
+    for norm, module in ((found.host_norm, host), (found.seed_norm, seed)):
+        expected = torch.cat([p.grad.double().flatten() for p in module.parameters()]).norm().item()
+        assert norm == pytest.approx(expected, rel=1e-6)

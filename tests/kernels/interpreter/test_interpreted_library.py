@@ -1,10 +1,12 @@
 """The library on the kernels: ops and monitor with ``SEEDTRITON_BACKEND=triton`` give what eager torch gives."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from seedtriton import FlatGradients, GradientMonitor, GrowthController, SeedSlot, ops, reference
+from seedtriton import FlatGradients, GradientMonitor, GrowthController, SeedSlot, WiringError, ops, reference
 from seedtriton.kernels import _launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -13,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture
 def through(monkeypatch):
     """Switch the backend, and count the launches of the one that has some."""
+    _launch.release()  # a ring may lie where another one lay in an earlier test
     launches = []
     launch = _launch.Tables.launch
 
@@ -183,10 +186,30 @@ def test_the_norm_of_a_clipped_step_is_not_overwritten_by_the_next(through):
     assert [norm.item() for norm in norms] == pytest.approx([40**0.5, 3 * 40**0.5])
 
 
-def test_flat_gradients_upload_once_and_measure_the_same(through, monkeypatch):
-    uploads = []
+@pytest.fixture
+def uploads(monkeypatch):
+    made = []
     upload = _launch.Tables.upload
-    monkeypatch.setattr(_launch.Tables, "upload", lambda *args: uploads.append(1) or upload(*args))
+    monkeypatch.setattr(_launch.Tables, "upload", lambda *args: made.append(1) or upload(*args))
+    return made
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    """Every buffer that reaches the kernels; None: they look at each address."""
+    found = []
+    find = _launch.find_tables
+
+    def finding(*args, **options):
+        if args[4][0] == "record":  # not the sums of a read
+            found.append((args[8], args[9]))  # flat, settled
+        return find(*args, **options)
+
+    monkeypatch.setattr(_launch, "find_tables", finding)
+    return found
+
+
+def test_flat_gradients_upload_once_and_measure_the_same(through, uploads):
     rows = []
     for flat in (False, True):
         through("triton")
@@ -205,3 +228,139 @@ def test_flat_gradients_upload_once_and_measure_the_same(through, monkeypatch):
             assert len(uploads) == 1
         rows.append(monitor.ring[:3].nan_to_num())
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("gloo")
+def test_the_buckets_of_ddp_are_used_and_followed_when_ddp_lays_them_out_anew(through, buffers):
+    through("triton")
+    # The order of use is not that of registration, so the second layout of the buckets is another one.
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
+    model.forward = lambda x: model[0](torch.tanh(model[2](torch.tanh(model[1](x)))))
+    plain = copy.deepcopy(model)
+    plain.forward = lambda x: plain[0](torch.tanh(plain[2](torch.tanh(plain[1](x)))))
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    monitor = GradientMonitor(model, {"a": model[1], "b": model[2]}, flat="auto")
+    expected = GradientMonitor(plain, {"a": plain[1], "b": plain[2]})
+    layouts = set()
+    for step in range(5):
+        x = torch.randn(3, 4) * 10.0**step
+        for net, seen in ((ddp, monitor), (plain, expected)):
+            net.zero_grad(set_to_none=step % 2 == 1)
+            net(x).square().sum().backward()
+            seen.measure()
+        (flat, settled), (none, _) = buffers[-2:]
+        assert flat.numel() == sum(p.numel() for p in model.parameters())
+        assert (settled, none) == (False, None)
+        layouts.add(tuple(p.grad.data_ptr() - flat.data_ptr() for p in model.parameters()))
+    assert len(layouts) > 1  # DDP did move them
+    torch.testing.assert_close(monitor.ring[:5], expected.ring[:5], rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_gradients_that_change_places_within_one_buffer_are_never_read_at_the_old_ones(through, uploads, buffers):
+    through("triton")
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    monitor = GradientMonitor([model[0], model[2]], {"a": model[1]}, flat="auto")
+    for order in ((0, 1, 2), (0, 1, 2), (1, 0, 2), (2, 0, 1)):
+        buffer = torch.randn(48)
+        for index, place in enumerate(order):
+            buffer[16 * place : 16 * place + 16] *= 10.0**index
+            model[index].weight.grad = buffer[16 * place : 16 * place + 16].view(4, 4)
+        monitor.measure()
+        row = monitor.ring[int(monitor.count) - 1, :, reference.SUMSQ]
+        assert row[1].item() == pytest.approx(model[1].weight.grad.square().sum().item(), rel=1e-5)
+        assert buffers[-1][0].data_ptr() == buffer.data_ptr()
+    assert len(uploads) == 3
+
+
+def test_gradients_in_several_buffers_are_measured_one_by_one(through, buffers):
+    through("triton")
+    host, seed = nn.Linear(3, 3), nn.Linear(3, 3)
+    monitor = GradientMonitor(host, {"a": seed}, flat="auto")
+    seed(host(torch.ones(2, 3))).sum().backward()
+    monitor.measure()
+    assert buffers == [(None, False)]
+    expected = torch.cat([p.grad.flatten() for p in seed.parameters()]).norm().item()
+    assert monitor.read()["a"].seed_norm == pytest.approx(expected, rel=1e-5)
+
+
+def capture(monkeypatch):
+    stream, _ = _launch._stream(torch.device("cpu"))
+    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, True))
+
+
+def move(parameter):
+    parameter.grad = parameter.grad.clone()
+
+
+@pytest.mark.parametrize("place, name", [
+    (lambda m: m[0][0].weight, r"the gradient of parameter '0\.weight' of the host \(shape \(4, 3\)\) moved from 0x"),
+    (lambda m: m[1].bias, r"the gradient of parameter 'bias' of seed 'a' \(shape \(4,\)\) moved from 0x"),
+    (lambda m: m[2], r"the gradient of parameter 1 of seed 'bare' \(shape \(5,\)\) moved from 0x"),
+    (lambda m: m[3], r"the gradient of the blend factor of seed 'a' moved from 0x"),
+])  # fmt: skip
+def test_what_moved_before_a_capture_is_named_by_its_parameter(place, name, through, monkeypatch):
+    through("triton")
+    host, seed = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 4)
+    bare, alpha = torch.zeros(5, requires_grad=True), torch.zeros((), requires_grad=True)
+    other = torch.zeros(2, requires_grad=True)
+    monitor = GradientMonitor(host, {"a": seed, "bare": [other, bare]}, alphas={"a": alpha})
+    for parameter in (*host.parameters(), *seed.parameters(), bare, other, alpha):
+        parameter.grad = torch.ones_like(parameter)
+    monitor.measure()
+    alpha.grad.fill_(3.0)
+    capture(monkeypatch)
+    monitor.measure()  # nothing moved
+    move(place((host, seed, bare, alpha)))
+    with pytest.raises(WiringError, match=name + r".*set_to_none=False"):
+        monitor.measure()
+    assert monitor.count == 2
+
+
+def test_the_name_is_right_although_other_gradients_do_not_go_through_the_kernel(through, monkeypatch):
+    through("triton")
+    first, host, seed = nn.Embedding(3, 2, sparse=True), nn.Linear(2, 2), nn.Linear(2, 2)
+    monitor = GradientMonitor([first, host], {"a": seed})
+    for parameter in (*host.parameters(), *seed.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    first(torch.tensor([0, 1])).sum().backward()
+    monitor.measure()
+    capture(monkeypatch)
+    move(host.weight)
+    with pytest.raises(WiringError, match=r"the gradient of parameter '1\.weight' of the host"):
+        monitor.measure()
+
+
+def test_a_capture_without_a_measurement_before_it_says_so(through, monkeypatch):
+    through("triton")
+    host, seed = nn.Linear(3, 3), nn.Linear(3, 3)
+    monitor = GradientMonitor(host, {"a": seed})
+    seed(host(torch.ones(2, 3))).sum().backward()
+    capture(monkeypatch)
+    with pytest.raises(WiringError, match="these tensors were not measured before the capture"):
+        monitor.measure()
+
+
+def test_clipping_in_a_capture_names_what_moved(through, monkeypatch):
+    through("triton")
+    host, seed = nn.Linear(3, 3), nn.Linear(3, 3)
+    monitor = GradientMonitor(host, {"a": seed})
+    seed(host(torch.ones(2, 3))).sum().backward()
+    monitor.measure()
+    monitor.clip_grad_norm_(1e3)
+    move(seed.weight)
+    monitor.measure()
+    capture(monkeypatch)
+    with pytest.raises(WiringError, match=r"the gradient of parameter 'weight' of seed 'a' .* moved from"):
+        monitor.clip_grad_norm_(1e3)
+
+
+def test_explicit_gradients_that_moved_are_named_by_their_parameter(through, monkeypatch):
+    through("triton")
+    host, seed = nn.Linear(3, 3), nn.Linear(3, 3)
+    monitor = GradientMonitor(host, {"a": seed})
+    grads = {p: torch.ones_like(p) for p in (*host.parameters(), *seed.parameters())}
+    monitor.measure(gradients=grads)
+    capture(monkeypatch)
+    grads[seed.bias] = torch.ones(3)
+    with pytest.raises(WiringError, match=r"the gradient of parameter 'bias' of seed 'a'"):
+        monitor.measure(gradients=grads)
