@@ -199,19 +199,20 @@ def test_groups_come_back_at_their_places_also_between_those_of_the_host():
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         growth = GrowthController(model, optimizer, schedulers=[scheduler], sinks=[])
         if late_group:
-            optimizer.add_param_group({"params": model[2].parameters(), "initial_lr": 0.1})
-            scheduler.base_lrs.append(0.1)
+            optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.5, "initial_lr": 0.5})
+            scheduler.base_lrs.append(0.5)
         return model, optimizer, scheduler, growth
 
     model, optimizer, scheduler, growth = built(late_group=False)
     growth.germinate("1", nn.Linear(4, 4), lr=0.01)
-    optimizer.add_param_group({"params": model[2].parameters(), "initial_lr": 0.1})
-    scheduler.base_lrs.append(0.1)
+    optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.5, "initial_lr": 0.5})
+    scheduler.base_lrs.append(0.5)
     model(torch.randn(3, 4)).sum().backward()
     growth.measure()
     optimizer.step()
     resumed = built(late_group=True)
     resumed[3].load_state_dict(growth.state_dict(), seeds={"1": nn.Linear(4, 4)})
+    assert resumed[2].base_lrs == [0.1, 0.1, 0.5]
     resumed[0].load_state_dict(model.state_dict())
     resumed[1].load_state_dict(optimizer.state_dict())
     names = {id(p): name for name, p in resumed[0].named_parameters()}
@@ -221,7 +222,7 @@ def test_groups_come_back_at_their_places_also_between_those_of_the_host():
     assert torch.equal(moments, optimizer.state[model[1].seed.weight]["momentum_buffer"])
     resumed[3].prune("1")
     assert [len(group["params"]) for group in resumed[1].param_groups] == [2, 2]
-    assert len(resumed[2].base_lrs) == 2
+    assert resumed[2].base_lrs == [0.1, 0.5]
 
 
 def test_a_target_that_float32_cannot_hold_is_still_reached_after_loading():
