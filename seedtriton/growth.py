@@ -527,6 +527,8 @@ class GrowthController:
                 self._refuse_shared(name, module)
             self.slots[name].load_lifecycle_state(entry["slot"], module, device=device)
         groups = [(index, name, names) for name, entry in values["slots"].items() for index, names in entry["groups"]]
+        if groups:
+            self._refuse_unknown_scheduler()
         for index, name, names in sorted(groups):
             self._insert_group(self.slots[name], index, names)
         for life in lives:

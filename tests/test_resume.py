@@ -191,6 +191,15 @@ def test_another_model_or_optimizer_is_refused():
         GrowthController(run.model, optimizer, sinks=[]).load_state_dict(saved, seeds=SEEDS)
 
 
+def test_a_scheduler_that_the_controller_does_not_know_is_refused_here_too():
+    saved = stopped_at(25).growth.state_dict()
+    run = Run()
+    growth = GrowthController(run.model, run.optimizer, sinks=[])
+    with pytest.raises(WiringError, match="schedulers="):
+        growth.load_state_dict(saved, seeds=SEEDS)
+    assert run.model.late.stage is Stage.DORMANT
+
+
 def test_groups_come_back_at_their_places_also_between_those_of_the_host():
     def built(late_group):
         torch.manual_seed(0)

@@ -345,6 +345,16 @@ def test_a_restored_slot_looks_for_leaks_as_often_as_was_left():
         assert slot.isolation_violations == ISOLATION_CHECKS
 
 
+def test_a_restored_seed_that_writes_into_its_input_still_gets_a_copy():
+    writing = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    source = slot_in(Stage.TRAINING, writing, probe=torch.randn(3, 4))
+    restored, x = SeedSlot(), torch.randn(3, 4)
+    restored.load_lifecycle_state(source.lifecycle_state(), copy.deepcopy(writing))
+    before = x.clone()
+    restored(x)
+    assert torch.equal(x, before)
+
+
 def test_a_slot_is_restored_with_a_given_seed_its_gate_and_its_frozen_parameters():
     source = SeedSlot()
     source.germinate(Residual(4).double(), probe=torch.randn(3, 4).double(), blend="gate")
