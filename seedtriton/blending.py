@@ -121,6 +121,7 @@ class GateNetwork(nn.Module):
     def __init__(self, channels: int) -> None:
         """Make the two layers."""
         super().__init__()
+        self.channels = channels
         hidden = max(8, channels // 4)
         self.squeeze, self.excite = nn.Linear(channels, hidden), nn.Linear(hidden, 1)
 

@@ -11,17 +11,19 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ._state import check_state
 from .blending import ADD
-from .errors import ConfigurationError, WiringError
+from .errors import ConfigurationError, SeedtritonError, StateDictError, WiringError
 from .evidence import BlendProbe, SeedEvidence
 from .gates import STRICT, Gate, GateThresholds, QualityGates, SeedStatus, Verdict
 from .isolation import Isolation
-from .lifecycle import FORWARD, RESTING, Stage
+from .lifecycle import FORWARD, RESTING, Lifecycle, Stage, stage_named
 from .monitor import WINDOW, GradientMonitor, Gradients
 from .probing import PROBE_AT, Evaluate, probe
 from .schedules import HOLD, AlphaController, AlphaSchedule
@@ -29,6 +31,8 @@ from .slot import SeedSlot, seed_module
 from .telemetry import Event, LogSink, Sink, Telemetry, gate_fields
 
 logger = logging.getLogger("seedtriton")
+
+SeedOrFactory = nn.Module | Callable[[], nn.Module]
 
 # Lists with one entry per parameter group that torch's schedulers keep; a new group needs an entry in each.
 _PER_GROUP = (
@@ -45,13 +49,43 @@ class _Life:
 
     name: str
     slot: SeedSlot
-    group: dict[str, Any] | None  # the optimizer's, while the seed has one
     schedule: AlphaSchedule  # of the first ramp; later ones take steps and curve from it unless told
     alpha: AlphaController = field(default_factory=AlphaController)
     pruning: tuple[str, str] | None = None  # reason and initiator, while alpha is on its way down to the end
     training_accuracy: float | None = None  # when TRAINING began
     blending_accuracy: float | None = None  # when BLENDING began
     evidence: SeedEvidence | None = field(default=None)
+
+    VERSION: ClassVar[int] = 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": self.VERSION,
+            "slot": self.name,
+            "schedule": self.schedule.state_dict(),
+            "alpha": self.alpha.state_dict(),
+            "pruning": None if self.pruning is None else list(self.pruning),
+            "training_accuracy": self.training_accuracy,
+            "blending_accuracy": self.blending_accuracy,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: object, slots: Mapping[str, SeedSlot]) -> _Life:
+        keys = ("slot", "schedule", "alpha", "pruning", "training_accuracy", "blending_accuracy")
+        values = check_state(state, "GrowthController: life", cls.VERSION, keys)
+        pruning, accuracies = values["pruning"], (values["training_accuracy"], values["blending_accuracy"])
+        if pruning is not None and not (isinstance(pruning, list) and [type(x) for x in pruning] == [str, str]):
+            raise StateDictError(f"GrowthController: pruning must be a reason and an initiator, got {pruning!r}")
+        if values["slot"] not in slots or any(type(a) not in (int, float, type(None)) for a in accuracies):
+            raise StateDictError(f"GrowthController: life of slot {values['slot']!r} with accuracies {accuracies}")
+        return cls(
+            values["slot"],
+            slots[values["slot"]],
+            AlphaSchedule.from_state_dict(values["schedule"]),
+            AlphaController.from_state_dict(values["alpha"]),
+            None if pruning is None else (pruning[0], pruning[1]),
+            *accuracies,
+        )
 
 
 class GrowthController:
@@ -79,6 +113,8 @@ class GrowthController:
         WiringError: the model has no slot.
         ConfigurationError: an impossible number of epochs, or a gate that does not move a seed.
     """
+
+    VERSION = 1
 
     def __init__(
         self,
@@ -181,17 +217,18 @@ class GrowthController:
         place.germinate(
             module, probe=probe, isolation=isolation, blend=blend, device=like.device, dtype=like.dtype
         )
-        added = None
+        groups = len(self.optimizer.param_groups)
         try:
             if add_to_optimizer:
-                added = self._add_group(place, group)
+                self._add_group(dict(place.named_parameters()), group)
             self.monitor.add_seed(slot, place.modules_of_seed(), alpha=place)
         except Exception:
-            self._remove_group(added)
+            if len(self.optimizer.param_groups) > groups:
+                self._remove_groups(place)
             place.move(Stage.PRUNED, "refused")
             place.lifecycle.load_state_dict(before)
             raise
-        self._lives[slot] = life = _Life(slot, place, added, schedule or self.schedule)
+        self._lives[slot] = life = _Life(slot, place, schedule or self.schedule)
         parameters = _trainable(*place.modules_of_seed())
         self._emit("germinated", slot, parameters=parameters, in_optimizer=add_to_optimizer, blend=blend)
         self._emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
@@ -369,7 +406,7 @@ class GrowthController:
         life.slot.freeze()
 
     def _remove(self, life: _Life, reason: str, initiator: str) -> None:
-        self._remove_group(life.group)
+        self._remove_groups(life.slot)
         del self._lives[life.name]
         self._move(life, Stage.PRUNED, reason, initiator)
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
@@ -400,6 +437,145 @@ class GrowthController:
     def evidence(self) -> dict[str, SeedEvidence]:
         """What the monitor says of every living seed now; copies to the host once."""
         return self.monitor.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every seed is in its life: plain values and tensors, for ``torch.load(weights_only=True)``.
+
+        Weights are the model's ``state_dict``, moments the optimizer's; thresholds and other arguments of the
+        constructor are not in it.
+        """
+        names = {id(p): name for slot in self.slots.values() for name, p in slot.named_parameters()}
+        groups = self.optimizer.param_groups
+        return {
+            "version": self.VERSION,
+            "epoch": self.epoch,
+            "step": self.step,
+            "accuracy": self._accuracy,
+            "group_sizes": [len(group["params"]) for group in groups],
+            "slots": {
+                name: {
+                    "slot": slot.lifecycle_state(),
+                    "groups": [[i, [names[id(p)] for p in groups[i]["params"]]] for i in self._groups_of(slot)],
+                }
+                for name, slot in self.slots.items()
+            },
+            "lives": [life.state_dict() for life in self._lives.values()],
+            "monitor": self._monitor_state(),
+        }
+
+    def load_state_dict(
+        self, state: object, seeds: Mapping[str, SeedOrFactory] = MappingProxyType({})
+    ) -> None:
+        """Take over ``state_dict`` in a new run, so that it goes on as if it had never stopped.
+
+        Build model, optimizer, schedulers and controller as at the beginning, with empty slots. Then, in this order::
+
+            growth.load_state_dict(saved["growth"], seeds={"block2": make_seed})
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])     # and the schedulers' and the random state
+
+        Args:
+            state: what ``state_dict`` returned.
+            seeds: by slot, a module like the one that was there, or a factory of one. Those for slots that
+                had none are not used.
+
+        Raises:
+            StateDictError: another version, a damaged state, or one of another model or optimizer.
+            WiringError: the slots are not empty, or a seed is unfit.
+            ConfigurationError: a slot's seed is missing, or an impossible value. In each case nothing has changed.
+        """
+        occupied = [name for name, slot in self.slots.items() if slot.stage is not Stage.DORMANT]
+        if occupied:
+            raise WiringError(f"slots {occupied} are not empty: load into a freshly built model and controller")
+        keys = ("epoch", "step", "accuracy", "group_sizes", "slots", "lives", "monitor")
+        values = check_state(state, "GrowthController", self.VERSION, keys)
+        lives = self._check_state(values)
+        unknown = sorted(set(seeds) - set(self.slots))
+        missing = [name for name, entry in values["slots"].items() if _holds_seed(entry) and name not in seeds]
+        if unknown or missing:
+            raise ConfigurationError(
+                f"load_state_dict needs a module or factory in seeds= for slots {missing}; unknown slots: {unknown}"
+            )
+        modules = {name: seed_module(seeds[name]) for name, entry in values["slots"].items() if _holds_seed(entry)}
+        before = {name: slot.lifecycle_state() for name, slot in self.slots.items()}, self._monitor_state()
+        try:
+            self._restore(values, lives, modules)
+        except Exception as error:
+            self._undo(*before)
+            if isinstance(error, SeedtritonError):
+                raise
+            raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
+        self.epoch, self.step, self._accuracy = values["epoch"], values["step"], values["accuracy"]
+        self._lives = {life.name: life for life in lives}
+
+    def _monitor_state(self) -> dict[str, Any]:
+        # Copies: the buffers go on changing.
+        return {key: _own(value) for key, value in self.monitor.state_dict().items()}
+
+    def _check_state(self, values: Mapping[str, Any]) -> list[_Life]:
+        """The seeds' lives in a saved state; StateDictError unless it fits this model and optimizer."""
+        kind, accuracy, sizes = "GrowthController", values["accuracy"], values["group_sizes"]
+        whole = all(type(values[name]) is int and values[name] >= 0 for name in ("epoch", "step"))
+        known = accuracy is None or (type(accuracy) in (int, float) and 0.0 <= accuracy <= 1.0)
+        lists = isinstance(values["lives"], list) and isinstance(sizes, list)
+        if not (whole and known and lists and isinstance(values["monitor"], dict)):
+            raise StateDictError(f"{kind}: damaged epoch, step, accuracy, lives, group_sizes or monitor")
+        slots = values["slots"]
+        if not isinstance(slots, dict) or slots.keys() != self.slots.keys():
+            found = sorted(slots) if isinstance(slots, dict) else slots
+            raise StateDictError(f"{kind}: the state is of slots {found}, the model has {sorted(self.slots)}")
+        for name, entry in slots.items():
+            try:
+                Lifecycle().load_state_dict(entry["slot"]["lifecycle"])
+                groups = [(index, len(list(map(str, names)))) for index, names in entry["groups"]]
+                fits = all(0 <= index < len(sizes) and sizes[index] == size for index, size in groups)
+            except (KeyError, TypeError, ValueError) as error:
+                raise StateDictError(f"{kind}: damaged entry of slot {name!r}: {error}") from error
+            if not fits:
+                raise StateDictError(f"{kind}: slot {name!r} has optimizer groups {groups}, sizes are {sizes}")
+        of_seeds = [index for entry in slots.values() for index, _ in entry["groups"]]
+        saved = [size for index, size in enumerate(sizes) if index not in of_seeds]
+        own = [len(group["params"]) for group in self.optimizer.param_groups]
+        if saved != own or len(set(of_seeds)) != len(of_seeds):
+            raise StateDictError(
+                f"{kind}: outside the seeds the saved optimizer had groups of {saved} parameters, this one has {own}: "
+                "load before anything else, into an optimizer built as at the beginning"
+            )
+        lives = [_Life.from_state_dict(entry, self.slots) for entry in values["lives"]]
+        living = [name for name, entry in slots.items() if _holds_seed(entry) and not _is_fossil(entry)]
+        if sorted(life.name for life in lives) != sorted(living):
+            raise StateDictError(f"{kind}: lives of {[life.name for life in lives]}, living seeds in {living}")
+        return lives
+
+    def _restore(
+        self, values: Mapping[str, Any], lives: Sequence[_Life], modules: Mapping[str, nn.Module]
+    ) -> None:
+        device = next(p.device for p in self.model.parameters() if p.is_floating_point())
+        for name, entry in values["slots"].items():
+            module = modules.get(name)
+            if module is not None:
+                self._refuse_shared(name, module)
+            self.slots[name].load_lifecycle_state(entry["slot"], module, device=device)
+        groups = [(index, name, names) for name, entry in values["slots"].items() for index, names in entry["groups"]]
+        if groups:
+            self._refuse_unknown_scheduler()
+        for index, name, names in sorted(groups):
+            self._insert_group(self.slots[name], index, names)
+        for life in lives:
+            self.monitor.add_seed(life.name, life.slot.modules_of_seed(), alpha=life.slot)
+        self.monitor.load_state_dict(values["monitor"])
+
+    def _undo(self, slots: Mapping[str, dict[str, Any]], monitor: Mapping[str, Any]) -> None:
+        """Back to empty slots, after a restoration that failed half-way."""
+        for slot in self.slots.values():
+            if slot.seed is not None:
+                self._remove_groups(slot)
+        for name, state in slots.items():
+            self.slots[name].vacate()
+            self.slots[name].load_lifecycle_state(state)
+        for name in self.monitor.seeds:
+            self.monitor.remove_seed(name)
+        self.monitor.load_state_dict(monitor)
 
     def _slot(self, name: str) -> SeedSlot:
         if name not in self.slots:
@@ -499,7 +675,7 @@ class GrowthController:
                 "pass it: GrowthController(..., schedulers=[scheduler])"
             )
 
-    def _add_group(self, slot: SeedSlot, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _add_group(self, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
         first = self.optimizer.param_groups[0]
         unknown = sorted(set(settings) - set(first))
         if unknown:
@@ -508,12 +684,8 @@ class GrowthController:
         if "lr" in settings and "initial_lr" in group:
             group["initial_lr"] = settings["lr"]
         group |= settings
-        if "param_names" in first:  # named parameters: an optimizer wants names in all groups or in none
-            group["params"] = [
-                (f"{part}.{name}", p) for part, module in slot.named_children() for name, p in module.named_parameters()
-            ]
-        else:
-            group["params"] = list(slot.parameters())
+        # Named parameters: an optimizer wants names in all groups or in none.
+        group["params"] = list(parameters.items() if "param_names" in first else parameters.values())
         before = len(self.optimizer.param_groups)
         self.optimizer.add_param_group(group)
         for scheduler in _each_scheduler(self.schedulers):
@@ -521,20 +693,34 @@ class GrowthController:
                 values.append(values[0])
             if hasattr(scheduler, "base_lrs") and "lr" in settings:
                 scheduler.base_lrs[-1] = settings["lr"]
-        return self.optimizer.param_groups[-1]
 
-    def _remove_group(self, group: dict[str, Any] | None) -> None:
-        """Take a group out of the optimizer, with the state of its parameters; nothing if it is not there."""
+    def _groups_of(self, slot: SeedSlot) -> list[int]:
+        """Indices of the optimizer's groups that hold parameters of this slot and no others."""
+        # Looked up by parameter: the optimizer's load_state_dict makes new dicts of its groups.
+        own = {id(parameter) for parameter in slot.parameters()}
+        held = [[id(parameter) in own for parameter in group["params"]] for group in self.optimizer.param_groups]
+        return [index for index, inside in enumerate(held) if inside and all(inside)]
+
+    def _remove_groups(self, slot: SeedSlot) -> None:
+        """Take a seed's groups out of the optimizer, with the state of their parameters."""
         groups = self.optimizer.param_groups
-        index = next((i for i, known in enumerate(groups) if known is group), None)
-        if index is None:
-            return
-        for parameter in groups[index]["params"]:
-            self.optimizer.state.pop(parameter, None)
+        for index in reversed(self._groups_of(slot)):
+            for parameter in groups[index]["params"]:
+                self.optimizer.state.pop(parameter, None)
+            for scheduler in _each_scheduler(self.schedulers):
+                for values in _group_lists(scheduler, len(groups)):
+                    del values[index]
+            del groups[index]
+
+    def _insert_group(self, slot: SeedSlot, index: int, names: Sequence[str]) -> None:
+        """Add a group of these parameters, at this place among the groups."""
+        known = dict(slot.named_parameters())
+        self._add_group({name: known[name] for name in names}, {})
+        groups = self.optimizer.param_groups
         for scheduler in _each_scheduler(self.schedulers):
             for values in _group_lists(scheduler, len(groups)):
-                del values[index]
-        del groups[index]
+                values.insert(index, values.pop())
+        groups.insert(index, groups.pop())
 
     def _emit(self, event: str, name: str | None, **fields: Any) -> None:
         stage = None if name is None else str(self.slots[name].stage)
@@ -550,6 +736,18 @@ class GrowthController:
             "epoch", life.name, accuracy=accuracy, loss=loss, alpha=life.slot.alpha_value,
             **_numbers(life.evidence),
         )
+
+
+def _saved_stage(entry: Mapping[str, Any]) -> Stage:
+    return stage_named(entry["slot"]["lifecycle"]["stage"])
+
+
+def _holds_seed(entry: Mapping[str, Any]) -> bool:
+    return _saved_stage(entry) not in (Stage.DORMANT, *RESTING)
+
+
+def _is_fossil(entry: Mapping[str, Any]) -> bool:
+    return _saved_stage(entry) is Stage.FOSSILIZED
 
 
 def _numbers(evidence: SeedEvidence | None) -> Event:

@@ -6,7 +6,7 @@ decides nothing: who may move, and when, is the gates' and the controller's busi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,7 @@ class SeedSlot(nn.Module):
         self._mode: str | None = None
         self._copy_input = False
         self._checks_due = 0
+        self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
 
     @property
@@ -161,11 +162,7 @@ class SeedSlot(nn.Module):
             gate = blending.GateNetwork(blending.channels_of(probe)).to(device=place, dtype=dtype)
         self._copy_input = writes
         self.preserves_shape = True if probe is not None else None
-        self.seed = module.train(self.training)
-        self.gate = None if gate is None else gate.train(self.training)
-        self.blend = blend
-        self.alpha = torch.zeros((), dtype=torch.float32, device=place).requires_grad_()
-        self._alpha_value = 0.0
+        self._place(module, gate, blend, place)
         self.isolation = isolation or TrustRegion()
         # A compiled forward pass is not looked at, but its graph is the one of the probe: a leak there is a leak
         # in every pass.
@@ -240,47 +237,106 @@ class SeedSlot(nn.Module):
 
     def lifecycle_state(self) -> dict[str, Any]:
         """Plain values that the module's ``state_dict`` does not hold; for ``load_lifecycle_state``."""
+        floating = [p.dtype for p in self.parameters() if p.is_floating_point()]
         return {
             "version": self.VERSION,
             "lifecycle": self.lifecycle.state_dict(),
             "alpha": self._alpha_value,
             "rho": self.isolation.rho if isinstance(self.isolation, TrustRegion) else None,
+            "blend": self.blend,
+            "channels": self.gate.channels if isinstance(self.gate, blending.GateNetwork) else None,
+            "dtype": str(floating[0]).removeprefix("torch.") if floating else None,
+            "frozen": None if self.frozen is None else list(self.frozen),
             "isolation_violations": self.isolation_violations,
+            "checks_due": self._checks_due,
             "preserves_shape": self.preserves_shape,
             "copy_input": self._copy_input,
         }
 
-    def load_lifecycle_state(self, state: object) -> None:
-        """Take over ``lifecycle_state``; the seed must already be in the slot if the state has one.
+    def load_lifecycle_state(
+        self, state: object, seed: nn.Module | None = None, *, device: torch.device | None = None
+    ) -> None:
+        """Take over ``lifecycle_state``; if the state has a seed, it is in the slot already or given.
+
+        Args:
+            state: what ``lifecycle_state`` returned.
+            seed: put into the empty slot, with a new gate network if its blend has one. Weights are not in this
+                state; ``load_state_dict`` fills them.
+            device: moved there.
 
         Raises:
             StateDictError: it does not fit; nothing has changed.
         """
-        keys = ("lifecycle", "alpha", "rho", "isolation_violations", "preserves_shape", "copy_input")
+        keys = (
+            "lifecycle", "alpha", "rho", "blend", "channels", "dtype", "frozen", "isolation_violations", "checks_due",
+            "preserves_shape", "copy_input",
+        )  # fmt: skip
         values = check_state(state, "SeedSlot", self.VERSION, keys)
         restored = Lifecycle()
         restored.load_state_dict(values["lifecycle"])
         occupied = restored.stage not in (Stage.DORMANT, *RESTING)
-        if occupied != (self.seed is not None):
+        if self.seed is not None and (seed is not None or not occupied):
             raise StateDictError(
-                f"SeedSlot: the saved stage is {restored.stage}, but the slot is "
-                f"{'empty: germinate the same seed first' if occupied else 'occupied: use a fresh model'}"
+                f"SeedSlot: the saved stage is {restored.stage}, but the slot is occupied: use a fresh model"
             )
-        alpha, violations = values["alpha"], values["isolation_violations"]
-        if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or type(violations) is not int:
-            raise StateDictError(f"SeedSlot: bad alpha {alpha!r} or isolation_violations {violations!r}")
+        if occupied and self.seed is None and seed is None:
+            raise StateDictError(
+                f"SeedSlot: the saved stage is {restored.stage}, but the slot is empty: germinate the same seed first"
+            )
+        alpha, violations, due = values["alpha"], values["isolation_violations"], values["checks_due"]
+        if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or type(violations) is not int or type(due) is not int:
+            raise StateDictError(
+                f"SeedSlot: bad alpha {alpha!r}, isolation_violations {violations!r} or checks_due {due!r}"
+            )
         isolation = StraightThrough() if values["rho"] is None else TrustRegion(values["rho"])
+        blend, channels, gate = values["blend"], values["channels"], self.gate
+        gated = type(channels) is int and channels > 0
+        if blend not in blending.BLENDS or gated != (blend == blending.GATE):
+            raise StateDictError(f"SeedSlot: blend {blend!r} does not go with channels {channels!r} of a gate")
+        dtype = getattr(torch, str(values["dtype"]), None)
+        if seed is not None and not isinstance(dtype, torch.dtype):
+            raise StateDictError(f"SeedSlot: unknown dtype {values['dtype']!r}")
+        if seed is not None and gated:
+            gate = blending.GateNetwork(channels)
+        elif self.seed is not None and blend != self.blend:
+            raise StateDictError(f"SeedSlot: the saved blend is {blend!r}, the seed in the slot has {self.blend!r}")
+        parts = {"seed": seed or self.seed, "gate": gate}
+        names = {f"{part}.{name}" for part, m in parts.items() if m is not None for name, _ in m.named_parameters()}
+        frozen = values["frozen"]
+        if frozen is not None and not (isinstance(frozen, list) and names.issuperset(frozen)):
+            raise StateDictError(f"SeedSlot: frozen parameters {frozen!r} that the seed does not have")
+        if seed is not None:
+            seed.to(device=device, dtype=dtype)
+            gate = None if gate is None else gate.to(device=device, dtype=dtype)
+            self._place(seed, gate, blend, device or next(seed.parameters()).device)
         self.lifecycle, self.isolation, self.isolation_violations = restored, isolation, violations
         self.preserves_shape, self._copy_input = values["preserves_shape"], values["copy_input"]
         self._mode = _FORWARD.get(restored.stage)
-        self._checks_due = ISOLATION_CHECKS if restored.stage is Stage.TRAINING else 0
+        self._checks_due = due
+        self.thaw()
+        if frozen is not None:
+            self.frozen = tuple(frozen)
+            self.freeze()
         if self.alpha is not None:
             self.set_alpha(alpha)
             self.alpha.requires_grad_(restored.stage is not Stage.FOSSILIZED)
 
+    def vacate(self) -> None:
+        """Empty the slot and forget the life in it, whatever the stage: as it was built."""
+        self._clear()
+        self.lifecycle, self.isolation, self.isolation_violations = Lifecycle(), TrustRegion(), 0
+        self._mode, self._checks_due, self._copy_input = None, 0, False
+
     def extra_repr(self) -> str:
         """Stage and alpha, for ``print(model)``."""
         return str(self.stage) if self.seed is None else f"{self.stage}, alpha={self._alpha_value:.3g}"
+
+    def _place(self, seed: nn.Module, gate: nn.Module | None, blend: str, device: torch.device) -> None:
+        self.seed = seed.train(self.training)
+        self.gate = None if gate is None else gate.train(self.training)
+        self.blend = blend
+        self.alpha = torch.zeros((), dtype=torch.float32, device=device).requires_grad_()
+        self._alpha_value = 0.0
 
     def _clear(self) -> None:
         self.thaw()  # the module goes back to whoever made it
@@ -320,10 +376,26 @@ class SeedSlot(nn.Module):
         self.alpha = fresh.requires_grad_(wanted)
 
 
+def _before_load(
+    slot: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: object, strict: object,
+    missing: object, unexpected: object, errors: list[str],
+) -> None:  # fmt: skip
+    """Say what to do about a seed without a place, strict or not: its weights must not get lost silently."""
+    assert isinstance(slot, SeedSlot)
+    if slot.seed is None and any(key.startswith(f"{prefix}seed.") for key in state_dict):
+        errors.append(
+            f"slot {prefix.rstrip('.')!r} is empty and the state has a seed for it: "
+            "load the controller's state first, growth.load_state_dict(state, seeds=...)"
+        )
+
+
 def _after_load(slot: nn.Module, incompatible_keys: object) -> None:
     assert isinstance(slot, SeedSlot)
     if slot.alpha is not None:
-        slot._alpha_value = float(slot.alpha.detach())
+        loaded = slot.alpha.detach()
+        # The tensor is the number rounded to float32; the number decides whether alpha is at its target.
+        if float(torch.tensor(slot._alpha_value, dtype=torch.float32)) != float(loaded):
+            slot._alpha_value = float(loaded)
         slot._keep_alpha_a_leaf()
 
 

@@ -4,6 +4,7 @@ A call that is refused must leave everything as it was; a pass needs evidence.
 """
 
 import copy
+import io
 import itertools
 
 import torch
@@ -42,17 +43,16 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        self.model = Net()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.host = {id(p) for p in self.model.parameters()}
-        self.growth = self.controller(self.model, self.optimizer)
+        self.begin()
         self.x = torch.randn(8, 3)
         self.verdicts = []
 
-    @staticmethod
-    def controller(model, optimizer):
-        return GrowthController(
-            model, optimizer, thresholds=LENIENT, schedule=AlphaSchedule(steps=3), window=16, sinks=()
+    def begin(self):
+        self.model = Net()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.host = {id(p) for p in self.model.parameters()}
+        self.growth = GrowthController(
+            self.model, self.optimizer, thresholds=LENIENT, schedule=AlphaSchedule(steps=3), window=16, sinks=()
         )
 
     def attempt(self, call):
@@ -142,6 +142,25 @@ class Life(RuleBasedStateMachine):
     @rule(slot=st.sampled_from(SLOTS), goal=st.sampled_from((-0.5, 0.0, 0.4, 1.0, float("nan"))))
     def retarget(self, slot, goal):
         self.attempt(lambda: self.growth.set_alpha_target(slot, goal, steps=2))
+
+    @rule()
+    def stop_and_resume(self):
+        """As a script does: everything into a file, and into freshly built objects again."""
+        file = io.BytesIO()
+        parts = {"growth": self.growth, "model": self.model, "optimizer": self.optimizer}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        old = self.growth, self.model
+        self.begin()
+        self.growth.load_state_dict(saved["growth"], seeds={slot: lambda: Residual(WIDTH, 4) for slot in SLOTS})
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        assert self.growth.evidence() == old[0].evidence()
+        assert (self.growth.epoch, self.growth.step) == (old[0].epoch, old[0].step)
+        for name, slot in self.growth.slots.items():
+            assert slot.lifecycle_state() == old[0].slots[name].lifecycle_state()
+        assert torch.equal(self.model(self.x), old[1](self.x))
 
     @invariant()
     def every_move_is_in_the_table(self):

@@ -10,6 +10,7 @@ from networks import Cnn, Mlp, Residual
 from torch import nn
 
 from seedtriton import ConfigurationError, SeedSlot, Stage, StateDictError, TransitionError, WiringError
+from seedtriton.slot import ISOLATION_CHECKS
 
 LIFE = [Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED]
 
@@ -326,6 +327,54 @@ def test_life_cycle_state_round_trips_through_a_weights_only_file():
     assert target.lifecycle_state() == source.lifecycle_state()
 
 
+def test_a_restored_slot_looks_for_leaks_as_often_as_was_left():
+    class Leaky(Residual):
+        def forward(self, x):
+            return super().forward(x) + host.sum()
+
+    host = nn.Parameter(torch.zeros(3))
+    source = slot_in(Stage.TRAINING, Leaky(4))
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        source(x)
+    restored = SeedSlot()
+    restored.load_lifecycle_state(source.lifecycle_state(), Leaky(4))
+    for slot in (source, restored):
+        for _ in range(10):
+            slot(x)
+        assert slot.isolation_violations == ISOLATION_CHECKS
+
+
+def test_a_restored_seed_that_writes_into_its_input_still_gets_a_copy():
+    writing = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    source = slot_in(Stage.TRAINING, writing, probe=torch.randn(3, 4))
+    restored, x = SeedSlot(), torch.randn(3, 4)
+    restored.load_lifecycle_state(source.lifecycle_state(), copy.deepcopy(writing))
+    before = x.clone()
+    restored(x)
+    assert torch.equal(x, before)
+
+
+def test_a_slot_is_restored_with_a_given_seed_its_gate_and_its_frozen_parameters():
+    source = SeedSlot()
+    source.germinate(Residual(4).double(), probe=torch.randn(3, 4).double(), blend="gate")
+    source.move(Stage.TRAINING)
+    source.move(Stage.BLENDING)
+    source.set_alpha(0.5)
+    source.freeze()
+    target = SeedSlot().eval()
+    target.load_lifecycle_state(source.lifecycle_state(), Residual(4))
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(3, 4).double()
+    assert torch.equal(target(x), source(x))
+    assert not any(p.requires_grad for p in target.parameters())
+    assert not target.gate.training
+    target.thaw()
+    assert all(p.requires_grad for p in target.parameters())
+    with pytest.raises(StateDictError, match="occupied"):
+        target.load_lifecycle_state(source.lifecycle_state(), Residual(4))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -335,6 +384,11 @@ def test_life_cycle_state_round_trips_through_a_weights_only_file():
         {"unknown": 1},
         {"lifecycle": None},
         {"isolation_violations": "x"},
+        {"checks_due": None},
+        {"blend": "gate"},
+        {"blend": "multiply"},
+        {"channels": 4},
+        {"frozen": ["seed.other"]},
     ],
 )
 def test_a_bad_life_cycle_state_is_refused_and_changes_nothing(change):
