@@ -97,7 +97,9 @@ def test_w8_a_frozen_host_is_undefined_and_not_a_dead_seed():
     assert known.ratio is None
     assert known.seed_norm > 0
     (verdict,) = growth.end_epoch(accuracy=0.5)
-    assert "host_gradient_undefined" in names_of(verdict)
+    (check,) = [check for check in verdict.checks if check.question == "gradient_ratio"]
+    assert (check.name, check.passed) == ("host_gradient_undefined", None)
+    assert "seed_gradient_low" not in names_of(verdict)
 
 
 def test_w9_a_measurement_grows_old():
