@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -83,6 +84,7 @@ class Life:
         self.task, self.model, self.seed = task, task.make_host(), task.seed()
         self.batches: BatchStream = task.batches(random_seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=task.lr)
+        self.steps = 0
 
     @property
     def slot(self) -> nn.Module:
@@ -102,6 +104,7 @@ class Life:
         if shadow:
             self._shadow_gradients(batch)
         self.optimizer.step()
+        self.steps += 1
 
     def _shadow_gradients(self, batch: Any) -> None:
         """Give the seed the gradients of the loss at alpha 1, for one more forward pass; the host keeps its own."""
@@ -113,7 +116,9 @@ class Life:
         self.slot.set_alpha(0.0)
 
     def validate(self) -> float:
-        return self.task.sample_losses(self.model, self.task.truth).mean().item()
+        """Mean loss on the held-out truth; a NaN counts as infinite, so that it is the worst in every comparison."""
+        loss = self.task.sample_losses(self.model, self.task.truth).mean().item()
+        return math.inf if math.isnan(loss) else loss
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -157,13 +162,13 @@ def run(case: Case) -> dict[str, Any]:
         "random_seed": case.random_seed,
         "loss_at_germination": at_germination,
         "loss_before_blending": before_blending,
-        # Without growth: what the host alone did in these steps. A NaN is the worst loss of all.
-        "worst_while_blending": None if strategy == LARGER else torch.tensor(losses).max().item(),
+        # Without growth: what the host alone did in these steps.
+        "worst_while_blending": None if strategy == LARGER else max(losses),
         "final_loss": life.validate(),
         "final_accuracy": task.accuracy(life.model, task.truth),
         "seconds": time.perf_counter() - begun,
         "parameters": sum(parameter.numel() for parameter in life.model.parameters()),
-        "steps": task.warm_steps + phases.training + phases.ramp.steps + phases.after,
+        "steps": life.steps,
     }
 
 
@@ -194,13 +199,12 @@ def bars(runs: Sequence[dict[str, Any]], strategy: str = DEFAULT) -> Iterator[Ba
             if found["strategy"] == NO_GROWTH and found["task"] == task
         }
         rises = [rise(found) for found in ours.values()]
-        worst = torch.tensor(rises).max().item()
-        step = torch.tensor([rise(found, "loss_before_blending") for found in ours.values()]).max().item()
+        later = max(rise(found, "loss_before_blending") for found in ours.values())
         within = sum(one <= MAX_RISE for one in rises)
         yield Bar(
             within == len(rises),
-            f"{task}: {strategy} rises while blending by at most {MAX_RISE:.0%} over germination: {worst:+.1%}, "
-            f"{within} of {len(rises)} runs ({step:+.1%} over the moment before blending)",
+            f"{task}: {strategy} rises while blending by at most {MAX_RISE:.0%} over germination: {max(rises):+.1%}, "
+            f"{within} of {len(rises)} runs ({later:+.1%} over the moment before blending)",
         )
         finals = [found["final_loss"] for found in ours.values()]
         middle, without = statistics.median(finals), statistics.median(alone.values())
@@ -279,12 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--seeds", type=int, help=f"random seeds per task and strategy, {SEEDS} unless told")
     parser.add_argument("--quick", action="store_true", help="two tasks, few strategies and random seeds, fewer steps")
-    parser.add_argument("--processes", type=int, default=2, help="at the same time, one thread each")
+    parser.add_argument("--processes", type=int, default=2, help="at the same time, one thread each; 2 unless told")
     parser.add_argument("--output", type=pathlib.Path, help="JSON; bench/results/ for a complete run unless told")
     chosen = parser.parse_args(arguments)
     for name in ("seeds", "processes"):
-        if (getattr(chosen, name) or 1) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(chosen, name)}")
+        number = getattr(chosen, name)
+        if number is not None and number < 1:
+            parser.error(f"--{name} must be at least 1, got {number}")
     complete = not (chosen.quick or chosen.tasks)
     tasks = chosen.tasks or (QUICK_TASKS if chosen.quick else list(TASKS))
     seeds = chosen.seeds or (QUICK_SEEDS if chosen.quick else SEEDS)
