@@ -12,12 +12,9 @@ import datetime
 import json
 import math
 import multiprocessing
-import os
 import pathlib
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.machine import header
 from bench.tasks import TASKS, BatchStream, Task
 from seedtriton import Stage, StraightThrough, TrustRegion
 from seedtriton.schedules import AlphaSchedule
@@ -216,43 +214,6 @@ def bars(runs: Sequence[dict[str, Any]], strategy: str = DEFAULT) -> Iterator[Ba
         )
 
 
-def _commit() -> str | None:
-    """The commit that was run, marked when files differ from it; None outside a git checkout."""
-    try:
-        said = [
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return said[0] + (" with changes" if said[1] else "")
-
-
-def _machine() -> str:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in (pathlib.Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else "").splitlines()
-        if line.startswith("model name")
-    ]
-    kind = names[0] if names else platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores of {kind}, {platform.system()}"
-
-
-def header(phases: Phases, processes: int) -> dict[str, Any]:
-    """What somebody needs to know to make these figures again."""
-    return {
-        "command": shlex.join(["python", "-m", "bench.growth", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "machine": _machine(),
-        "threads": 1,
-        "processes": processes,
-        "phases": dataclasses.asdict(phases),
-        "default": DEFAULT,
-    }
-
-
 def run_all(cases: Sequence[Case], processes: int) -> list[dict[str, Any]]:
     """Every case, in this order, with a line each as it is done."""
     runs = []
@@ -284,13 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, help=f"random seeds per task and strategy, {SEEDS} unless told")
     parser.add_argument("--quick", action="store_true", help="two tasks, few strategies and random seeds, fewer steps")
     parser.add_argument("--processes", type=int, default=2, help="at the same time, one thread each; 2 unless told")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON; bench/results/ for a complete run unless told")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON; bench/results/ unless told, for a complete run")
     chosen = parser.parse_args(arguments)
     for name in ("seeds", "processes"):
         number = getattr(chosen, name)
         if number is not None and number < 1:
             parser.error(f"--{name} must be at least 1, got {number}")
-    complete = not (chosen.quick or chosen.tasks)
     tasks = chosen.tasks or (QUICK_TASKS if chosen.quick else list(TASKS))
     seeds = chosen.seeds or (QUICK_SEEDS if chosen.quick else SEEDS)
     phases = QUICK_PHASES if chosen.quick else Phases()
@@ -300,10 +260,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for strategy in (QUICK_STRATEGIES if chosen.quick else STRATEGIES)
         for random_seed in range(seeds)
     ]
-    head = header(phases, chosen.processes)  # before the first run: files may change while it goes on
+    # Before the first run: files may change while it goes on.
+    head = {
+        **header(shlex.join(["python", "-m", "bench.growth", *(sys.argv[1:] if arguments is None else arguments)])),
+        "threads": 1,
+        "processes": chosen.processes,
+        "phases": dataclasses.asdict(phases),
+        "default": DEFAULT,
+    }
     runs = run_all(cases, chosen.processes)
     output = chosen.output
-    if output is None and complete:
+    if output is None and seeds >= SEEDS and not (chosen.quick or chosen.tasks):
         output = ROOT / "bench" / "results" / f"growth-{datetime.date.today()}.json"
     if output is not None:
         output.write_text(json.dumps({"header": head, "runs": runs}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,24 @@
+"""What a result was measured with: the header of every raw output."""
+
+import datetime
+import os
+import platform
+import subprocess
+
+import torch
+
+
+def header(command):
+    """Command, versions, commit and machine, as plain values."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "commit": commit.stdout.strip() + ("+" if changed.stdout.strip() else ""),
+    }
