@@ -50,8 +50,9 @@ MAX_RISE = 0.05  # of the validation loss while blending, over its value at germ
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """Optimizer steps of a life, after ``task.warm_steps`` of the host alone."""
+    """Optimizer steps of a life."""
 
+    warm: int | None = None  # the host alone, ``task.warm_steps`` unless told
     training: int = 600
     ramp: AlphaSchedule = dataclasses.field(default_factory=AlphaSchedule)
     after: int = 400
@@ -131,7 +132,7 @@ def run(case: Case) -> dict[str, Any]:
         life.plant()
         life.slot.move(Stage.BLENDING)
         life.slot.set_alpha(1.0)
-    for _ in range(task.warm_steps):
+    for _ in range(task.warm_steps if phases.warm is None else phases.warm):
         life.step()
     at_germination = life.validate()
     if grows:
@@ -243,17 +244,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--seeds", type=int, help=f"random seeds per task and strategy, {SEEDS} unless told")
+    parser.add_argument("--warm", type=int, help="steps of the host alone; each task's own unless told")
     parser.add_argument("--quick", action="store_true", help="two tasks, few strategies and random seeds, fewer steps")
     parser.add_argument("--processes", type=int, default=2, help="at the same time, one thread each; 2 unless told")
     parser.add_argument("--output", type=pathlib.Path, help="JSON; bench/results/ unless told, for a complete run")
     chosen = parser.parse_args(arguments)
-    for name in ("seeds", "processes"):
+    for name in ("seeds", "warm", "processes"):
         number = getattr(chosen, name)
         if number is not None and number < 1:
             parser.error(f"--{name} must be at least 1, got {number}")
     tasks = chosen.tasks or (QUICK_TASKS if chosen.quick else list(TASKS))
     seeds = chosen.seeds or (QUICK_SEEDS if chosen.quick else SEEDS)
-    phases = QUICK_PHASES if chosen.quick else Phases()
+    phases = dataclasses.replace(QUICK_PHASES if chosen.quick else Phases(), warm=chosen.warm)
     cases = [
         Case(task, strategy, random_seed, phases)
         for task in tasks
@@ -270,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     runs = run_all(cases, chosen.processes)
     output = chosen.output
-    if output is None and seeds >= SEEDS and not (chosen.quick or chosen.tasks):
+    if output is None and seeds >= SEEDS and not (chosen.quick or chosen.tasks or chosen.warm):
         output = ROOT / "bench" / "results" / f"growth-{datetime.date.today()}.json"
     if output is not None:
         output.write_text(json.dumps({"header": head, "runs": runs}, indent=1) + "\n", encoding="utf-8")

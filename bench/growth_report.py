@@ -32,7 +32,8 @@ def markdown(record, name):
         "did in the same steps:"
     )
     lines = [said, "", safe, "", *_table(runs, WORST[1], "{:.2f}"), "", "Loss in the end:", ""]
-    return "\n".join([*lines, *_table(runs, FINAL[1], "{:.3f}")])
+    lines += [*_table(runs, FINAL[1], "{:.3f}"), "", "The host improves while a seed trains. Of all runs:", ""]
+    return "\n".join([*lines, *_summary(runs)])
 
 
 def _table(runs, value, form):
@@ -46,6 +47,21 @@ def _table(runs, value, form):
         if any(found):
             cells = [f"{form} / {form}".format(statistics.median(one), max(one)) if one else "-" for one in found]
             lines.append(f"| {strategy} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _summary(runs):
+    """Per strategy over all tasks: the largest rise once blending begins, and how often it ends below no growth."""
+    alone = {(run["task"], run["random_seed"]): run["final_loss"] for run in runs if run["strategy"] == "no growth"}
+    lines = ["| TRAINING by | largest rise over the moment before blending | ends below no growth |", "|---|---|---|"]
+    for strategy in _names(runs, "strategy"):
+        found = [run for run in runs if run["strategy"] == strategy]
+        blended = [run for run in found if run["worst_while_blending"] is not None]
+        rises = [run["worst_while_blending"] / run["loss_before_blending"] - 1 for run in blended]
+        lower = sum(run["final_loss"] < alone[run["task"], run["random_seed"]] for run in found)
+        rise = f"{max(rises):+.1%}" if rises else "-"
+        below = "-" if strategy == "no growth" else f"{lower} of {len(found)}"
+        lines.append(f"| {strategy} | {rise} | {below} |")
     return lines
 
 

@@ -17,7 +17,7 @@ from seedtriton import Stage
 from seedtriton.schedules import AlphaSchedule
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHORT = growth.Phases(training=20, ramp=AlphaSchedule(steps=20), after=20)
+SHORT = growth.Phases(warm=30, training=20, ramp=AlphaSchedule(steps=20), after=20)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_blending_at_once_and_the_larger_network():
     assert larger["worst_while_blending"] is None
     assert larger["loss_at_germination"] != alone["loss_at_germination"]
     assert larger["parameters"] == at_once["parameters"] == grown["parameters"] > alone["parameters"]
-    assert len({run["steps"] for run in runs.values()}) == 1
+    assert {run["steps"] for run in runs.values()} == {60 + SHORT.warm}
 
 
 def test_a_shadow_learns_at_full_amplitude_and_its_host_as_without_it():
@@ -167,7 +167,7 @@ def test_a_loss_that_is_no_number_is_the_worst_of_all():
     assert life.validate() == math.inf
 
 
-@pytest.mark.parametrize("option", ["--seeds", "--processes"])
+@pytest.mark.parametrize("option", ["--seeds", "--processes", "--warm"])
 def test_no_runs_are_refused(option, capsys):
     with pytest.raises(SystemExit):
         growth.main([option, "0", "--quick"])
@@ -179,10 +179,14 @@ def test_tables_give_median_and_worst(quick):
     phases = dataclasses.asdict(growth.Phases())
     runs = [run_of(growth.DEFAULT, seed, worst=worst, final=seed) for seed, worst in enumerate((3.0, 0.5, 1.5))]
     runs.append(run_of(growth.LARGER, worst=None, final=0.25))
+    runs += [run_of(growth.NO_GROWTH, seed, worst=1.05, final=1.5) for seed in range(3)]
     text = growth_report.markdown({"header": {**record["header"], "phases": phases}, "runs": runs}, "raw.json")
     assert f"| {growth.DEFAULT} | 1.50 / 3.00 |" in text
     assert f"| {growth.DEFAULT} | 1.000 / 2.000 |" in text
-    assert text.count(growth.LARGER) == 1
+    assert f"| {growth.DEFAULT} | +200.0% | 2 of 3 |" in text
+    assert f"| {growth.NO_GROWTH} | +5.0% | - |" in text
+    assert f"| {growth.LARGER} | - | 1 of 1 |" in text
+    assert text.count(growth.LARGER) == 2  # it has nothing to say about blending
     assert "median / worst of 3 random seeds" in text
     assert "600 steps behind the host, 200 of blending, 400 more" in text
     assert "bench/results/raw.json" in text
