@@ -1,0 +1,286 @@
+"""Does growth help, and is it safe? Whole lives of a seed by several ways to train it: python -m bench.growth.
+
+Every row of one task and random seed sees the same batches, the same initial weights and the same number of
+optimizer steps. Decisions are by step count; whether a gate decides well is the readiness benchmark's question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import multiprocessing
+import pathlib
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.machine import header
+from bench.tasks import TASKS, BatchStream, Task
+from seedtriton import Stage, StraightThrough, TrustRegion
+from seedtriton.schedules import AlphaSchedule
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+NO_GROWTH, AT_ONCE, SHADOW, LARGER = "no growth", "blending at once", "shadow", "larger network"
+STRAIGHT_THROUGH = "straight-through"
+ISOLATIONS = {
+    STRAIGHT_THROUGH: StraightThrough(),
+    "trust region 0.1": TrustRegion(0.1),
+    "trust region 0.5": TrustRegion(0.5),
+    "trust region 1.0": TrustRegion(1.0),
+}
+STRATEGIES = (NO_GROWTH, AT_ONCE, *ISOLATIONS, SHADOW, LARGER)
+DEFAULT = next(name for name, isolation in ISOLATIONS.items() if isolation == TrustRegion())
+
+SEEDS = 5
+EVERY = 10  # steps between two looks at the validation loss while blending
+WATCHED = 100  # steps after the ramp that still count as blending
+MAX_RISE = 0.05  # of the validation loss while blending, over its value at germination
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """Optimizer steps of a life."""
+
+    warm: int | None = None  # the host alone, ``task.warm_steps`` unless told
+    training: int = 600
+    ramp: AlphaSchedule = dataclasses.field(default_factory=AlphaSchedule)
+    after: int = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run: what a process of the pool is handed."""
+
+    task: str
+    strategy: str
+    random_seed: int
+    phases: Phases = dataclasses.field(default_factory=Phases)
+
+
+# Enough to see that growth helps, and that straight-through wrecks the host.
+QUICK_TASKS = ("spirals", "regression")
+QUICK_STRATEGIES = (NO_GROWTH, STRAIGHT_THROUGH, DEFAULT, SHADOW)
+QUICK_SEEDS = 2
+QUICK_PHASES = Phases(training=500, after=100)
+
+
+class Life:
+    """One model in training, with the slot's seed in the optimizer once it is planted."""
+
+    def __init__(self, task: Task, random_seed: int) -> None:
+        torch.manual_seed(random_seed)
+        self.task, self.model, self.seed = task, task.make_host(), task.seed()
+        self.batches: BatchStream = task.batches(random_seed)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=task.lr)
+        self.steps = 0
+
+    @property
+    def slot(self) -> nn.Module:
+        return self.model.slot
+
+    def plant(self, isolation: StraightThrough | TrustRegion | None = None) -> None:
+        """Put the seed into slot and optimizer, behind the host."""
+        self.slot.germinate(self.seed, isolation=isolation)
+        self.optimizer.add_param_group({"params": list(self.seed.parameters())})
+        self.slot.move(Stage.TRAINING)
+
+    def step(self, shadow: bool = False) -> None:
+        """One optimizer step on the next batch."""
+        batch = next(self.batches)
+        self.optimizer.zero_grad()
+        self.task.loss(self.model, batch).backward()
+        if shadow:
+            self._shadow_gradients(batch)
+        self.optimizer.step()
+        self.steps += 1
+
+    def _shadow_gradients(self, batch: Any) -> None:
+        """Give the seed the gradients of the loss at alpha 1, for one more forward pass; the host keeps its own."""
+        self.slot.set_alpha(1.0)
+        parameters = list(self.seed.parameters())
+        gradients = torch.autograd.grad(self.task.loss(self.model, batch), parameters)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        self.slot.set_alpha(0.0)
+
+    def validate(self) -> float:
+        """Mean loss on the held-out truth; a NaN counts as infinite, so that it is the worst in every comparison."""
+        loss = self.task.sample_losses(self.model, self.task.truth).mean().item()
+        return math.inf if math.isnan(loss) else loss
+
+
+def run(case: Case) -> dict[str, Any]:
+    """One life; validation losses are those of the held-out part ``truth``."""
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+    task, strategy, phases = TASKS[case.task](), case.strategy, case.phases
+    life = Life(task, case.random_seed)
+    grows = strategy not in (NO_GROWTH, LARGER)
+    behind = 0 if strategy == AT_ONCE else phases.training
+    if strategy == LARGER:
+        life.plant()
+        life.slot.move(Stage.BLENDING)
+        life.slot.set_alpha(1.0)
+    for _ in range(task.warm_steps if phases.warm is None else phases.warm):
+        life.step()
+    at_germination = life.validate()
+    if grows:
+        life.plant(ISOLATIONS.get(strategy))
+    if strategy in (AT_ONCE, SHADOW):
+        # The shadow's host is undisturbed as well: at alpha 0 a blend is exactly the host.
+        life.slot.move(Stage.BLENDING)
+    for _ in range(behind):
+        life.step(shadow=strategy == SHADOW)
+    before_blending = life.validate()
+    if strategy in ISOLATIONS:
+        life.slot.move(Stage.BLENDING)
+    watched = phases.ramp.steps + min(WATCHED, phases.after)
+    losses = []
+    for step in range(1, watched + 1):
+        life.step()
+        if grows:
+            life.slot.set_alpha(phases.ramp(step))
+        if step % EVERY == 0:
+            losses.append(life.validate())
+    for _ in range(phases.training - behind + phases.ramp.steps + phases.after - watched):
+        life.step()
+    return {
+        "task": case.task,
+        "strategy": strategy,
+        "random_seed": case.random_seed,
+        "loss_at_germination": at_germination,
+        "loss_before_blending": before_blending,
+        # Without growth: what the host alone did in these steps.
+        "worst_while_blending": None if strategy == LARGER else max(losses),
+        "final_loss": life.validate(),
+        "final_accuracy": task.accuracy(life.model, task.truth),
+        "seconds": time.perf_counter() - begun,
+        "parameters": sum(parameter.numel() for parameter in life.model.parameters()),
+        "steps": life.steps,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One promise, and what became of it."""
+
+    passed: bool
+    words: str
+
+    def __str__(self) -> str:
+        return f"{'kept  ' if self.passed else 'MISSED'} {self.words}"
+
+
+def rise(found: dict[str, Any], since: str = "loss_at_germination") -> float:
+    """Worst validation loss while blending over an earlier one, minus 1."""
+    return found["worst_while_blending"] / found[since] - 1.0
+
+
+def bars(runs: Sequence[dict[str, Any]], strategy: str = DEFAULT) -> Iterator[Bar]:
+    """What is promised of the library's default way to train behind the host."""
+    grown = [found for found in runs if found["strategy"] == strategy]
+    for task in dict.fromkeys(found["task"] for found in grown):
+        ours = {found["random_seed"]: found for found in grown if found["task"] == task}
+        alone = {
+            found["random_seed"]: found["final_loss"]
+            for found in runs
+            if found["strategy"] == NO_GROWTH and found["task"] == task
+        }
+        rises = [rise(found) for found in ours.values()]
+        later = max(rise(found, "loss_before_blending") for found in ours.values())
+        within = sum(one <= MAX_RISE for one in rises)
+        yield Bar(
+            within == len(rises),
+            f"{task}: {strategy} rises while blending by at most {MAX_RISE:.0%} over germination: {max(rises):+.1%}, "
+            f"{within} of {len(rises)} runs ({later:+.1%} over the moment before blending)",
+        )
+        finals = [found["final_loss"] for found in ours.values()]
+        middle, without = statistics.median(finals), statistics.median(alone.values())
+        better = sum(found["final_loss"] < alone[random_seed] for random_seed, found in ours.items())
+        yield Bar(
+            middle < without,
+            f"{task}: {strategy} ends lower than no growth: {middle:.4f} against {without:.4f}, "
+            f"{better} of {len(finals)} runs",
+        )
+
+
+def run_all(cases: Sequence[Case], processes: int) -> list[dict[str, Any]]:
+    """Every case, in this order, with a line each as it is done."""
+    runs = []
+
+    def keep(found: dict[str, Any]) -> None:
+        runs.append(found)
+        worst = found["worst_while_blending"]
+        print(
+            f"{len(runs):3d}/{len(cases)} {found['task']:11s} {found['strategy']:17s} {found['random_seed']}: "
+            f"germination {found['loss_at_germination']:.4f}, worst {'-' if worst is None else f'{worst:.4f}'}, "
+            f"final {found['final_loss']:.4f}, {found['seconds']:.1f} s",
+            flush=True,
+        )
+
+    if processes == 1:
+        for case in cases:
+            keep(run(case))
+        return runs
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(run, cases):
+            keep(found)
+    return runs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, write, and print what became of the bars; 1 when one is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--seeds", type=int, help=f"random seeds per task and strategy, {SEEDS} unless told")
+    parser.add_argument("--warm", type=int, help="steps of the host alone; each task's own unless told")
+    parser.add_argument("--quick", action="store_true", help="two tasks, few strategies and random seeds, fewer steps")
+    parser.add_argument("--processes", type=int, default=2, help="at the same time, one thread each; 2 unless told")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON; bench/results/ unless told, for a complete run")
+    chosen = parser.parse_args(arguments)
+    for name in ("seeds", "warm", "processes"):
+        number = getattr(chosen, name)
+        if number is not None and number < 1:
+            parser.error(f"--{name} must be at least 1, got {number}")
+    tasks = chosen.tasks or (QUICK_TASKS if chosen.quick else list(TASKS))
+    seeds = chosen.seeds or (QUICK_SEEDS if chosen.quick else SEEDS)
+    phases = dataclasses.replace(QUICK_PHASES if chosen.quick else Phases(), warm=chosen.warm)
+    cases = [
+        Case(task, strategy, random_seed, phases)
+        for task in tasks
+        for strategy in (QUICK_STRATEGIES if chosen.quick else STRATEGIES)
+        for random_seed in range(seeds)
+    ]
+    # Before the first run: files may change while it goes on.
+    head = {
+        **header(shlex.join(["python", "-m", "bench.growth", *(sys.argv[1:] if arguments is None else arguments)])),
+        "threads": 1,
+        "processes": chosen.processes,
+        "phases": dataclasses.asdict(phases),
+        "default": DEFAULT,
+    }
+    runs = run_all(cases, chosen.processes)
+    output = chosen.output
+    if output is None and seeds >= SEEDS and not (chosen.quick or chosen.tasks or chosen.warm):
+        output = ROOT / "bench" / "results" / f"growth-{datetime.date.today()}.json"
+    if output is not None:
+        output.write_text(json.dumps({"header": head, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {output}")
+    found = list(bars(runs))
+    print(*found, sep="\n")
+    return 0 if all(bar.passed for bar in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

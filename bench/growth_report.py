@@ -1,0 +1,136 @@
+"""The growth benchmark's raw output as two tables and as a picture."""
+
+import statistics
+
+# Colour-blind safe (Okabe and Ito), in the order in which strategies appear; the default is drawn in black.
+COLOURS = ("#999999", "#E69F00", "#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#F0E442")
+
+
+def _over_germination(run):
+    """Worst loss while blending over the one at germination; None where nothing was blended."""
+    worst = run["worst_while_blending"]
+    return None if worst is None else worst / run["loss_at_germination"]
+
+
+WORST = ("worst while blending\n/ at germination", _over_germination)
+FINAL = ("final loss", lambda run: run["final_loss"])
+
+
+def markdown(record, name):
+    """How far the loss rose while blending, and where it ended: median and worst over the random seeds."""
+    runs, head = record["runs"], record["header"]
+    seeds = len({run["random_seed"] for run in runs})
+    phases = head["phases"]
+    said = (
+        f"Validation loss on five tasks with a host that is too small, median / worst of {seeds} random seeds; "
+        f"{phases['training']} steps behind the host, {phases['ramp']['steps']} of blending, {phases['after']} more, "
+        f"the same batches in every row; torch {head['torch']} on a CPU "
+        f"([raw output](bench/results/{name}), `python -m bench.growth`)."
+    )
+    safe = (
+        "Highest loss while blending, as a multiple of the loss at germination; for no growth what the host alone "
+        "did in the same steps:"
+    )
+    lines = [said, "", safe, "", *_table(runs, WORST[1], "{:.2f}"), "", "Loss in the end:", ""]
+    lines += [*_table(runs, FINAL[1], "{:.3f}"), "", "The host improves while a seed trains. Of all runs:", ""]
+    return "\n".join([*lines, *_summary(runs)])
+
+
+def _table(runs, value, form):
+    tasks, strategies = _names(runs, "task"), _names(runs, "strategy")
+    lines = [
+        "| TRAINING by | " + " | ".join(task.replace("_", " ") for task in tasks) + " |",
+        "|---|" + "---|" * len(tasks),
+    ]
+    for strategy in strategies:
+        found = [_values(runs, task, strategy, value) for task in tasks]
+        if any(found):
+            cells = [f"{form} / {form}".format(statistics.median(one), max(one)) if one else "-" for one in found]
+            lines.append(f"| {strategy} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _summary(runs):
+    """Per strategy over all tasks: the largest rise once blending begins, and how often it ends below no growth."""
+    alone = {(run["task"], run["random_seed"]): run["final_loss"] for run in runs if run["strategy"] == "no growth"}
+    lines = ["| TRAINING by | largest rise over the moment before blending | ends below no growth |", "|---|---|---|"]
+    for strategy in _names(runs, "strategy"):
+        found = [run for run in runs if run["strategy"] == strategy]
+        blended = [run for run in found if run["worst_while_blending"] is not None]
+        rises = [run["worst_while_blending"] / run["loss_before_blending"] - 1 for run in blended]
+        lower = sum(run["final_loss"] < alone[run["task"], run["random_seed"]] for run in found)
+        rise = f"{max(rises):+.1%}" if rises else "-"
+        below = "-" if strategy == "no growth" else f"{lower} of {len(found)}"
+        lines.append(f"| {strategy} | {rise} | {below} |")
+    return lines
+
+
+def _names(runs, key):
+    return list(dict.fromkeys(run[key] for run in runs))
+
+
+def _values(runs, task, strategy, value):
+    chosen = (value(run) for run in runs if run["task"] == task and run["strategy"] == strategy)
+    return [one for one in chosen if one is not None]
+
+
+def figure(record, path):
+    """One column per task; a dot per run and a line at the median. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = record["runs"]
+    tasks, strategies = _names(runs, "task"), _names(runs, "strategy")
+    plt.rcParams.update({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False})
+    panels, axes = plt.subplots(
+        2, len(tasks), figsize=(2.6 * len(tasks) + 1.6, 7.2), sharey=True, squeeze=False, constrained_layout=True
+    )
+    for column, task in enumerate(tasks):
+        for row, (label, value) in enumerate((WORST, FINAL)):
+            panel = axes[row][column]
+            for place, strategy in enumerate(strategies):
+                _draw(panel, place, _values(runs, task, strategy, value), COLOURS[place % len(COLOURS)])
+            panel.grid(axis="x", color="0.92")
+            panel.set_axisbelow(True)
+            panel.set_xlabel(label, fontsize=9.5)
+        axes[0][column].axvline(1.0, color="0.35", lw=1, ls=":")
+        axes[0][column].set_title(task.replace("_", " "), fontweight="bold")
+    for row in axes:
+        row[0].set_yticks(range(len(strategies)), strategies)
+        for tick, strategy in zip(row[0].get_yticklabels(), strategies):
+            if strategy == record["header"]["default"]:
+                tick.set_fontweight("bold")
+        for panel in row:
+            panel.tick_params(axis="y", length=0)
+    axes[0][0].invert_yaxis()  # shared: all of them
+    _scale(axes[0])
+    for panel in axes[1]:
+        _scale([panel])
+    panels.suptitle("What blending does to the host, and where growth ends (validation loss; left is better)")
+    panels.savefig(path, dpi=110)
+    plt.close(panels)
+
+
+def _draw(panel, place, values, colour):
+    if values:
+        panel.scatter(values, [place] * len(values), s=26, color=colour, alpha=0.75, linewidths=0)
+        panel.plot([statistics.median(values)] * 2, [place - 0.32, place + 0.32], color=colour, lw=2.5)
+
+
+def _scale(panels):
+    """The same range for all panels, logarithmic when it spans more than a factor of three; plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = (pick(panel.dataLim.intervalx[end] for panel in panels) for end, pick in ((0, min), (1, max)))
+    for panel in panels:
+        if high > 3 * low:
+            panel.set_xscale("log")
+            panel.set_xlim(low / 1.15, high * 1.15)
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=6))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            panel.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+            panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))

@@ -1,0 +1,199 @@
+"""The growth benchmark: its bars on a cheap subset, what it writes, and that it can fail."""
+
+import copy
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import growth, growth_report
+from bench.tasks import TASKS
+from seedtriton import Stage
+from seedtriton.schedules import AlphaSchedule
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHORT = growth.Phases(warm=30, training=20, ramp=AlphaSchedule(steps=20), after=20)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What `--quick` says and writes."""
+    output = tmp_path_factory.mktemp("growth") / "quick.json"
+    command = [sys.executable, "-m", "bench.growth", "--quick", "--processes", "1", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert output.is_file(), done.stderr
+    return done, json.loads(output.read_text(encoding="utf-8"))
+
+
+def of(record, strategy):
+    return {(r["task"], r["random_seed"]): r for r in record["runs"] if r["strategy"] == strategy}
+
+
+def test_the_bars_are_kept_and_printed(quick):
+    done, _ = quick
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = done.stdout.splitlines()[-2 * len(growth.QUICK_TASKS) :]
+    assert all(line.startswith("kept") for line in verdicts)
+
+
+def test_the_raw_output_has_every_field(quick):
+    _, record = quick
+    assert record["header"].keys() == {
+        "command", "date", "torch", "python", "commit", "machine", "threads", "processes", "phases", "default",
+    }  # fmt: skip
+    assert record["header"]["torch"] == torch.__version__
+    assert record["header"]["command"].startswith("python -m bench.growth --quick")
+    assert len(record["runs"]) == len(growth.QUICK_TASKS) * len(growth.QUICK_STRATEGIES) * growth.QUICK_SEEDS
+    numbers = {"loss_at_germination", "loss_before_blending", "worst_while_blending", "final_loss", "seconds"}
+    for run in record["runs"]:
+        assert run.keys() == numbers | {
+            "task", "strategy", "random_seed", "final_accuracy", "parameters", "steps",
+        }  # fmt: skip
+        assert all(type(run[name]) is float and run[name] > 0 for name in numbers)
+        assert (run["final_accuracy"] is None) == (run["task"] == "regression")
+
+
+def test_straight_through_is_seen_to_be_worse(quick):
+    """The benchmark can fail: the same bars, asked of what earlier systems do."""
+    _, record = quick
+    bad, good = of(record, growth.STRAIGHT_THROUGH), of(record, growth.DEFAULT)
+    for case, run in bad.items():
+        assert run["final_loss"] > good[case]["final_loss"]
+        if case[0] == "regression":
+            assert growth.rise(run) > 1.0
+            assert growth.rise(good[case]) < 0.0
+    assert not all(bar.passed for bar in growth.bars(record["runs"], growth.STRAIGHT_THROUGH))
+    assert all(bar.passed for bar in growth.bars(record["runs"]))
+
+
+def test_every_row_sees_the_same_host_until_it_is_blended(quick):
+    """Same weights, same batches, and a host that does not feel what learns behind it: equal to the last bit."""
+    _, record = quick
+    alone = of(record, growth.NO_GROWTH)
+    for run in record["runs"]:
+        without = alone[run["task"], run["random_seed"]]
+        for name in ("loss_at_germination", "loss_before_blending", "steps"):
+            assert run[name] == without[name]
+
+
+def test_blending_at_once_and_the_larger_network():
+    runs = {
+        strategy: growth.run(growth.Case("spirals", strategy, 0, SHORT))
+        for strategy in (growth.NO_GROWTH, growth.AT_ONCE, growth.DEFAULT, growth.LARGER)
+    }
+    alone, at_once, grown, larger = runs.values()
+    assert at_once["loss_at_germination"] == at_once["loss_before_blending"] == alone["loss_at_germination"]
+    assert at_once["final_loss"] != alone["final_loss"]
+    assert larger["worst_while_blending"] is None
+    assert larger["loss_at_germination"] != alone["loss_at_germination"]
+    assert larger["parameters"] == at_once["parameters"] == grown["parameters"] > alone["parameters"]
+    assert {run["steps"] for run in runs.values()} == {60 + SHORT.warm}
+
+
+def test_a_shadow_learns_at_full_amplitude_and_its_host_as_without_it():
+    task = TASKS["regression"]()
+    life = growth.Life(task, 0)
+    host = copy.deepcopy(life.model)
+    batch = next(task.batches(0))
+    life.plant()
+    life.slot.move(Stage.BLENDING)
+    blended = copy.deepcopy(life.model)
+    blended.slot.set_alpha(1.0)
+    task.loss(blended, batch).backward()
+    task.loss(host, batch).backward()
+    life.step(shadow=True)
+    for ours, truth in zip(life.slot.seed.parameters(), blended.slot.seed.parameters()):
+        assert torch.equal(ours.grad, truth.grad)
+        assert truth.grad.abs().sum() > 0
+    for name in ("first", "last"):
+        for ours, truth in zip(getattr(life.model, name).parameters(), getattr(host, name).parameters()):
+            assert torch.equal(ours.grad, truth.grad)
+    assert life.slot.alpha_value == 0.0
+
+
+def run_of(strategy, random_seed=0, germination=1.0, worst=1.0, final=0.5):
+    return {
+        "task": "spirals", "strategy": strategy, "random_seed": random_seed, "loss_at_germination": germination,
+        "loss_before_blending": germination, "worst_while_blending": worst, "final_loss": final,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "ours, passed",
+    [
+        ({"worst": 1.0}, [True, True]),
+        ({"worst": 1.04}, [True, True]),
+        ({"worst": 1.06}, [False, True]),
+        ({"worst": math.inf}, [False, True]),
+        ({"final": 0.9}, [True, False]),
+        ({"final": math.inf}, [True, False]),
+    ],
+)
+def test_bars(ours, passed):
+    runs = [run_of(growth.NO_GROWTH, final=0.9), run_of(growth.DEFAULT, **ours)]
+    assert [bar.passed for bar in growth.bars(runs)] == passed
+
+
+def test_one_run_is_enough_to_miss_the_bar_on_blending_and_the_median_decides_on_the_end():
+    runs = [run_of(growth.NO_GROWTH, seed, final=0.6) for seed in range(3)]
+    runs += [run_of(growth.DEFAULT, seed, worst=1 + 0.1 * (seed == 1), final=0.5 + 0.2 * seed) for seed in range(3)]
+    blending, end = growth.bars(runs)
+    assert not blending.passed
+    assert "2 of 3 runs" in str(blending)
+    assert not end.passed
+    assert "1 of 3 runs" in str(end)
+
+
+def test_a_missed_bar_is_an_exit_code(monkeypatch, capsys):
+    worst = 1.0
+    monkeypatch.setattr(
+        growth, "run_all", lambda *_: [run_of(growth.NO_GROWTH), run_of(growth.DEFAULT, worst=worst, final=0.1)]
+    )
+    assert growth.main(["--quick"]) == 0
+    worst = 1.2
+    assert growth.main(["--quick"]) == 1
+    assert "MISSED" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_is_the_worst_of_all():
+    life = growth.Life(TASKS["spirals"](), 0)
+    with torch.no_grad():
+        life.model.last.bias.fill_(math.nan)
+    assert life.validate() == math.inf
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--processes", "--warm"])
+def test_no_runs_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        growth.main([option, "0", "--quick"])
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_tables_give_median_and_worst(quick):
+    _, record = quick
+    phases = dataclasses.asdict(growth.Phases())
+    runs = [run_of(growth.DEFAULT, seed, worst=worst, final=seed) for seed, worst in enumerate((3.0, 0.5, 1.5))]
+    runs.append(run_of(growth.LARGER, worst=None, final=0.25))
+    runs += [run_of(growth.NO_GROWTH, seed, worst=1.05, final=1.5) for seed in range(3)]
+    text = growth_report.markdown({"header": {**record["header"], "phases": phases}, "runs": runs}, "raw.json")
+    assert f"| {growth.DEFAULT} | 1.50 / 3.00 |" in text
+    assert f"| {growth.DEFAULT} | 1.000 / 2.000 |" in text
+    assert f"| {growth.DEFAULT} | +200.0% | 2 of 3 |" in text
+    assert f"| {growth.NO_GROWTH} | +5.0% | - |" in text
+    assert f"| {growth.LARGER} | - | 1 of 1 |" in text
+    assert text.count(growth.LARGER) == 2  # it has nothing to say about blending
+    assert "median / worst of 3 random seeds" in text
+    assert "600 steps behind the host, 200 of blending, 400 more" in text
+    assert "bench/results/raw.json" in text
+
+
+def test_the_picture_is_drawn_even_of_a_loss_that_left_every_scale(quick, tmp_path):
+    _, record = quick
+    runs = [*record["runs"], run_of(growth.LARGER, worst=None), run_of(growth.AT_ONCE, worst=math.inf, final=1e9)]
+    growth_report.figure({**record, "runs": runs}, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
