@@ -36,9 +36,10 @@ NOT_FINITE = "not_finite"
 HOST_UNDEFINED = "host_undefined"
 STATUSES = (MEASURED, NEVER_MEASURED, NO_GRADIENT, NOT_FINITE, HOST_UNDEFINED)
 
-# Standard errors that a change of the validation loss must exceed to be more than the noise of the
-# validation set: two, about one chance in forty on either side.
-PROBE_ERRORS = 2.0
+# Standard errors of the validation set that a change of its loss must exceed to count. A fall is looked for at
+# several alphas and in many epochs, so luck gets one chance in 700 at each; a rise is believed sooner.
+FALL_ERRORS = 3.0
+RISE_ERRORS = 2.0
 
 
 class Sample(NamedTuple):
@@ -399,29 +400,27 @@ class BlendProbe(PlainState):
 
     @property
     def gain(self) -> float:
-        """Largest fall of the loss at any alpha beyond the noise, as a share of the loss without the seed.
+        """Largest fall of the loss at any alpha, as a share of the loss without the seed.
 
-        Negative: nowhere does it fall by more than the noise. ``-inf`` when nothing finite was found.
+        Counts only where it is more than the noise (``FALL_ERRORS``), every fall where the noise is not known; 0.0
+        when there is none.
         """
-        return max(self._beyond_noise(-1.0), default=-math.inf)
+        return self._largest(-1.0, FALL_ERRORS)
 
     @property
     def harm(self) -> float:
-        """Largest rise of the loss at any alpha beyond the noise, as a share of the loss without the seed.
+        """Largest rise of the loss at any alpha, counted like ``gain`` but with ``RISE_ERRORS``.
 
         ``inf`` when the loss was not finite somewhere.
         """
-        if not math.isfinite(self.loss) or not all(map(math.isfinite, self.changes)):
+        if not all(map(math.isfinite, (self.loss, *self.changes))):
             return math.inf
-        return max(self._beyond_noise(1.0))
+        return self._largest(1.0, RISE_ERRORS)
 
-    def _beyond_noise(self, sign: float) -> list[float]:
+    def _largest(self, sign: float, errors: float) -> float:
         if not math.isfinite(self.loss):
-            return []
-        errors = self.errors or (0.0,) * len(self.alphas)
+            return 0.0
         size = max(abs(self.loss), 1e-12)
-        return [
-            (sign * change - PROBE_ERRORS * error) / size
-            for change, error in zip(self.changes, errors)
-            if math.isfinite(change) and math.isfinite(error)
-        ]
+        moves = [sign * change for change in self.changes]
+        noise = [errors * error for error in self.errors or (0.0,) * len(self.alphas)]
+        return max([0.0, *(move / size for move, limit in zip(moves, noise) if math.isfinite(move) and move > limit)])

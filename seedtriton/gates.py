@@ -75,14 +75,16 @@ class GateThresholds(PlainState):
         require_optimizer: G2, the seed's parameters are in an optimizer that steps.
         min_displacement: G2, relative change of the seed's weights since TRAINING began.
         min_live_share: G2, share of the seed's parameters whose gradient is not all zero.
-        min_blend_gain_t: G2, t statistic of the blend gain.
-        min_probe_gain: G2, fall of the validation loss at the best alpha that was probed, beyond the noise of the
-            validation set, as a share of the loss. Asked where a validation function was given.
+        min_blend_gain_t: G2, t statistic of the blend gain, where it has to decide alone.
+        min_probed_gain_t: G2, the same where the validation loss was probed: that measures what the gain predicts,
+            so it is enough that the gain does not contradict it.
+        min_probe_gain: G2, fall of the validation loss at the best alpha that was probed, if it is more than the
+            noise of the validation set, as a share of the loss. Asked where a validation function was given.
         max_probe_harm: G2, rise of the validation loss at the worst alpha, likewise.
         min_blending_epochs: G3, epochs in BLENDING.
         min_holding_epochs: G5, epochs in HOLDING.
         min_contribution: G5, fall of the validation loss that the seed in its place makes, against the same model
-            without it, beyond the noise, as a share of the loss. Asked where a validation function was given.
+            without it, if it is more than noise, as a share of the loss. Asked where a validation function was given.
         max_accuracy_drop: G3 and G5, fall of the accuracy since BLENDING began, in percentage points.
 
     Raises:
@@ -103,7 +105,8 @@ class GateThresholds(PlainState):
     min_displacement: float | None = 1e-4
     min_live_share: float | None = 0.5
     min_blend_gain_t: float | None = 4.0
-    min_probe_gain: float | None = 1e-3
+    min_probed_gain_t: float | None = 0.0
+    min_probe_gain: float | None = 5e-4
     max_probe_harm: float | None = 1e-3
     min_blending_epochs: int | None = 1
     min_holding_epochs: int | None = 1
@@ -406,10 +409,7 @@ class QualityGates(PlainState):
                 limits.max_isolation_violations, "isolated", "isolation_violated",
                 "forward passes in which the seed reached into the host",
             ),
-            _at_least(
-                "blend_gain", "min_blend_gain_t", known.blend_gain_t, limits.min_blend_gain_t,
-                "blend_gain_significant", "blend_gain_insignificant", _gain_in_words(known),
-            ),
+            self._blend_gain(status, known),
             _probed(
                 "probe_gain", "min_probe_gain", status.probe, limits.min_probe_gain,
                 "blend_lowers_loss", "blend_lowers_no_loss",
@@ -489,6 +489,15 @@ class QualityGates(PlainState):
         return _yes(
             "gradient_ratio", value >= limit, "seed_gradient_active", "seed_gradient_low",
             value, limit, f"{self.thresholds.ratio} {known.reason}; at least {limit:.3g}",
+        )
+
+    def _blend_gain(self, status: SeedStatus, known: SeedEvidence) -> Check:
+        # Switched off, it is off with a probe as well.
+        alone = status.probe is None or self.thresholds.min_blend_gain_t is None
+        name = "min_blend_gain_t" if alone else "min_probed_gain_t"
+        return _at_least(
+            "blend_gain", name, known.blend_gain_t, getattr(self.thresholds, name),
+            "blend_gain_significant", "blend_gain_insignificant", _gain_in_words(known),
         )
 
     def _without_host(self, question: str, known: SeedEvidence, limit: float) -> Check:
@@ -661,9 +670,9 @@ def _probed(
         reason = f"not asked: {threshold} is None" if limit is None else "not asked: the validation loss was not probed"
         return Check(question, question, None, None, limit, reason)
     if question == "probe_harm":
-        words = f"{_probe_in_words(probe)}; largest rise beyond the noise, as a share of the loss"
+        words = f"{_probe_in_words(probe)}; largest rise that is more than noise, as a share"
         return _at_most(question, threshold, probe.harm, limit, yes, no, words)
-    words = f"{_probe_in_words(probe)}; largest fall beyond the noise, as a share of the loss"
+    words = f"{_probe_in_words(probe)}; largest fall that is more than noise, as a share"
     return _at_least(question, threshold, probe.gain, limit, yes, no, words)
 
 

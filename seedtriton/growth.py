@@ -609,11 +609,12 @@ class GrowthController:
         )
 
     def _judge(self, life: _Life) -> Verdict:
-        """The verdict on a living seed; the validation loss is probed only if nothing else stands against it."""
+        """The verdict on a living seed; the validation loss is probed if only the blend gain may stand against it."""
         target = FORWARD[life.slot.stage]
         status = self._status(life.name, life.slot, life)
         verdict = self.gates.judge(target, status)
-        if verdict.passed and self.evaluate is not None and self.gates.asks_probe(target):
+        against = {check.question for check in verdict.failed} - {"blend_gain"}
+        if not against and self.evaluate is not None and self.gates.asks_probe(target):
             alphas = None if target is Stage.BLENDING else [life.slot.alpha_value]
             verdict = self.gates.judge(target, dataclasses.replace(status, probe=self.probe(life.name, alphas=alphas)))
         self._emit_gate(life, verdict)

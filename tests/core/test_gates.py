@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from seedtriton.errors import ConfigurationError
 from seedtriton.evidence import (
+    FALL_ERRORS,
     HOST_UNDEFINED,
     MEASURED,
     NEVER_MEASURED,
     NO_GRADIENT,
     NOT_FINITE,
-    PROBE_ERRORS,
+    RISE_ERRORS,
     STATUSES,
     BlendProbe,
     Sample,
@@ -78,7 +79,7 @@ LIMITS = [
         "blend_gain", "blend_gain_t", 4.0, math.nextafter(4.0, 0),
         "blend_gain_significant", "blend_gain_insignificant",
     ),
-    ("probe_gain", "probe", 1e-3, math.nextafter(1e-3, 0), "blend_lowers_loss", "blend_lowers_no_loss"),
+    ("probe_gain", "probe", 5e-4, math.nextafter(5e-4, 0), "blend_lowers_loss", "blend_lowers_no_loss"),
 ]  # fmt: skip
 
 
@@ -119,7 +120,6 @@ def seed_status(**changes):
         "improvement": 3.0,
         "accuracy_change": 0.0,
         "alpha": 1.0,
-        "probe": probed(),
     }
     if isinstance(changes.get("probe"), float):
         changes["probe"] = probed(changes["probe"])
@@ -155,7 +155,9 @@ def test_g2_asks_these_questions_and_a_good_seed_passes_all():
     assert verdict.passed is True
     assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys()
     assert len(verdict.checks) == 17
-    assert all(check.passed is True and check.reason for check in verdict.checks)
+    assert [check.question for check in verdict.checks if check.passed is not True] == ["probe_gain", "probe_harm"]
+    assert all(check.passed is True for check in judge(probe=probed()).checks)
+    assert all(check.reason for check in verdict.checks)
 
 
 @pytest.mark.parametrize("question, field, limit, beyond, yes, no", LIMITS, ids=[case[0] for case in LIMITS])
@@ -315,15 +317,27 @@ def test_a_change_within_the_noise_of_the_validation_set_is_none():
     def noisy(changes, error):
         return BlendProbe(seed="s", loss=2.0, alphas=(0.5, 1.0), changes=changes, errors=(error, error))
 
-    exact = noisy((-0.1, -0.2), 0.0)
-    assert (exact.gain, exact.harm) == (0.1, -0.05)
-    within = noisy((-0.1, -0.2), 0.2 / PROBE_ERRORS)
-    assert within.gain == 0.0
-    assert [check.name for check in judge(probe=within).failed] == ["blend_lowers_no_loss"]
-    rises = noisy((-0.4, 0.2), 0.2 / PROBE_ERRORS)
-    assert rises.harm == 0.0
-    assert judge(probe=rises).passed is True
+    assert (noisy((-0.1, -0.2), 0.0).gain, noisy((-0.1, -0.2), 0.0).harm) == (0.1, 0.0)
+    assert (noisy((0.1, 0.2), 0.0).gain, noisy((0.1, 0.2), 0.0).harm) == (0.0, 0.1)
+    for error, gain in [(0.199 / FALL_ERRORS, 0.1), (0.201 / FALL_ERRORS, 0.0)]:
+        assert noisy((-0.1, -0.2), error).gain == gain
+    for error, harm in [(0.199 / RISE_ERRORS, 0.1), (0.201 / RISE_ERRORS, 0.0)]:
+        assert noisy((-0.9, 0.2), error).harm == harm
+    assert [check.name for check in judge(probe=noisy((-0.1, -0.2), 0.1)).failed] == ["blend_lowers_no_loss"]
+    assert judge(probe=noisy((-0.4, 0.2), 0.101)).passed is True
     assert [check.name for check in judge(probe=noisy((-0.4, 0.3), 0.1)).failed] == ["blend_would_harm"]
+
+
+def test_a_probe_measures_what_the_blend_gain_predicts():
+    """With a probe the gain need not be certain any more, only not against the seed."""
+    assert failed(judge(probe=None, blend_gain_t=3.9)) == ["blend_gain"]
+    assert judge(probe=probed(), blend_gain_t=0.0).passed is True
+    for gain in (-1e-9, NAN, None):
+        assert failed(judge(probe=probed(), blend_gain_t=gain)) == ["blend_gain"]
+    assert judge(probe=probed(), blend_gain_t=-9.0, thresholds=GateThresholds().without("min_blend_gain_t")).passed
+    off = GateThresholds().without("min_probed_gain_t")
+    assert judge(probe=probed(), blend_gain_t=-9.0, thresholds=off).passed is True
+    assert failed(judge(probe=None, blend_gain_t=-9.0, thresholds=off)) == ["blend_gain"]
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -331,7 +345,7 @@ def test_a_loss_that_is_not_finite_is_refused(bad):
     blended = BlendProbe(seed="s", loss=1.0, alphas=(0.1, 1.0), changes=(-0.5, bad))
     assert [check.name for check in judge(probe=blended).failed] == ["blend_would_harm"]
     before = BlendProbe(seed="s", loss=bad, alphas=(0.1, 1.0), changes=(-0.5, -0.5))
-    assert (before.gain, before.harm) == (-INF, INF)
+    assert (before.gain, before.harm) == (0.0, INF)
     assert {check.name for check in judge(probe=before).failed} == {"blend_lowers_no_loss", "blend_would_harm"}
 
 
@@ -787,6 +801,7 @@ SHARES = {"max_dropped_share", "min_live_share", "max_plateau_share"}
 NUMBERS = {
     "min_training_improvement", "min_gradient_ratio", "max_gradient_ratio", "min_displacement",
     "min_blend_gain_t", "max_accuracy_drop", "min_probe_gain", "max_probe_harm", "min_contribution",
+    "min_probed_gain_t",
 }  # fmt: skip
 
 
