@@ -26,7 +26,7 @@ from machine import header  # noqa: E402
 from scenarios import BROKEN, SCENARIOS, Run, Scenario  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
-from seedtriton import GateThresholds, GrowthController, Verdict, reference  # noqa: E402
+from seedtriton import GrowthController, Verdict, reference  # noqa: E402
 from seedtriton.probing import probe  # noqa: E402
 
 SLOT = "slot"
@@ -129,9 +129,8 @@ def train(
     torch.manual_seed(random_seed + 1000)
     # gates only report: what happens after a verdict is the growth benchmark's subject.
     growth = GrowthController(
-        model, optimizer, thresholds=GateThresholds(min_training_improvement=None), auto_advance=(), sinks=(),
-        evaluate=lambda twin: task.sample_losses(twin, task.probe),
-    )  # fmt: skip
+        model, optimizer, auto_advance=(), sinks=(), evaluate=lambda twin: task.sample_losses(twin, task.probe)
+    )
     run = Run(task, model, optimizer)
     run.growth, run.batches, run.steps = growth, task.batches(random_seed + 1000), epochs * STEPS
     growth.germinate(SLOT, scenario.seed(task), **scenario.germinate(task))

@@ -27,7 +27,7 @@ model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), SeedSlot(), nn.Linear(8, 4)).
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 scaler = torch.amp.GradScaler(device, init_scale=1024.0)
 # The accuracy is not measured here, so the questions about it are switched off; the verdicts say so.
-thresholds = GateThresholds(min_training_improvement=None, max_accuracy_drop=None)
+thresholds = GateThresholds(max_accuracy_drop=None)
 growth = GrowthController(model, optimizer, thresholds=thresholds)
 growth.germinate("2", Seed(8))
 

@@ -24,7 +24,7 @@ model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), SeedSlot(), nn.Linear(8, 4))
 # On a CPU the default backend calls a C++ compiler for every graph, which takes longer than this whole run.
 compiled = torch.compile(model, fullgraph=True, backend="inductor" if torch.cuda.is_available() else "aot_eager")
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-thresholds = GateThresholds(min_training_improvement=None, max_accuracy_drop=None)
+thresholds = GateThresholds(max_accuracy_drop=None)
 growth = GrowthController(model, optimizer, thresholds=thresholds, schedule=AlphaSchedule(steps=64))
 growth.germinate("2", Seed(8), probe=torch.zeros(2, 8))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigurationError
-from .gates import QualityGates, Verdict
+from .gates import Verdict
 from .growth import GrowthController
 from .lifecycle import Stage
 from .plots import lifecycle_figure, read_events
@@ -27,7 +27,6 @@ from .telemetry import Event, JsonLinesSink
 EPOCHS = 60
 GERMINATION = 20  # epoch before which no seed is there
 PATIENCE = 20  # epochs behind the host after which the script gives a refused seed up
-PLATEAU = 3  # epochs that show whether the host still improves
 RESTING = ("PRUNED", "EMBARGOED", "RESETTING")
 HEALTHY, SABOTAGED = "healthy", "sabotaged"
 
@@ -85,6 +84,11 @@ class Digits:
         y = torch.tensor(labels)[order]
         return cls((x[:1300], y[:1300]), (x[1300:], y[1300:]))
 
+    def losses(self, model: nn.Module) -> Tensor:
+        """Loss of each validation image: what the gates may ask."""
+        pixels, labels = self.validation
+        return nn.functional.cross_entropy(model(pixels), labels, reduction="none")
+
 
 @dataclasses.dataclass
 class Result:
@@ -93,7 +97,6 @@ class Result:
     accuracies: list[float]
     losses: list[float]
     verdicts: list[tuple[int, Verdict]]  # with the epoch
-    notes: list[str]
 
 
 Show = Callable[[int, float, float, "GrowthController | None"], None]
@@ -104,13 +107,13 @@ def train(data: Digits, seed: int, *, grow: bool, sinks: list[Any], show: Show, 
     torch.manual_seed(seed)
     model = Host()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    growth = GrowthController(model, optimizer, total_epochs=epochs, sinks=sinks) if grow else None
+    growth = GrowthController(model, optimizer, evaluate=data.losses, sinks=sinks) if grow else None
     batches = torch.Generator().manual_seed(seed)
-    result = Result([], [], [], [])
+    result = Result([], [], [])
     pixels, labels = data.train
     for epoch in range(1, epochs + 1):
         if growth is not None and epoch == GERMINATION + 1:
-            _germinate(growth, model, result)
+            _germinate(growth, model)
         for batch in torch.randperm(len(labels), generator=batches).split(64):
             loss = nn.functional.cross_entropy(model(pixels[batch]), labels[batch])
             loss.backward()
@@ -124,7 +127,7 @@ def train(data: Digits, seed: int, *, grow: bool, sinks: list[Any], show: Show, 
         if growth is not None:
             for verdict in growth.end_epoch(accuracy=accuracy, loss=validation_loss):
                 result.verdicts.append((epoch, verdict))
-                _give_up(growth, verdict, result)
+                _give_up(growth, verdict)
         show(epoch, accuracy, validation_loss, growth)
     return result
 
@@ -140,25 +143,13 @@ def evaluate(model: nn.Module, data: Digits) -> tuple[float, float]:
     return accuracy, nn.functional.cross_entropy(logits, labels).item()
 
 
-def _germinate(growth: GrowthController, model: Host, result: Result) -> None:
-    rise = 100 * (result.accuracies[-1] - result.accuracies[-1 - PLATEAU])
-    limit = growth.gates.thresholds.min_training_improvement
-    if limit is not None and rise < limit:
-        growth.gates = QualityGates(growth.gates.thresholds.without("min_training_improvement"), growth.gates.mode)
-        result.notes.append(
-            f"The host has stopped improving ({rise:+.1f} points in {PLATEAU} epochs). Behind it a seed cannot move "
-            "the accuracy, so the improvement check could never pass: it is switched off."
-        )
-    else:
-        result.notes.append(
-            f"The host still improves ({rise:+.1f} points in {PLATEAU} epochs): the improvement check stays on."
-        )
+def _germinate(growth: GrowthController, model: Host) -> None:
     channels = model.second.out_channels
     growth.germinate(HEALTHY, Seed(channels), probe=torch.zeros(4, channels, 4, 4))
     growth.germinate(SABOTAGED, Seed(channels), probe=torch.zeros(4, channels, 8, 8), add_to_optimizer=False)
 
 
-def _give_up(growth: GrowthController, verdict: Verdict, result: Result) -> None:
+def _give_up(growth: GrowthController, verdict: Verdict) -> None:
     lifecycle = growth.slots[verdict.seed].lifecycle
     if not verdict.passed and lifecycle.stage is Stage.TRAINING and lifecycle.epochs_in_stage >= PATIENCE:
         reasons = "; ".join(check.name for check in verdict.failed)
@@ -253,9 +244,7 @@ def _seeds_in_words(growth: GrowthController | None) -> str:
 
 def _closing_table(grown: Result, plain: Result, events: list[Event], seconds: float) -> None:
     print()
-    for note in grown.notes:
-        print(note)
-    print("\nverdicts")
+    print("verdicts")
     last_refusal: dict[tuple[str, str], tuple[int, Verdict]] = {}
     for epoch, verdict in grown.verdicts:
         if verdict.passed:

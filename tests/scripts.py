@@ -6,8 +6,7 @@ from torch import nn
 
 from seedtriton import AlphaSchedule, GateThresholds, GrowthController, SeedSlot, Stage
 
-# A host that has stopped improving cannot pass the improvement check, and these hosts soon do.
-THRESHOLDS = GateThresholds(min_training_improvement=None)
+THRESHOLDS = GateThresholds()
 
 
 class TwoSlots(nn.Module):

@@ -111,7 +111,7 @@ def test_a_seed_that_reaches_into_the_host_is_refused():
 
 
 def test_nan_batches_are_dropped_counted_and_refused_beyond_the_limit():
-    script = Script(thresholds=GateThresholds(min_training_improvement=None, min_training_epochs=1))
+    script = Script(thresholds=GateThresholds(min_training_epochs=1))
     script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
     script.epochs(1)
     for parameter in script.model.parameters():
@@ -420,14 +420,14 @@ def test_an_accuracy_that_is_no_share_is_refused_and_no_epoch_counted(accuracy):
 
 
 def test_without_an_accuracy_the_improvement_check_fails_closed():
-    script = Script(thresholds=GateThresholds())
+    script = Script(thresholds=GateThresholds(min_training_improvement=1.0))
     script.growth.germinate("early", Residual(6))
     (verdict,) = script.growth.end_epoch()
     assert "improvement_never_measured" in {check.name for check in verdict.failed}
 
 
 def test_improvement_is_in_percentage_points_since_training_began():
-    script = Script(thresholds=GateThresholds())
+    script = Script(thresholds=GateThresholds(min_training_improvement=1.0))
     script.growth.end_epoch(accuracy=0.5)
     script.growth.germinate("early", Residual(6))
     script.growth.end_epoch(accuracy=0.505)
@@ -469,7 +469,7 @@ def test_slots_of_a_compiled_model_keep_their_names():
 
 def test_permissive_mode_blends_without_asking_for_improvement_but_never_unmeasured():
     for measure in (True, False):
-        script = Script(thresholds=GateThresholds(), mode="permissive", measure=measure)
+        script = Script(thresholds=GateThresholds(min_training_improvement=1.0), mode="permissive", measure=measure)
         script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
         script.epochs(3)
         expected = Stage.BLENDING if measure else Stage.TRAINING

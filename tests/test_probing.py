@@ -219,7 +219,7 @@ def test_g2_refuses_a_seed_that_would_harm_and_passes_one_that_helps():
 def test_the_loss_is_not_probed_when_the_seed_is_refused_already():
     calls = []
     x = data()
-    growth = controller(Scaled(0.5), x, thresholds=GateThresholds(min_training_improvement=None))
+    growth = controller(Scaled(0.5), x, thresholds=GateThresholds())
     growth.evaluate = lambda twin: calls.append(twin) or 1.0
     (verdict,) = growth.end_epoch()
     assert not verdict.passed
