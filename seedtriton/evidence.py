@@ -318,7 +318,7 @@ def _judge_tensors(used: Sequence[Sample]) -> tuple[float | None, float | None, 
     exploding = _total([sample.seed_exploding for sample in used])
     health = None
     if vanishing is not None and exploding is not None:
-        silent = tensors - sum(sample.live_tensors for sample in used)
+        silent = sum(max(0, sample.seed_tensors - sample.live_tensors) for sample in used)
         health = gradient_health((vanishing + silent) / tensors, exploding / tensors)
     return (
         None if vanishing is None else vanishing / tensors,
