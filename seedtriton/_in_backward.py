@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -71,9 +70,7 @@ class BackwardCollector:
     def take(self, device: torch.device) -> tuple[Tensor, list[int], list[int]]:
         """Of each tensor so far the sum of squares (float64 [n]), elements and segment; starts afresh."""
         found, self._found = self._found, {}
-        # From the first segment to the last, whatever the order in which backward came by.
-        order = sorted(found, key=itemgetter(0))
-        sums = [found[key][0].to(device) for key in order]
-        elements = [found[key][1] for key in order]
+        sums = [sumsq.to(device) for sumsq, _ in found.values()]
+        elements = [size for _, size in found.values()]
         none = torch.empty(0, dtype=torch.float64, device=device)
-        return torch.cat([none, *sums]), elements, [segment for segment, _ in order]
+        return torch.cat([none, *sums]), elements, [segment for segment, _ in found]
