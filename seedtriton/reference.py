@@ -111,7 +111,7 @@ def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def _segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sums of consecutive runs of ``values`` (fp64), in order: the same bits on every call."""
+    """Sums of consecutive runs of ``values`` (fp64, [n] or [n, columns]), in order: the same bits on every call."""
     counts = _constant(tuple(lengths), torch.int64, values.device)
     # unsafe=True only skips the check that lengths are non-negative and add up, which would synchronise.
     return torch.segment_reduce(values, "sum", lengths=counts, initial=0.0, unsafe=True)
@@ -230,7 +230,7 @@ def _buffer(lanes: torch.dtype) -> Tensor:
 
 
 def _sum_by_segment(values: Tensor, segments: Sequence[int], num_segments: int) -> Tensor:
-    """Sums of ``values`` (one per tensor) by segment, in tensor order within each."""
+    """Sums of ``values`` (one or one row per tensor) by segment, in tensor order within each."""
     order = sorted(range(len(segments)), key=segments.__getitem__)
     if order != list(range(len(segments))):
         values = values.index_select(0, _constant(tuple(order), torch.int64, values.device))
@@ -313,8 +313,8 @@ def columns_of_sums(
     live = sums.ne(0.0)
     vanishing = live & sums.lt(low * low * sizes)
     exploding = sums.gt(high * high * sizes) | sums.isfinite().logical_not()
-    columns = (sums, live.double(), vanishing.double(), exploding.double())
-    return torch.stack([_sum_by_segment(column, segments, num_segments) for column in columns], dim=1)
+    columns = torch.stack([sums, live.double(), vanishing.double(), exploding.double()], dim=1)
+    return _sum_by_segment(columns, segments, num_segments)
 
 
 @torch.no_grad()
