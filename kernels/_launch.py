@@ -191,23 +191,24 @@ class Tables:
         self.pointers: tuple[int, ...] | None = None
         self.base_offsets: tuple[int, ...] | None = None
         self._addresses = _AddressTable(self.slots + extras, device, module, pin=not cpu)
-        columns = (plan.lengths, plan.segments, plan.dtypes, plan.slots, plan.pieces)
+        columns = (plan.lengths, plan.segments, plan.dtypes, plan.slots, plan.pieces, plan.parts)
         starts = (plan.segment_starts, plan.slot_starts)
         self._meta = torch.tensor([v for column in columns + starts for v in column], dtype=torch.int32).to(device)
         tensors, elements = list(plan.tensor_counts), list(plan.element_counts)
         for segment, (more_tensors, more_elements) in enumerate(outside):
             tensors[segment] += more_tensors
             elements[segment] += more_elements
-        self._counts = torch.tensor(tensors + elements, dtype=torch.float64).to(device)
-        # Partial sums, closed segments (two columns) and live marks: as many as there are, no rectangle.
-        self.work = torch.zeros(self.items + 2 * segments + self.slots, dtype=torch.float64, device=device)
-        self.counters = torch.zeros(segments + 1, dtype=torch.int32, device=device)
+        # Partial sums, closed segments (two columns), the two counts of each segment, which stay, and marks: as many
+        # as there are, no rectangle. The item of a plan without elements marks a tensor that is not there.
+        marked = max(self.slots, 1)
+        self.work = torch.zeros(self.items + 4 * segments + marked, dtype=torch.float64, device=device)
+        self.work[self.items + 2 * segments : -marked] = torch.tensor(tensors + elements, dtype=torch.float64)
+        self.counters = torch.zeros(segments + 1 + marked, dtype=torch.int32, device=device)
         self.busy_segments = plan.busy_segments
         self.work_address = self.work.data_ptr()
         self.counters_address = self.counters.data_ptr()
         self.addresses = self._addresses.values.data_ptr()
         self.meta = self._meta.data_ptr()
-        self.counts = self._counts.data_ptr()
         self._runners: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def upload(self, pointers: tuple[int, ...], tensors: int, extras: Sequence[int]) -> None:

@@ -34,6 +34,7 @@ class Plan:
     dtypes: tuple[int, ...]  # [items] the caller's dtype codes
     slots: tuple[int, ...]  # [items]
     pieces: tuple[int, ...]  # [items]
+    parts: tuple[int, ...]  # [items] items of the whole slot
     segment_starts: tuple[int, ...]  # [num_segments + 1] first item of each segment
     slot_starts: tuple[int, ...]  # [num_segments + 1] first slot of each segment
     tensor_counts: tuple[int, ...]  # [num_segments] tensors, empty ones too
@@ -92,6 +93,7 @@ def make_plan(
     item_dtypes: list[int] = []
     slots: list[int] = []
     pieces: list[int] = []
+    parts: list[int] = []
     items_of = [0] * num_segments
     slots_of = [0] * num_segments
     for slot, index in enumerate(tensors):
@@ -102,10 +104,11 @@ def make_plan(
         item_dtypes += [dtypes[index]] * count
         slots += [slot] * count
         pieces += range(count)
+        parts += [count] * count
         items_of[segments[index]] += count
         slots_of[segments[index]] += 1
     if not lengths:
-        lengths, item_segments, item_dtypes, slots, pieces = [0], [0], [0], [0], [0]
+        lengths, item_segments, item_dtypes, slots, pieces, parts = [0], [0], [0], [0], [0], [1]
         items_of[0] = 1
     return Plan(
         chunk=chunk,
@@ -116,6 +119,7 @@ def make_plan(
         dtypes=tuple(item_dtypes),
         slots=tuple(slots),
         pieces=tuple(pieces),
+        parts=tuple(parts),
         segment_starts=_starts(items_of),
         slot_starts=_starts(slots_of),
         tensor_counts=tuple(tensor_counts),

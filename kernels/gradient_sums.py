@@ -33,10 +33,16 @@ BLOCK_BYTES = {
 LANES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Partial sums read at a time by whoever closes a segment: 4 loads per thread in flight, times the unrolling.
 SUM_BLOCK = 1024
+# The same for the items of one tensor, many programs at a time.
+TENSOR_BLOCK = tl.constexpr(256)
+# A tensor's mark is 1 when it is live, plus these: one sum counts all three, of up to two million tensors.
+VANISHING_MARK = tl.constexpr(1 << 21)
+EXPLODING_MARK = tl.constexpr(1 << 42)
 # Smallest block of segments; larger ones are powers of two, so that few variants are ever compiled.
 MIN_SEGMENTS = 32
-# ``layout`` of ``segmented_sumsq``: the columns of ``outside``, and zeros for what only a row has.
-SUMS_LAYOUT = (0, 1, 0, 0, 0, 0, 0, 0, 0)
+# ``layout`` of ``segmented_sumsq``: ``outside`` has one column, and there is no row.
+Layout = tuple[int, int, int, int, int, int, int, int, int, int, int, int]
+SUMS_LAYOUT: Layout = (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0)
 
 
 @triton.jit
@@ -79,31 +85,13 @@ def _sum_squares(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_range(values, first, last, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum of fp64 ``values[first:last]``, in an order that depends on the range alone."""
+    """Sum of fp64 or int64 ``values[first:last]``, in an order that depends on the range alone."""
     lane = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.zeros([BLOCK], values.dtype.element_ty)
     for block in range(first, last, BLOCK):
         # .cg reads in L2, where the other programs' stores are; L1 may hold what was there before.
-        total += tl.load(values + block + lane, mask=block + lane < last, other=0.0, cache_modifier=".cg")
+        total += tl.load(values + block + lane, mask=block + lane < last, other=0, cache_modifier=".cg")
     return tl.sum(total)
-
-
-@triton.jit
-def _close_segment(  # type: ignore[no-untyped-def]
-    segment, work, item_starts, slot_starts, items, num_segments, BLOCK: tl.constexpr, EPILOGUE: tl.constexpr
-):
-    """Add up a segment whose items are all done; for a row, count its live marks too, and clear them."""
-    sumsq = _sum_range(work, tl.load(item_starts + segment), tl.load(item_starts + segment + 1), BLOCK)
-    tl.store(work + items + segment, sumsq)
-    if EPILOGUE:
-        marks = work + items + 2 * num_segments
-        first = tl.load(slot_starts + segment)
-        last = tl.load(slot_starts + segment + 1)
-        live = _sum_range(marks, first, last, BLOCK)
-        tl.store(work + items + num_segments + segment, live)
-        lane = tl.arange(0, BLOCK)
-        for block in range(first, last, BLOCK):
-            tl.store(marks + block + lane, 0.0, mask=block + lane < last)
 
 
 @triton.jit
@@ -112,15 +100,60 @@ def _scalar_or(address, default):  # type: ignore[no-untyped-def]
     return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=default).to(tl.float64)
 
 
+@triton.jit
+def _marks(work, items, num_segments):  # type: ignore[no-untyped-def]
+    """Where the marks of the tensors are."""
+    return (work + items + 4 * num_segments).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def _judge_tensor(  # type: ignore[no-untyped-def]
+    item, sumsq, meta, marks, items, chunk, grad_scale, vanishing_rms, exploding_rms
+):
+    """Mark a tensor, of which ``item`` is any, as live, vanishing or exploding; as ``reference.columns_of_sums``."""
+    final = item - tl.load(meta + 4 * items + item) + tl.load(meta + 5 * items + item) - 1
+    elements = tl.load(meta + 4 * items + final).to(tl.float64) * chunk + tl.load(meta + final)
+    # The sum still holds the loss scale, so the limits take it as well.
+    scale = _scalar_or(grad_scale, 1.0)
+    low = vanishing_rms * scale
+    high = exploding_rms * scale
+    live = sumsq != 0.0
+    vanishing = live & (sumsq < low * low * elements)
+    # Not below infinity: infinite or NaN.
+    exploding = (sumsq > high * high * elements) | ~(sumsq < float("inf"))
+    mark = live.to(tl.int64) + vanishing.to(tl.int64) * VANISHING_MARK + exploding.to(tl.int64) * EXPLODING_MARK
+    tl.store(marks + tl.load(meta + 3 * items + item), mark)
+
+
+@triton.jit
+def _close_segment(segment, work, item_starts, items, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add up a segment whose items are all done."""
+    sumsq = _sum_range(work, tl.load(item_starts + segment), tl.load(item_starts + segment + 1), BLOCK)
+    tl.store(work + items + segment, sumsq)
+
+
+# Not inlined, for the reason given below.
+@triton.jit(noinline=True)
+def _close_row_segment(  # type: ignore[no-untyped-def]
+    segment, work, item_starts, items, num_segments, BLOCK: tl.constexpr
+):
+    """The same for a row, with the marks of the segment's tensors."""
+    _close_segment(segment, work, item_starts, items, BLOCK)
+    slot_starts = item_starts + num_segments + 1
+    marks = _marks(work, items, num_segments)
+    total = _sum_range(marks, tl.load(slot_starts + segment), tl.load(slot_starts + segment + 1), BLOCK)
+    tl.store((work + items + num_segments).to(tl.pointer_type(tl.int64)) + segment, total)
+
+
 # Not inlined: the compiler would compute the addresses below at the start of every program and keep them in
 # registers across the loads, 128 of them on sm_90 instead of 48.
 @triton.jit(noinline=True)
 def _finish(  # type: ignore[no-untyped-def]
-    work, item_starts, counts, gain_addresses, items, num_segments,
-    ring, window, count, summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps, clip_eps,
-    EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
-    TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
-    TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+    work, item_starts, places, items, num_segments, summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps,
+    CLIP_EPS: tl.constexpr, EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
+    VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr, TENSORS: tl.constexpr,
+    ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
+    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """By the last program: the row of the ring, the gains, the summary, the count; or the sums alone."""
     segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
@@ -130,27 +163,39 @@ def _finish(  # type: ignore[no-untyped-def]
     busy = inside & (tl.load(item_starts + segment + 1, mask=inside, other=0) > first)
     closed = work + items + segment
     sumsq = tl.load(closed, mask=busy, other=0.0, cache_modifier=".cg")
-    live = tl.load(closed + num_segments, mask=busy, other=0.0, cache_modifier=".cg")
-    added = outside.to(tl.pointer_type(tl.float64)) + segment * 2
+    added = outside.to(tl.pointer_type(tl.float64)) + segment * MEASURED
     has_added = inside & (outside != 0)
     sumsq += tl.load(added + SUMSQ, mask=has_added, other=0.0)
-    live += tl.load(added + LIVE, mask=has_added, other=0.0)
     summary_cell = summary.to(tl.pointer_type(tl.float64))
     if EPILOGUE:
-        samples_cell = count.to(tl.pointer_type(tl.int64))
+        # Addresses that stay are read here: as arguments they would take registers from the start.
+        fixed = places + num_segments
+        samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
         samples = tl.load(samples_cell)
         tl.store(samples_cell, samples + 1)
-        row = ring.to(tl.pointer_type(tl.float64)) + (samples % window) * num_segments * QUANTITIES
+        ring = tl.load(fixed).to(tl.pointer_type(tl.float64))
+        row = ring + (samples % tl.load(fixed + 2)) * num_segments * QUANTITIES
         cell = row + segment * QUANTITIES
         # Each fp64 division is a call, so there is one per scalar and a product per lane.
         scale = _scalar_or(grad_scale, 1.0)
         sumsq *= 1.0 / (scale * scale)
         tl.store(cell + SUMSQ, sumsq, mask=inside)
+        marked = (closed + num_segments).to(tl.pointer_type(tl.int64))
+        marks = tl.load(marked, mask=busy, other=0, cache_modifier=".cg")
+        live = (marks & (VANISHING_MARK - 1)).to(tl.float64)
+        live += tl.load(added + LIVE, mask=has_added, other=0.0)
         tl.store(cell + LIVE, live, mask=inside)
+        vanishing = ((marks & (EXPLODING_MARK - 1)) // VANISHING_MARK).to(tl.float64)
+        vanishing += tl.load(added + VANISHING, mask=has_added, other=0.0)
+        tl.store(cell + VANISHING, vanishing, mask=inside)
+        exploding = (marks // EXPLODING_MARK).to(tl.float64)
+        exploding += tl.load(added + EXPLODING, mask=has_added, other=0.0)
+        tl.store(cell + EXPLODING, exploding, mask=inside)
+        counts = work + items + 2 * num_segments
         tl.store(cell + TENSORS, tl.load(counts + segment, mask=inside, other=0.0), mask=inside)
         tl.store(cell + ELEMENTS, tl.load(counts + num_segments + segment, mask=inside, other=0.0), mask=inside)
 
-        address = tl.load(gain_addresses + segment, mask=inside, other=0)
+        address = tl.load(places + segment, mask=inside, other=0)
         present = address != 0
         gain_cell = address.to(tl.pointer_type(tl.float32))
         gain = tl.load(gain_cell, mask=present, other=0.0).to(tl.float64) * (-1.0 / _scalar_or(gain_scale, 1.0))
@@ -163,7 +208,7 @@ def _finish(  # type: ignore[no-untyped-def]
         host = tl.sum(tl.where(segment == 0, norms, 0.0))
         tl.store(summary_cell + SUMMARY_HEAD + segment, norms * (1.0 / (host + eps)), mask=inside)
         total = tl.sqrt(tl.sum(sumsq))
-        coefficient = max_norm / (total + clip_eps)
+        coefficient = max_norm / (total + CLIP_EPS)
         tl.store(summary_cell + TOTAL_NORM, total)
         # Comparing and not minimum(): IEEE's minimum drops NaN, and a NaN norm has to make NaN gradients.
         tl.store(summary_cell + CLIP_COEFFICIENT, tl.where(coefficient > 1.0, 1.0, coefficient))
@@ -173,10 +218,9 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_item(  # type: ignore[no-untyped-def]
-    item, addresses, meta, work, items, num_segments, chunk, base, LANES: tl.constexpr, BYTES: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-):  # fmt: skip
-    """Read one item, store its partial sum and its tensor's live mark; returns its segment."""
+    item, addresses, meta, work, items, chunk, base, LANES: tl.constexpr, BYTES: tl.constexpr
+):
+    """Read one item and store its partial sum; returns its segment and that sum."""
     length = tl.load(meta + item)
     segment = tl.load(meta + items + item)
     dtype = tl.load(meta + 2 * items + item)
@@ -192,78 +236,114 @@ def _sum_item(  # type: ignore[no-untyped-def]
     else:
         partial = _sum_squares(address + offset * 2, length, tl.float16, LANES, BYTES)
     tl.store(work + item, partial)
-    if EPILOGUE:
-        # Every item of a tensor stores the same value, so no order is needed. NaN is not silence: NaN != 0.
-        tl.store(work + items + 2 * num_segments + slot, 1.0, mask=partial != 0.0)
-    return segment
+    return segment, partial
+
+
+# Not inlined, like the two above: their registers are needed one after the other and not beside the main loop's.
+@triton.jit(noinline=True)
+def _complete_tensor(  # type: ignore[no-untyped-def]
+    item, partial, meta, work, arrivals, items, num_segments, chunk, grad_scale, vanishing_rms, exploding_rms
+):
+    """Report an item of which ``partial`` is the sum; whether its tensor is complete, which is then marked."""
+    parts = tl.load(meta + 5 * items + item)
+    whole = parts == 1
+    sumsq = partial
+    if parts > 1:
+        arrived = arrivals + tl.load(meta + 3 * items + item)
+        whole = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == parts - 1
+        if whole:
+            tl.store(arrived, 0)
+            first = item - tl.load(meta + 4 * items + item)
+            sumsq = _sum_range(work, first, first + parts, TENSOR_BLOCK)
+    if whole:
+        _judge_tensor(
+            item, sumsq, meta, _marks(work, items, num_segments), items, chunk, grad_scale, vanishing_rms, exploding_rms
+        )
+    return whole
 
 
 @triton.jit
 def _run_item(  # type: ignore[no-untyped-def]
-    item, addresses, meta, counts, work, counters, items, slots, num_segments, busy_segments, chunk, base,
-    ring, window, count, summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps, clip_eps,
+    item, addresses, meta, work, counters, items, slots, num_segments, busy_segments, chunk, base,
+    summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps, vanishing_rms, exploding_rms,
     LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
-    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
+    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, CLIP_EPS: tl.constexpr, SUMSQ: tl.constexpr,
+    LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr,
     TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
     TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Sum an item; whoever completes its segment closes it, whoever closes the last segment finishes."""
-    segment = _sum_item(item, addresses, meta, work, items, num_segments, chunk, base, LANES, BYTES, EPILOGUE)
+    segment, partial = _sum_item(item, addresses, meta, work, items, chunk, base, LANES, BYTES)
     if COUNTERS:
-        item_starts = meta + 5 * items
-        slot_starts = item_starts + num_segments + 1
-        expected = tl.load(item_starts + segment + 1) - tl.load(item_starts + segment)
-        # Release: whoever sees the count sees this thread's stores above. Acquire: the last one sees the
-        # stores of all others (without it, sums went wrong on 8 GPUs: pytorch#128455).
-        done = tl.atomic_add(counters + segment, 1, sem="acq_rel", scope="gpu")
-        if done == expected - 1:
-            tl.store(counters + segment, 0)
-            _close_segment(segment, work, item_starts, slot_starts, items, num_segments, SUM_BLOCK, EPILOGUE)
-            closed = tl.atomic_add(counters + num_segments, 1, sem="acq_rel", scope="gpu")
-            # Only segments that have items ever close, so only those are counted.
-            if closed == busy_segments - 1:
-                tl.store(counters + num_segments, 0)
-                _finish(
-                    work, item_starts, counts, addresses + slots, items, num_segments,
-                    ring, window, count, summary, outside, grad_scale, gain_scale, found_inf,
-                    max_norm, eps, clip_eps, EPILOGUE, SEGMENTS, SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA,
-                    QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
-                )  # fmt: skip
+        item_starts = meta + 6 * items
+        # For a row, items report to their tensor and tensors to their segment: still one atomic for most items.
+        if EPILOGUE:
+            reporting = item_starts + num_segments + 1
+            whole = _complete_tensor(
+                item, partial, meta, work, counters + num_segments + 1, items, num_segments, chunk, grad_scale,
+                vanishing_rms, exploding_rms,
+            )  # fmt: skip
+        else:
+            reporting = item_starts
+            whole = True
+        if whole:
+            expected = tl.load(reporting + segment + 1) - tl.load(reporting + segment)
+            # Release: whoever sees the count sees this thread's stores above. Acquire: the last one sees the
+            # stores of all others (without it, sums went wrong on 8 GPUs: pytorch#128455).
+            done = tl.atomic_add(counters + segment, 1, sem="acq_rel", scope="gpu")
+            # The item of a plan without elements has no tensor, so that none is expected of it.
+            if done >= expected - 1:
+                tl.store(counters + segment, 0)
+                if EPILOGUE:
+                    _close_row_segment(segment, work, item_starts, items, num_segments, SUM_BLOCK)
+                else:
+                    _close_segment(segment, work, item_starts, items, SUM_BLOCK)
+                closed = tl.atomic_add(counters + num_segments, 1, sem="acq_rel", scope="gpu")
+                # Only segments that have items ever close, so only those are counted.
+                if closed == busy_segments - 1:
+                    tl.store(counters + num_segments, 0)
+                    _finish(
+                        work, item_starts, addresses + slots, items, num_segments, summary, outside, grad_scale,
+                        gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
+                        EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT,
+                        SUMMARY_HEAD,
+                    )  # fmt: skip
 
 
 # Nothing is specialised on values: one compiled kernel then serves every call, and can be called directly.
 _RUNTIME = (
-    "addresses", "meta", "counts", "work", "counters", "items", "slots", "num_segments", "busy_segments",
-    "chunk", "base", "ring", "window", "count", "summary", "outside", "grad_scale", "gain_scale", "found_inf",
-    "max_norm", "eps", "clip_eps",
+    "addresses", "meta", "work", "counters", "items", "slots", "num_segments", "busy_segments", "chunk", "base",
+    "summary", "outside", "grad_scale", "gain_scale", "found_inf", "max_norm", "eps", "vanishing_rms",
+    "exploding_rms",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _sums_kernel(  # type: ignore[no-untyped-def]
-    addresses: tl.int64, meta: tl.int64, counts: tl.int64, work: tl.int64, counters: tl.int64,
+    addresses: tl.int64, meta: tl.int64, work: tl.int64, counters: tl.int64,
     items: tl.int32, slots: tl.int32, num_segments: tl.int32, busy_segments: tl.int32, chunk: tl.int32,
-    base: tl.int64, ring: tl.int64, window: tl.int32, count: tl.int64, summary: tl.int64,
-    outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64, found_inf: tl.int64,
-    max_norm: tl.float64, eps: tl.float64, clip_eps: tl.float64,
+    base: tl.int64, summary: tl.int64, outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64,
+    found_inf: tl.int64, max_norm: tl.float64, eps: tl.float64, vanishing_rms: tl.float64,
+    exploding_rms: tl.float64,
     LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
-    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, PERSISTENT: tl.constexpr,
-    SUMSQ: tl.constexpr, LIVE: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr,
-    EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
-    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, PERSISTENT: tl.constexpr, CLIP_EPS: tl.constexpr,
+    SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
+    MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
+    QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
+    SUMMARY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """sumsq[k] = sum of x² over segment k; with EPILOGUE a row of the ring and the summary, else the sums.
 
-    addresses: int64 [slots + num_segments], of the tensors (relative to ``base``) and of the gains (0: none)
-    meta: int32, columns of the plan: 5 x [items], item and slot starts 2 x [num_segments + 1]
-    counts: fp64 [2, num_segments], tensors and elements
-    work: fp64, partial sums [items], closed segments [2, num_segments], live marks [slots] (zero between calls)
-    counters: int32 [num_segments + 1], zero between calls
+    addresses: int64 [slots], of the tensors (relative to ``base``); for a row also [num_segments] of the gains (0:
+        none), then of the ring and the count, and the window itself
+    meta: int32, columns of the plan: 6 x [items], item and slot starts 2 x [num_segments + 1]
+    work: 8 bytes each, partial sums [items], sums and (int64) marks of closed segments [2, num_segments], tensors and
+        elements [2, num_segments], and (int64) marks of tensors [slots]
+    counters: int32 [num_segments + 1 + slots], zero between calls
     """
     # Addresses come as integers, so that nothing depends on how a pointer argument happens to be aligned.
     address_table = addresses.to(tl.int64).to(tl.pointer_type(tl.int64))
     meta_table = meta.to(tl.int64).to(tl.pointer_type(tl.int32))
-    count_table = counts.to(tl.int64).to(tl.pointer_type(tl.float64))
     work_table = work.to(tl.int64).to(tl.pointer_type(tl.float64))
     counter_table = counters.to(tl.int64).to(tl.pointer_type(tl.int32))
     first = tl.program_id(0)
@@ -271,63 +351,73 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     last = items if PERSISTENT else first + 1
     for item in range(first, last, tl.num_programs(0)):
         _run_item(
-            item, address_table, meta_table, count_table, work_table, counter_table, items, slots,
-            num_segments, busy_segments, chunk, base.to(tl.int64), ring.to(tl.int64), window, count.to(tl.int64),
-            summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64),
-            found_inf.to(tl.int64), max_norm, eps, clip_eps, LANES, BYTES, SUM_BLOCK, SEGMENTS, EPILOGUE,
-            COUNTERS, SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT,
-            SUMMARY_HEAD,
+            item, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
+            chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
+            gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES, BYTES,
+            SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
+            TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _finish_kernel(  # type: ignore[no-untyped-def]
-    addresses: tl.int64, meta: tl.int64, counts: tl.int64, work: tl.int64, counters: tl.int64,
+    addresses: tl.int64, meta: tl.int64, work: tl.int64, counters: tl.int64,
     items: tl.int32, slots: tl.int32, num_segments: tl.int32, busy_segments: tl.int32, chunk: tl.int32,
-    base: tl.int64, ring: tl.int64, window: tl.int32, count: tl.int64, summary: tl.int64,
-    outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64, found_inf: tl.int64,
-    max_norm: tl.float64, eps: tl.float64, clip_eps: tl.float64,
+    base: tl.int64, summary: tl.int64, outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64,
+    found_inf: tl.int64, max_norm: tl.float64, eps: tl.float64, vanishing_rms: tl.float64,
+    exploding_rms: tl.float64,
     LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
-    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, PERSISTENT: tl.constexpr,
-    SUMSQ: tl.constexpr, LIVE: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr,
-    EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
-    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, PERSISTENT: tl.constexpr, CLIP_EPS: tl.constexpr,
+    SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
+    MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
+    QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
+    SUMMARY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """The second of two launches, one program: closes every segment and finishes, without any counter.
 
     Takes what the first took. The oracle of the single launch: same partial sums, same order, same bits.
     """
     address_table = addresses.to(tl.int64).to(tl.pointer_type(tl.int64))
-    count_table = counts.to(tl.int64).to(tl.pointer_type(tl.float64))
     work_table = work.to(tl.int64).to(tl.pointer_type(tl.float64))
-    item_starts = meta.to(tl.int64).to(tl.pointer_type(tl.int32)) + 5 * items
-    slot_starts = item_starts + num_segments + 1
+    meta_table = meta.to(tl.int64).to(tl.pointer_type(tl.int32))
+    if EPILOGUE:
+        for item in range(items):
+            if tl.load(meta_table + 4 * items + item) == 0:
+                parts = tl.load(meta_table + 5 * items + item)
+                sumsq = _sum_range(work_table, item, item + parts, TENSOR_BLOCK)
+                _judge_tensor(
+                    item, sumsq, meta_table, _marks(work_table, items, num_segments), items, chunk,
+                    grad_scale.to(tl.int64), vanishing_rms, exploding_rms,
+                )  # fmt: skip
+        # Different threads read below what one thread stored above.
+        tl.debug_barrier()
     for segment in range(num_segments):
-        _close_segment(segment, work_table, item_starts, slot_starts, items, num_segments, SUM_BLOCK, EPILOGUE)
-    # Different threads read below what one thread stored above.
+        if EPILOGUE:
+            _close_row_segment(segment, work_table, meta_table + 6 * items, items, num_segments, SUM_BLOCK)
+        else:
+            _close_segment(segment, work_table, meta_table + 6 * items, items, SUM_BLOCK)
     tl.debug_barrier()
     _finish(
-        work_table, item_starts, count_table, address_table + slots, items, num_segments,
-        ring.to(tl.int64), window, count.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64),
-        grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, clip_eps,
-        EPILOGUE, SEGMENTS, SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM,
-        CLIP_COEFFICIENT, SUMMARY_HEAD,
+        work_table, meta_table + 6 * items, address_table + slots, items, num_segments, summary.to(tl.int64),
+        outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps,
+        CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA,
+        QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
     )  # fmt: skip
 
 
 def _arguments(
     tables: _launch.Tables,
     flat: Tensor | None,
-    row: tuple[int, int, int, int],
+    summary: Tensor,
     outside: Tensor | None,
     scalars: tuple[int, ...],
-    numbers: tuple[float, float, float],
+    numbers: tuple[float, float, float, float],
 ) -> tuple[Any, ...]:
-    """The run-time arguments of both kernels; ``row`` is the ring, its window, the count, the summary."""
+    """The run-time arguments of both kernels."""
     return (
-        tables.addresses, tables.meta, tables.counts, tables.work_address, tables.counters_address,
-        tables.items, tables.slots, tables.plan.num_segments, tables.busy_segments, tables.plan.chunk,
-        _address(flat), *row, _address(outside), *scalars, *numbers,
+        tables.addresses, tables.meta, tables.work_address, tables.counters_address, tables.items, tables.slots,
+        tables.plan.num_segments, tables.busy_segments, tables.plan.chunk, _address(flat), summary.data_ptr(),
+        _address(outside), *scalars, *numbers,
     )  # fmt: skip
 
 
@@ -338,14 +428,15 @@ def _constants(
     epilogue: bool,
     counters: bool,
     persistent: bool,
-    layout: tuple[int, ...],
+    clip_eps: float,
+    layout: Layout,
     warp_size: int,
 ) -> tuple[Any, ...]:
     """The compile-time arguments of both kernels."""
     segments = max(MIN_SEGMENTS, triton.next_power_of_2(num_segments))
     return (
-        LANES[lanes], BLOCK_BYTES[lanes, max(warp_size, 32)], SUM_BLOCK, segments, epilogue, counters,
-        persistent, *layout,
+        LANES[lanes], BLOCK_BYTES[lanes, max(warp_size, 32)], SUM_BLOCK, segments, epilogue,
+        counters, persistent, clip_eps, *layout,
     )  # fmt: skip
 
 
@@ -354,13 +445,14 @@ def _launch_sums(
     arguments: tuple[Any, ...],
     lanes: torch.dtype,
     epilogue: bool,
-    layout: tuple[int, ...],
+    clip_eps: float,
+    layout: Layout,
     programs: int | None,
     two_launches: bool,
 ) -> None:
     grid = tables.items if programs is None else min(programs, tables.items)
     constants = _constants(
-        tables.plan.num_segments, lanes, epilogue, not two_launches, grid < tables.items, layout,
+        tables.plan.num_segments, lanes, epilogue, not two_launches, grid < tables.items, clip_eps, layout,
         _launch.warp_size(tables.kind),
     )  # fmt: skip
     tables.launch(_sums_kernel, grid, arguments, constants)
@@ -386,7 +478,7 @@ def segmented_sumsq(
         segments: the segment of each.
         num_segments: length of the result.
         lanes: dtype in which squares are first summed, float32 or float64.
-        outside: float64 [num_segments, 2], as in ``record_``; its first column is added.
+        outside: float64 [num_segments, 1], sums of squares of what went elsewhere.
         flat: a buffer of which all ``tensors`` are views that never move within it.
         programs: size of the grid; the result does not depend on it.
         two_launches: without counters, the oracle of the single launch; the same bits.
@@ -400,13 +492,13 @@ def segmented_sumsq(
         raise ValueError("segmented_sumsq got no tensors, so it knows no device: return zeros without it")
     device = tensors[0].device
     out = torch.empty(num_segments, dtype=torch.float64, device=device)
-    outside = _outside(outside, num_segments, device)
+    outside = _outside(outside, (num_segments, 1), device)
     with _launch.guard(device), _launch.lock():
         tables = _launch.find_tables(
-            tensors, segments, num_segments, device, ("sums",), extras=(0,) * num_segments, flat=flat
+            tensors, segments, num_segments, device, ("sums",), flat=flat
         )
-        arguments = _arguments(tables, flat, (0, 1, 0, out.data_ptr()), outside, (0, 0, 0), (0.0, 0.0, 0.0))
-        _launch_sums(tables, arguments, lanes, False, SUMS_LAYOUT, programs, two_launches)
+        arguments = _arguments(tables, flat, out, outside, (0, 0, 0), (0.0, 0.0, 0.0, 0.0))
+        _launch_sums(tables, arguments, lanes, False, 0.0, SUMS_LAYOUT, programs, two_launches)
     return out
 
 
@@ -428,8 +520,10 @@ def record_(
     outside_counts: Sequence[tuple[int, int]] | None = None,
     flat: Tensor | None = None,
     *,
-    layout: tuple[int, int, int, int, int, int, int, int, int],
+    layout: Layout,
     clip_eps: float,
+    vanishing_rms: float,
+    exploding_rms: float,
     settled: bool = True,
     programs: int | None = None,
     two_launches: bool = False,
@@ -450,12 +544,14 @@ def record_(
         gain_scale: the same.
         found_inf: the same.
         lanes: float32 or float64.
-        outside: float64 [segments, 2], columns SUMSQ and LIVE of gradients that went elsewhere.
+        outside: float64 [segments, MEASURED], the first columns of gradients that went elsewhere.
         outside_counts: (tensors, elements) of those, for every segment.
         flat: a buffer of which all gradients are views.
-        layout: SUMSQ, LIVE, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT and
-            SUMMARY_HEAD of ``reference``.
+        layout: SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM,
+            CLIP_COEFFICIENT and SUMMARY_HEAD of ``reference``.
         clip_eps: CLIP_EPS of ``reference``.
+        vanishing_rms: root mean square below which a live tensor is vanishing; 0 counts none.
+        exploding_rms: above which it is exploding; inf counts only what is not finite.
         settled: the gradients never move within ``flat``, and no address is looked at.
         programs: size of the grid; the result does not depend on it.
         two_launches: without counters, the oracle of the single launch; the same bits.
@@ -467,7 +563,7 @@ def record_(
     """
     device = ring.device
     num_segments = ring.shape[1]
-    outside = _outside(outside, num_segments, device)
+    outside = _outside(outside, (num_segments, layout[4]), device)
     # Held until the launch: a converted number lives in memory that nobody else refers to.
     scalars = [None if n is None else _number(n, device) for n in (grad_scale, gain_scale, found_inf)]
     _check_gains(gains, gain_segments, device)
@@ -475,14 +571,16 @@ def record_(
     gain_table = [0] * num_segments
     for segment, pointer in zip(gain_segments, gain_pointers):
         gain_table[segment] = pointer
+    window, row = ring.shape[0], (ring.data_ptr(), count.data_ptr())
+    domain = ("record", window, *row, tuple(gain_segments))
     with _launch.guard(device), _launch.lock():
         tables = _launch.find_tables(
-            gradients, segments, num_segments, device, ("record", ring.data_ptr(), tuple(gain_segments)),
-            gain_pointers, gain_table, outside_counts or (), flat, settled,
+            gradients, segments, num_segments, device, domain, gain_pointers, (*gain_table, *row, window),
+            outside_counts or (), flat, settled,
         )  # fmt: skip
-        row = (ring.data_ptr(), ring.shape[0], count.data_ptr(), summary.data_ptr())
-        arguments = _arguments(tables, flat, row, outside, tuple(map(_address, scalars)), (max_norm, eps, clip_eps))
-        _launch_sums(tables, arguments, lanes, True, layout, programs, two_launches)
+        numbers = (max_norm, eps, vanishing_rms, exploding_rms)
+        arguments = _arguments(tables, flat, summary, outside, tuple(map(_address, scalars)), numbers)
+        _launch_sums(tables, arguments, lanes, True, clip_eps, layout, programs, two_launches)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -496,12 +594,12 @@ def _number(number: Tensor, device: torch.device) -> Tensor:
     return number.detach().to(device=device, dtype=torch.float32, non_blocking=True)
 
 
-def _outside(outside: Tensor | None, num_segments: int, device: torch.device) -> Tensor | None:
+def _outside(outside: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
     if outside is None:
         return None
-    if outside.shape != (num_segments, 2) or outside.dtype != torch.float64 or outside.device != device:
+    if outside.shape != shape or outside.dtype != torch.float64 or outside.device != device:
         raise ValueError(
-            f"outside must be float64 [{num_segments}, 2] on {device}, got {outside.dtype} "
+            f"outside must be float64 {list(shape)} on {device}, got {outside.dtype} "
             f"{list(outside.shape)} on {outside.device}"
         )
     return outside.contiguous()

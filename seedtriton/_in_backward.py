@@ -23,8 +23,9 @@ class BackwardCollector:
     def __init__(self, segment_of: Callable[[Tensor], int | None], lanes: torch.dtype) -> None:
         self._segment_of = weakref.WeakMethod(segment_of)
         self._lanes = lanes
-        self._sums: dict[int, Tensor] = {}  # float64 [2] by segment: sum of squares, live tensors
-        self._counts: dict[int, tuple[int, int]] = {}  # tensors, elements
+        # Per tensor, because what its size and the loss scale say of it is judged when the sample is closed. By
+        # segment and the parameter's id: sum of squares (float64 [1]) and elements.
+        self._found: dict[tuple[int, int], tuple[Tensor, int]] = {}
         # By id, with a weak reference that tells whether the id is still this parameter's.
         self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
 
@@ -61,17 +62,15 @@ class BackwardCollector:
                 "collect_in_backward() before you register the hooks that step and free it"
             )
         sumsq = ops.segmented_sumsq([gradient], [0], 1, lanes=self._lanes)
-        found = torch.cat([sumsq, sumsq.ne(0).double()])
-        before = self._sums.get(segment)
-        self._sums[segment] = found if before is None else before + found.to(before.device)
-        tensors, elements = self._counts.get(segment, (0, 0))
-        self._counts[segment] = tensors + 1, elements + gradient.numel()
+        before = self._found.get((segment, id(parameter)))
+        if before is not None:
+            sumsq = before[0] + sumsq.to(before[0].device)
+        self._found[segment, id(parameter)] = sumsq, gradient.numel()
 
-    def take(self, segments: int, device: torch.device) -> tuple[Tensor, list[tuple[int, int]]]:
-        """The sums so far, float64 [segments, 2], and (tensors, elements) of each; starts afresh."""
-        both = torch.zeros(segments, 2, dtype=torch.float64, device=device)
-        for segment, sums in self._sums.items():
-            both[segment] = sums.to(device)
-        counts = [self._counts.get(segment, (0, 0)) for segment in range(segments)]
-        self._sums, self._counts = {}, {}
-        return both, counts
+    def take(self, device: torch.device) -> tuple[Tensor, list[int], list[int]]:
+        """Of each tensor so far the sum of squares (float64 [n]), elements and segment; starts afresh."""
+        found, self._found = self._found, {}
+        sums = [sumsq.to(device) for sumsq, _ in found.values()]
+        elements = [size for _, size in found.values()]
+        none = torch.empty(0, dtype=torch.float64, device=device)
+        return torch.cat([none, *sums]), elements, [segment for segment, _ in found]

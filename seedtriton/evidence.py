@@ -27,6 +27,9 @@ MIN_GAIN_SAMPLES = 8
 PLATEAU_TOLERANCE = 1e-4
 # Fewer samples than this can lie close together by chance.
 MIN_PLATEAU_SAMPLES = 8
+# What a share of 1 takes from the health of a seed's gradients. Together they go below 0: all of one is bad enough.
+VANISHING_WEIGHT = 0.5
+EXPLODING_WEIGHT = 0.8
 
 # What the ratio is worth. Each is a different answer, and only the first is a number.
 MEASURED = "measured"
@@ -54,6 +57,8 @@ class Sample(NamedTuple):
     live_tensors: int  # gradient tensors of the seed that are not all zero
     gain: float  # blend gain -<dL/dout, seed - host>; NaN: not measured
     skipped: bool  # the optimizer will skip this step (loss-scale overflow)
+    seed_vanishing: int | None = None  # gradient tensors of the seed below the RMS limit, not zero; None: not counted
+    seed_exploding: int | None = None  # above the other limit, or not finite; None: not counted
 
     @property
     def empty(self) -> bool:
@@ -112,6 +117,18 @@ def rms_ratio(ratio: float, host_elements: float, seed_elements: float) -> float
             f"the RMS ratio needs elements on both sides, got host {host_elements}, seed {seed_elements}"
         )
     return ratio * math.sqrt(host_elements / seed_elements)
+
+
+def gradient_health(vanishing: float, exploding: float) -> float:
+    """``1 - 0.5 * vanishing - 0.8 * exploding`` in [0, 1], of shares of the gradient tensors.
+
+    Raises:
+        ConfigurationError: a share outside [0, 1].
+    """
+    for name, share in (("vanishing", vanishing), ("exploding", exploding)):
+        if not 0.0 <= share <= 1.0:
+            raise ConfigurationError(f"the share of {name} gradients must lie in [0, 1], got {share}")
+    return max(0.0, 1.0 - VANISHING_WEIGHT * vanishing - EXPLODING_WEIGHT * exploding)
 
 
 def effective_sample_size(values: Sequence[float]) -> float:
@@ -224,6 +241,11 @@ class SeedEvidence(PlainState):
         effective_samples: how many independent samples those gains are worth.
         displacement: |w - w0| / |w0| of the seed's parameters since the window began.
         live_share: share of the seed's parameters (by tensor) with a gradient that is not all zero.
+        vanishing_share: share of the seed's gradient tensors whose root mean square is below the monitor's
+            ``vanishing_rms`` without being zero.
+        exploding_share: share of those above ``exploding_rms``. What is not finite drops the whole sample.
+        health: 1 when every gradient tensor is neither silent, vanishing nor exploding; see ``gradient_health``.
+            All-zero tensors count as vanishing here, so a dead seed is not a healthy one.
         in_optimizer: every parameter of the seed that requires a gradient is in an optimizer.
         optimizer_steps: steps of that optimizer since the window began.
         plateau_share: share of the samples whose norm, the seed's or the host's, lies at the top of the window: near
@@ -247,6 +269,9 @@ class SeedEvidence(PlainState):
     effective_samples: float | None = None
     displacement: float | None = None
     live_share: float | None = None
+    vanishing_share: float | None = None
+    exploding_share: float | None = None
+    health: float | None = None
     in_optimizer: bool | None = None
     optimizer_steps: int | None = None
     plateau_share: float | None = None
@@ -309,6 +334,7 @@ def collect_evidence(
 
     gains = [sample.gain for sample in used if math.isfinite(sample.gain)][-GAIN_SAMPLES:]
     gain_t, effective = t_statistic(gains) if gains else (None, None)
+    vanishing, exploding, health = _judge_tensors(used)
     live = sum(min(sample.live_tensors, parameters) for sample in used)
     return SeedEvidence(
         seed=seed,
@@ -327,10 +353,36 @@ def collect_evidence(
         effective_samples=effective,
         displacement=displacement,
         live_share=live / (len(used) * parameters) if used and parameters else None,
+        vanishing_share=vanishing,
+        exploding_share=exploding,
+        health=health,
         in_optimizer=in_optimizer,
         optimizer_steps=optimizer_steps,
         plateau_share=clipped_share(used),
     )
+
+
+def _judge_tensors(used: Sequence[Sample]) -> tuple[float | None, float | None, float | None]:
+    """Shares of vanishing and exploding tensors over the window, and the health; None is what nobody counted."""
+    tensors = sum(sample.seed_tensors for sample in used)
+    if not tensors:
+        return None, None, None
+    vanishing = _total([sample.seed_vanishing for sample in used])
+    exploding = _total([sample.seed_exploding for sample in used])
+    health = None
+    if vanishing is not None and exploding is not None:
+        silent = sum(max(0, sample.seed_tensors - sample.live_tensors) for sample in used)
+        health = gradient_health((vanishing + silent) / tensors, exploding / tensors)
+    return (
+        None if vanishing is None else vanishing / tensors,
+        None if exploding is None else exploding / tensors,
+        health,
+    )
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _judge_window(

@@ -24,7 +24,7 @@ from .schedules import ProgressThreshold
 STRICT = "strict"
 PERMISSIVE = "permissive"
 RATIOS = ("norm", "rms")
-PERMISSIVE_ASKS = frozenset({"stage", "measured", "finite", "exploding", "epochs"})
+PERMISSIVE_ASKS = frozenset({"stage", "measured", "finite", "exploding", "exploding_tensors", "epochs"})
 
 
 class Gate(enum.IntEnum):
@@ -77,6 +77,11 @@ class GateThresholds(PlainState):
         require_optimizer: G2, the seed's parameters are in an optimizer that steps.
         min_displacement: G2, relative change of the seed's weights since TRAINING began.
         min_live_share: G2, share of the seed's parameters whose gradient is not all zero.
+        max_vanishing_share: G2, share of the seed's gradient tensors that are vanishing. Off: no measurement says
+            yet where seeds that learn stop, and what is all zero is ``min_live_share``'s.
+        max_exploding_share: G2, share of those that are exploding. Off: the limits of both are absolute, and a loss
+            that is a sum instead of a mean has gradients as many times larger; ``max_gradient_ratio`` has no unit.
+        min_health: G2, health of the seed's gradients. Off, as the two above.
         min_blend_gain_t: G2, t statistic of the blend gain, where it has to decide alone.
         min_probed_gain_t: G2, the same where the validation loss was probed: that measures what the gain predicts,
             so it is enough that the gain does not contradict it.
@@ -106,6 +111,9 @@ class GateThresholds(PlainState):
     require_optimizer: bool | None = True
     min_displacement: float | None = 1e-4
     min_live_share: float | None = 0.5
+    max_vanishing_share: float | None = None
+    max_exploding_share: float | None = None
+    min_health: float | None = None
     min_blend_gain_t: float | None = 4.0
     min_probed_gain_t: float | None = 0.0
     min_probe_gain: float | None = 5e-4
@@ -173,7 +181,7 @@ def _check_limit(name: str, value: object, *, whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind = "a whole number" if whole else "a number"
         raise ConfigurationError(f"{name} must be {kind} or None, got {value!r}")
-    highest = 1.0 if name.endswith("_share") else math.inf
+    highest = 1.0 if name.endswith(("_share", "_health")) else math.inf
     if not 0.0 <= value <= highest or value == math.inf:  # type: ignore[operator]
         limit = "[0, 1]" if highest == 1.0 else "[0, inf)"
         raise ConfigurationError(f"{name} must lie in {limit}, got {value!r}")
@@ -315,7 +323,7 @@ class QualityGates(PlainState):
     Args:
         thresholds: limits of all gates.
         mode: "strict" asks everything. "permissive" asks G2 only for the epochs and that gradients were
-            measured, are finite and do not explode; the rest is listed as not asked.
+            measured, are finite and do not explode, in all or tensor by tensor; the rest is listed as not asked.
 
     Raises:
         ConfigurationError: an unknown mode.
@@ -395,6 +403,7 @@ class QualityGates(PlainState):
                 "live_share", "min_live_share", known.live_share, limits.min_live_share,
                 "gradients_alive", "gradients_dead", "share of the parameters whose gradient is not all zero",
             ),
+            *_tensors_healthy(known, limits),
             self._ratio(status, known),
             self._not_exploding(known),
             _at_least(
@@ -642,6 +651,25 @@ def _in_optimizer(known: SeedEvidence, required: bool | None) -> Check:
         return Check("optimizer", "optimizer_never_stepped", False, 0, 1, reason)
     steps = "" if known.optimizer_steps is None else f", {known.optimizer_steps} steps"
     return Check("optimizer", "seed_in_optimizer", True, True, True, f"all parameters{steps}")
+
+
+def _tensors_healthy(known: SeedEvidence, limits: GateThresholds) -> list[Check]:
+    return [
+        _at_most(
+            "vanishing", "max_vanishing_share", known.vanishing_share, limits.max_vanishing_share,
+            "gradients_substantial", "gradients_vanishing",
+            "share of the gradient tensors whose root mean square is below the monitor's vanishing_rms",
+        ),
+        _at_most(
+            "exploding_tensors", "max_exploding_share", known.exploding_share, limits.max_exploding_share,
+            "gradients_bounded", "gradients_exploding",
+            "share of the gradient tensors whose root mean square is above the monitor's exploding_rms",
+        ),
+        _at_least(
+            "health", "min_health", known.health, limits.min_health,
+            "gradients_healthy", "gradients_unhealthy", "health of the gradients",
+        ),
+    ]
 
 
 def _epochs(status: SeedStatus, limit: int | None, threshold: str, yes: str, no: str) -> Check:

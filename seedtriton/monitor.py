@@ -27,6 +27,7 @@ from ._training import Mark, StepCounter
 from .errors import ConfigurationError, StateDictError, WiringError
 from .evidence import HOST_FLOOR, NEVER_MEASURED, RATIO_EPS, Sample, SeedEvidence, collect_evidence
 from .flat import FlatGradients, flat_buffer_of
+from .reference import EXPLODING_RMS, VANISHING_RMS
 
 logger = logging.getLogger("seedtriton")
 
@@ -65,6 +66,9 @@ class GradientMonitor(nn.Module):
         eps: added to the host's norm in the ratio.
         host_floor: host norm below which the ratio is undefined.
         lanes: dtype in which squares are first summed; see ``ops.segmented_sumsq``.
+        vanishing_rms: a gradient tensor is vanishing when its root mean square, norm / sqrt(elements), is not 0 and
+            below this; None: not counted. The loss scale is divided out, the scale of the loss is not.
+        exploding_rms: and exploding when it is above this or not finite; None: not counted.
         flat: a ``FlatGradients``, which keeps the gradients in one buffer: they are put back into it before each
             measurement, and on a GPU neither checked one by one nor uploaded. "auto": somebody else may keep them
             so, as DDP does with ``gradient_as_bucket_view=True``; whether all that are measured lie in one buffer,
@@ -79,10 +83,10 @@ class GradientMonitor(nn.Module):
 
     Raises:
         WiringError: no parameters on a side, or a parameter in two seeds.
-        ConfigurationError: an impossible window, eps, floor, flat or tag, or an alpha for an unknown seed.
+        ConfigurationError: an impossible window, eps, floor, limit, flat or tag, or an alpha for an unknown seed.
     """
 
-    VERSION = 1
+    VERSION = 2
     ring: Tensor
     count: Tensor
     since: Tensor
@@ -99,6 +103,8 @@ class GradientMonitor(nn.Module):
         eps: float = RATIO_EPS,
         host_floor: float = HOST_FLOOR,
         lanes: torch.dtype = torch.float32,
+        vanishing_rms: float | None = VANISHING_RMS,
+        exploding_rms: float | None = EXPLODING_RMS,
         flat: FlatGradients | Literal["auto"] | None = None,
         tag: str | None = None,
     ) -> None:
@@ -116,7 +122,9 @@ class GradientMonitor(nn.Module):
             raise ConfigurationError(f'flat must be a FlatGradients, "auto" or None, got {flat!r}')
         if not (tag is None or isinstance(tag, str)):
             raise ConfigurationError(f"tag must be a string or None, got {tag!r}")
+        _check_rms(vanishing_rms, exploding_rms)
         self.window, self.eps, self.host_floor, self.lanes = window, eps, host_floor, lanes
+        self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
         self.tag = tag
         self._flat = flat
         self._host = ParameterSource(host)
@@ -142,6 +150,12 @@ class GradientMonitor(nn.Module):
         self._arrived: _Transit | None = None
         self._marks = {name: Mark.of(self._seed_parameters[name], self._steps.total) for name in self._seeds}
         self.register_load_state_dict_pre_hook(_check_before_load)
+
+    @property
+    def _rms_limits(self) -> tuple[float, float]:
+        """As the ops take them: limits that no tensor, or no finite one, is beyond stand for None."""
+        vanishing, exploding = self.vanishing_rms, self.exploding_rms
+        return 0.0 if vanishing is None else vanishing, math.inf if exploding is None else exploding
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -243,7 +257,7 @@ class GradientMonitor(nn.Module):
             if slope is not None:
                 slope.zero_()
         if self._collector is not None and self._collector.active:
-            self._collector.take(self.ring.shape[1], self.ring.device)
+            self._collector.take(self.ring.device)
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
         """Count the steps of more optimizers: those that train the seeds, if they are not the host's."""
@@ -307,10 +321,9 @@ class GradientMonitor(nn.Module):
                 gains.append(slope)
                 gain_segments.append(segment)
         if given is None and self._collector is not None and self._collector.active:
-            both, counts = self._collector.take(self.ring.shape[1], self.ring.device)
             ops.record_sums_(
-                both, counts, gains, gain_segments, self.ring, self.count, self.summary,
-                self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf,
+                *self._collector.take(self.ring.device), gains, gain_segments, self.ring, self.count, self.summary,
+                self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf, *self._rms_limits,
             )
             return
         gradients: list[Tensor] = []
@@ -328,7 +341,7 @@ class GradientMonitor(nn.Module):
         ops.record_(
             gradients, segments, gains, gain_segments, self.ring, self.count, self.summary,
             self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf, self.lanes,
-            flat, self._flat != "auto", partial(self._name_of_gradient, given),
+            flat, self._flat != "auto", partial(self._name_of_gradient, given), *self._rms_limits,
         )
         self._remember(gradients)
 
@@ -417,7 +430,7 @@ class GradientMonitor(nn.Module):
         for index, name in enumerate(names):
             mark = self._marks[name]
             first = max(since[index + 1], count - self.window)
-            samples = [_sample(rows, number % self.window, index + 1, segments) for number in range(first, count)]
+            samples = [self._sample(rows, number % self.window, index + 1, segments) for number in range(first, count)]
             displacement = packed[moved_at + index]
             evidence[name] = collect_evidence(
                 name,
@@ -431,6 +444,24 @@ class GradientMonitor(nn.Module):
                 optimizer_steps=steps.since(mark, self._seed_parameters[name]),
             )
         return evidence
+
+    def _sample(self, rows: Sequence[float], row: int, segment: int, segments: int) -> Sample:
+        width = reference.QUANTITIES
+        host = row * segments * width
+        seed = host + segment * width
+        return Sample(
+            host_sumsq=rows[host + reference.SUMSQ],
+            seed_sumsq=rows[seed + reference.SUMSQ],
+            host_tensors=int(rows[host + reference.TENSORS]),
+            seed_tensors=int(rows[seed + reference.TENSORS]),
+            host_elements=int(rows[host + reference.ELEMENTS]),
+            seed_elements=int(rows[seed + reference.ELEMENTS]),
+            live_tensors=int(rows[seed + reference.LIVE]),
+            gain=rows[seed + reference.EXTRA],
+            skipped=rows[host + reference.EXTRA] != 0.0,
+            seed_vanishing=None if self.vanishing_rms is None else int(rows[seed + reference.VANISHING]),
+            seed_exploding=None if self.exploding_rms is None else int(rows[seed + reference.EXPLODING]),
+        )
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their total norm is at most ``max_norm``, as torch's function does.
@@ -669,21 +700,14 @@ class _Transit:
         return self._event is None or bool(self._event.query())
 
 
-def _sample(rows: Sequence[float], row: int, segment: int, segments: int) -> Sample:
-    width = reference.QUANTITIES
-    host = row * segments * width
-    seed = host + segment * width
-    return Sample(
-        host_sumsq=rows[host + reference.SUMSQ],
-        seed_sumsq=rows[seed + reference.SUMSQ],
-        host_tensors=int(rows[host + reference.TENSORS]),
-        seed_tensors=int(rows[seed + reference.TENSORS]),
-        host_elements=int(rows[host + reference.ELEMENTS]),
-        seed_elements=int(rows[seed + reference.ELEMENTS]),
-        live_tensors=int(rows[seed + reference.LIVE]),
-        gain=rows[seed + reference.EXTRA],
-        skipped=rows[host + reference.EXTRA] != 0.0,
-    )
+def _check_rms(vanishing: float | None, exploding: float | None) -> None:
+    for name, value in (("vanishing_rms", vanishing), ("exploding_rms", exploding)):
+        if value is not None and not 0.0 < value < math.inf:
+            raise ConfigurationError(f"{name} must be finite and above 0, or None (not counted), got {value!r}")
+    if vanishing is not None and exploding is not None and vanishing > exploding:
+        raise ConfigurationError(
+            f"vanishing_rms {vanishing!r} is above exploding_rms {exploding!r}: a gradient would be both"
+        )
 
 
 def _check_before_load(monitor: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:

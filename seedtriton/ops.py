@@ -141,6 +141,8 @@ def record_(
     flat: Tensor | None = None,
     settled: bool = True,
     names: Callable[[Tensor], str] | None = None,
+    vanishing_rms: float = reference.VANISHING_RMS,
+    exploding_rms: float = reference.EXPLODING_RMS,
 ) -> None:
     """Measure one sample; arguments as ``reference.record_``. For the monitor: it checks nothing again.
 
@@ -154,12 +156,12 @@ def record_(
     if _traced((*gradients[:1], ring)):
         torch.ops.seedtriton.record_(
             list(gradients), list(segments), list(gains), list(gain_segments), ring, count, summary,
-            max_norm, eps, grad_scale, gain_scale, found_inf, lanes == torch.float64,
+            max_norm, eps, grad_scale, gain_scale, found_inf, lanes == torch.float64, vanishing_rms, exploding_rms,
         )
     else:
         _record_(
             gradients, segments, gains, gain_segments, ring, count, summary,
-            max_norm, eps, grad_scale, gain_scale, found_inf, lanes, flat, settled, names,
+            max_norm, eps, grad_scale, gain_scale, found_inf, lanes, flat, settled, names, vanishing_rms, exploding_rms,
         )
 
 
@@ -172,7 +174,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 # The layout of a row and of the summary, in the order in which the kernels take it; defined in reference.py.
 _LAYOUT = (
-    reference.SUMSQ, reference.LIVE, reference.TENSORS, reference.ELEMENTS, reference.EXTRA, reference.QUANTITIES,
+    reference.SUMSQ, reference.LIVE, reference.VANISHING, reference.EXPLODING, reference.MEASURED,
+    reference.TENSORS, reference.ELEMENTS, reference.EXTRA, reference.QUANTITIES,
     reference.TOTAL_NORM, reference.CLIP_COEFFICIENT, reference.SUMMARY_HEAD,
 )
 
@@ -192,8 +195,8 @@ def _segmented_sumsq(
         inside, outside = _split(tensors, segments, tensors[0].device)
         if not inside[0]:
             return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
-        rest = reference.segmented_sums_and_live(*outside, num_segments, lanes, tensors[0].device)
-        return gradient_sums.segmented_sumsq(*inside, num_segments, lanes, rest)
+        rest = reference.segmented_sumsq(*outside, num_segments, lanes, tensors[0].device)
+        return gradient_sums.segmented_sumsq(*inside, num_segments, lanes, rest.view(-1, 1))
     _check_lists(tensors, segments, num_segments)
     return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
 
@@ -231,14 +234,16 @@ def _record_(
     gain_scale: Tensor | None,
     found_inf: Tensor | None,
     lanes: torch.dtype,
-    flat: Tensor | None = None,
-    settled: bool = True,
-    names: Callable[[Tensor], str] | None = None,
+    flat: Tensor | None,
+    settled: bool,
+    names: Callable[[Tensor], str] | None,
+    vanishing_rms: float,
+    exploding_rms: float,
 ) -> None:
     if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
         reference.record_(
             gradients, segments, gains, gain_segments, ring, count, summary,
-            max_norm, eps, grad_scale, gain_scale, found_inf, lanes,
+            max_norm, eps, grad_scale, gain_scale, found_inf, lanes, vanishing_rms, exploding_rms,
         )
         return
     from .kernels import _launch, gradient_sums
@@ -252,7 +257,8 @@ def _record_(
         try:
             gradient_sums.record_(
                 *listed, gains, gain_segments, ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf,
-                lanes, outside, counts, flat, layout=_LAYOUT, clip_eps=reference.CLIP_EPS, settled=settled,
+                lanes, outside, counts, flat, layout=_LAYOUT, clip_eps=reference.CLIP_EPS,
+                vanishing_rms=vanishing_rms, exploding_rms=exploding_rms, settled=settled,
             )
         except _launch.Uncapturable as error:
             raise _named(error, listed[0], gains, names) from error
@@ -262,14 +268,17 @@ def _record_(
     except gradient_sums.Unsupported:
         num_segments = ring.shape[1]
         inside, outside = _split(gradients, segments, ring.device)
-        sums = reference.segmented_sums_and_live(*outside, num_segments, lanes, ring.device)
-        counts = reference.count_by_segment(*outside, num_segments)
-        launch(inside, None, sums, counts)
+        columns = reference.measured_columns(
+            *outside, num_segments, lanes, ring.device, vanishing_rms, exploding_rms, grad_scale
+        )
+        elements = [tensor.numel() for tensor in outside[0]]
+        launch(inside, None, columns, reference.count_by_segment(elements, outside[1], num_segments))
 
 
 def record_sums_(
-    both: Tensor,
-    counts: Sequence[tuple[int, int]],
+    sums: Tensor,
+    elements: Sequence[int],
+    segments: Sequence[int],
     gains: Sequence[Tensor],
     gain_segments: Sequence[int],
     ring: Tensor,
@@ -280,17 +289,28 @@ def record_sums_(
     grad_scale: Tensor | None = None,
     gain_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    vanishing_rms: float = reference.VANISHING_RMS,
+    exploding_rms: float = reference.EXPLODING_RMS,
 ) -> None:
-    """``record_`` for sums that were taken elsewhere; arguments as ``reference.finish_``. Eager only."""
+    """``record_`` for sums that were taken elsewhere. Eager only.
+
+    ``sums`` is float64 [n] on the ring's device, the sum of squares of each tensor, and ``elements`` its size; the
+    other arguments are ``reference.record_``'s.
+    """
+    num_segments = ring.shape[1]
+    columns = reference.columns_of_sums(
+        sums, elements, segments, num_segments, vanishing_rms, exploding_rms, grad_scale
+    )
+    counts = reference.count_by_segment(elements, segments, num_segments)
     rest = (ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf)
     if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
-        reference.finish_(both, counts, gains, gain_segments, *rest)
+        reference.finish_(columns, counts, gains, gain_segments, *rest)
         return
     from .kernels import gradient_sums
 
     gradient_sums.record_(
-        [], [], gains, gain_segments, *rest, outside=both, outside_counts=counts, layout=_LAYOUT,
-        clip_eps=reference.CLIP_EPS,
+        [], [], gains, gain_segments, *rest, outside=columns, outside_counts=counts, layout=_LAYOUT,
+        clip_eps=reference.CLIP_EPS, vanishing_rms=vanishing_rms, exploding_rms=exploding_rms,
     )
 
 
@@ -372,7 +392,8 @@ _library.define("scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()")
 _library.define(
     "record_(Tensor[] gradients, int[] segments, Tensor(a!)[] gains, int[] gain_segments, Tensor(b!) ring, "
     "Tensor(c!) count, Tensor(d!) summary, float max_norm, float eps, Tensor? grad_scale=None, "
-    "Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False) -> ()"
+    "Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False, "
+    f"float vanishing_rms={reference.VANISHING_RMS}, float exploding_rms={reference.EXPLODING_RMS}) -> ()"
 )
 
 
@@ -396,10 +417,13 @@ def _record_impl(
     gain_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     wide: bool = False,
+    vanishing_rms: float = reference.VANISHING_RMS,
+    exploding_rms: float = reference.EXPLODING_RMS,
 ) -> None:
     _record_(
         gradients, segments, gains, gain_segments, ring, count, summary,
-        max_norm, eps, grad_scale, gain_scale, found_inf, _lanes(wide),
+        max_norm, eps, grad_scale, gain_scale, found_inf, _lanes(wide), None, True, None,
+        vanishing_rms, exploding_rms,
     )
 
 

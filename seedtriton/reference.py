@@ -29,10 +29,19 @@ CLIP_EPS = 1e-6
 # The ring holds one row per sample, fp64 [window, segments, QUANTITIES]; segment 0 is the host.
 SUMSQ = 0  # sum of squares of the segment's gradients
 LIVE = 1  # gradient tensors of the segment that are not all zero
-TENSORS = 2  # gradient tensors of the segment
-ELEMENTS = 3  # their elements
-EXTRA = 4  # seeds: the blend gain (NaN: none); host: 1.0 when the optimizer will skip this step
-QUANTITIES = 5
+VANISHING = 2  # live ones whose root mean square is below VANISHING_RMS
+EXPLODING = 3  # those whose root mean square is above EXPLODING_RMS, or not finite
+MEASURED = 4  # so many columns come from the values of the gradients, and may be added to
+TENSORS = 4  # gradient tensors of the segment
+ELEMENTS = 5  # their elements
+EXTRA = 6  # seeds: the blend gain (NaN: none); host: 1.0 when the optimizer will skip this step
+QUANTITIES = 7
+
+# Root mean squares, norm / sqrt(elements), so that a tensor's size does not matter; of true gradients, without the
+# loss scale; exactly at a limit is neither. The first is Adam's usual eps, below which the optimizer's steps shrink
+# with the gradient; at the second, a step of SGD at a rate of 0.01 is as large as a weight usually is.
+VANISHING_RMS = 1e-8
+EXPLODING_RMS = 10.0
 
 # The summary holds what the training step itself can use, fp64 [SUMMARY_HEAD + segments].
 TOTAL_NORM = 0  # root of the sum over all segments
@@ -102,7 +111,7 @@ def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def _segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sums of consecutive runs of ``values`` (fp64), in order: the same bits on every call."""
+    """Sums of consecutive runs of ``values`` (fp64, [n] or [n, columns]), in order: the same bits on every call."""
     counts = _constant(tuple(lengths), torch.int64, values.device)
     # unsafe=True only skips the check that lengths are non-negative and add up, which would synchronise.
     return torch.segment_reduce(values, "sum", lengths=counts, initial=0.0, unsafe=True)
@@ -221,7 +230,7 @@ def _buffer(lanes: torch.dtype) -> Tensor:
 
 
 def _sum_by_segment(values: Tensor, segments: Sequence[int], num_segments: int) -> Tensor:
-    """Sums of ``values`` (one per tensor) by segment, in tensor order within each."""
+    """Sums of ``values`` (one or one row per tensor) by segment, in tensor order within each."""
     order = sorted(range(len(segments)), key=segments.__getitem__)
     if order != list(range(len(segments))):
         values = values.index_select(0, _constant(tuple(order), torch.int64, values.device))
@@ -251,22 +260,61 @@ def segmented_sumsq(
 
 
 @torch.no_grad()
-def segmented_sums_and_live(
+def measured_columns(
     tensors: Sequence[Tensor],
     segments: Sequence[int],
     num_segments: int,
     lanes: torch.dtype,
     device: torch.device,
+    vanishing_rms: float = VANISHING_RMS,
+    exploding_rms: float = EXPLODING_RMS,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
-    """Columns SUMSQ and LIVE of one row of the ring: float64 [num_segments, 2].
+    """The first MEASURED columns of one row of the ring, the sums still with their loss scale."""
+    sums = tensor_sumsq(tensors, lanes, device) if tensors else torch.empty(0, dtype=torch.float64, device=device)
+    elements = [tensor.numel() for tensor in tensors]
+    return columns_of_sums(sums, elements, segments, num_segments, vanishing_rms, exploding_rms, grad_scale)
 
-    A tensor is live when its sum of squares is not zero; NaN counts as live, it is not silence.
+
+@torch.no_grad()
+def columns_of_sums(
+    sums: Tensor,
+    elements: Sequence[int],
+    segments: Sequence[int],
+    num_segments: int,
+    vanishing_rms: float,
+    exploding_rms: float,
+    grad_scale: Tensor | None,
+) -> Tensor:
+    """SUMSQ, LIVE, VANISHING and EXPLODING by segment, from what each tensor adds: float64 [num_segments, MEASURED].
+
+    A tensor is live when its sum of squares is not zero; NaN counts as live, it is not silence. The limits are
+    absolute and not relative to the whole model: in proportion to its own norm, a model whose every gradient
+    vanishes or explodes looks healthy, one tensor that explodes makes all others vanish, and a bias, whose
+    gradient is a sum over positions, is an outlier by nature. What makes absolute numbers depend on the setup is
+    the loss scale, which is divided out here, and the loss itself, for which the limits are arguments.
+
+    Args:
+        sums: float64 [n], sum of squares of each tensor, ``grad_scale`` squared times too large.
+        elements: of each tensor.
+        segments: of each tensor.
+        num_segments: rows of the result.
+        vanishing_rms: a live tensor is vanishing when its root mean square is below this; 0 counts none.
+        exploding_rms: a tensor is exploding when its root mean square is above this or not finite; inf counts
+            only what is not finite.
+        grad_scale: 0-dim or [1], on whatever device; None is 1.
     """
-    if not tensors:
-        return torch.zeros(num_segments, 2, dtype=torch.float64, device=device)
-    sums = tensor_sumsq(tensors, lanes, device)
-    live = sums.ne(0.0).double()
-    return torch.stack([_sum_by_segment(column, segments, num_segments) for column in (sums, live)], dim=1)
+    if not len(elements):
+        return torch.zeros(num_segments, MEASURED, dtype=torch.float64, device=sums.device)
+    scale = 1.0 if grad_scale is None else grad_scale.to(sums.device).double().reshape(())
+    sizes = _constant(tuple(elements), torch.float64, sums.device)
+    # Squares are compared, in the order of operations of the kernel: no root, and no other rounding.
+    low, high = vanishing_rms * scale, exploding_rms * scale
+    live = sums.ne(0.0)
+    vanishing = live & sums.lt(low * low * sizes)
+    exploding = sums.gt(high * high * sizes) | sums.isfinite().logical_not()
+    columns = torch.stack([sums, live.double(), vanishing.double(), exploding.double()], dim=1)
+    return _sum_by_segment(columns, segments, num_segments)
 
 
 @torch.no_grad()
@@ -313,6 +361,8 @@ def record_(
     gain_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     lanes: torch.dtype = torch.float32,
+    vanishing_rms: float = VANISHING_RMS,
+    exploding_rms: float = EXPLODING_RMS,
 ) -> None:
     """Measure one sample: write row ``count % window`` of the ring, the summary, and add 1 to ``count``.
 
@@ -332,30 +382,34 @@ def record_(
         found_inf: 0-dim or [1]; not zero means the optimizer will skip this step.
         lanes: dtype in which squares are summed inside a row: float32, or float64 for magnitudes
             outside 1e-19 .. 1e19.
+        vanishing_rms: see ``columns_of_sums``.
+        exploding_rms: see ``columns_of_sums``.
     """
     num_segments = ring.shape[1]
-    device = ring.device
-    both = segmented_sums_and_live(gradients, segments, num_segments, lanes, device)
+    columns = measured_columns(
+        gradients, segments, num_segments, lanes, ring.device, vanishing_rms, exploding_rms, grad_scale
+    )
+    elements = [gradient.numel() for gradient in gradients]
     finish_(
-        both, count_by_segment(gradients, segments, num_segments), gains, gain_segments, ring, count, summary,
+        columns, count_by_segment(elements, segments, num_segments), gains, gain_segments, ring, count, summary,
         max_norm, eps, grad_scale, gain_scale, found_inf,
     )
 
 
 def count_by_segment(
-    tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int
+    elements: Sequence[int], segments: Sequence[int], num_segments: int
 ) -> list[tuple[int, int]]:
-    """How many tensors every segment has, and how many elements in all."""
+    """How many tensors every segment has, and how many elements in all; ``elements`` is of each tensor."""
     counts = [(0, 0)] * num_segments
-    for tensor, segment in zip(tensors, segments):
-        number, elements = counts[segment]
-        counts[segment] = number + 1, elements + tensor.numel()
+    for size, segment in zip(elements, segments):
+        number, total = counts[segment]
+        counts[segment] = number + 1, total + size
     return counts
 
 
 @torch.no_grad()
 def finish_(
-    both: Tensor,
+    columns: Tensor,
     counts: Sequence[tuple[int, int]],
     gains: Sequence[Tensor],
     gain_segments: Sequence[int],
@@ -368,13 +422,13 @@ def finish_(
     gain_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """The epilogue: from sums and live tensors (float64 [segments, 2]) to the row and the summary.
+    """The epilogue: from the first columns (float64 [segments, MEASURED]) to the row and the summary.
 
     ``counts`` has the tensors and elements of every segment; the other arguments are ``record_``'s.
     """
     num_segments = ring.shape[1]
     device = ring.device
-    sumsq = both[:, 0]
+    sumsq = columns[:, SUMSQ]
     if grad_scale is not None:
         sumsq = sumsq / grad_scale.to(device).double().reshape(()).square()
 
@@ -387,7 +441,9 @@ def finish_(
     row = torch.stack(
         [
             sumsq,
-            both[:, 1],
+            columns[:, LIVE],
+            columns[:, VANISHING],
+            columns[:, EXPLODING],
             _constant(tuple(tensors for tensors, _ in counts), torch.float64, device),
             _constant(tuple(elements for _, elements in counts), torch.float64, device),
             extra,

@@ -350,6 +350,8 @@ class InBackward(Loop):
 
 def test_optimizers_that_step_in_backward_are_measured_while_it_runs():
     plain, inside = Loop(scaled=False), InBackward(scaled=False)
+    for loop in (plain, inside):
+        loop.monitor.vanishing_rms, loop.monitor.exploding_rms = 0.1, 0.2
     handle = inside.monitor.collect_in_backward()
     inside.step_in_backward()
     optimizer = torch.optim.SGD([*plain.host.parameters(), *plain.seed.parameters()], lr=1e-2)
@@ -363,15 +365,31 @@ def test_optimizers_that_step_in_backward_are_measured_while_it_runs():
         inside.loss().backward()
         assert all(parameter.grad is None for parameter in inside.host.parameters())
         inside.monitor.measure()
-    columns = slice(0, 5)
-    torch.testing.assert_close(
-        inside.monitor.ring[:5, :, columns], plain.monitor.ring[:5, :, columns], rtol=1e-6, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(inside.monitor.ring[:5], plain.monitor.ring[:5], rtol=1e-6, atol=0, equal_nan=True)
+    kinds = plain.monitor.ring[:5, :, reference.LIVE : reference.TENSORS].sum(dim=(0, 1)).tolist()
+    assert kinds[0] > kinds[1] + kinds[2] > kinds[1] > 0.0
     assert inside.monitor.read()["a"].samples == 5
     handle.remove()
     inside.loss().backward()
     inside.monitor.measure()
     assert inside.monitor.read()["a"].empty == 1
+
+
+def test_what_is_collected_twice_is_one_tensor_with_the_squares_of_both():
+    loop = Loop(scaled=False)
+    loop.monitor.collect_in_backward()
+    for passes in (1, 2):
+        state = torch.random.get_rng_state()
+        for _ in range(passes):
+            torch.random.set_rng_state(state)
+            loop.loss().backward()
+            for parameter in (*loop.host.parameters(), *loop.seed.parameters()):
+                parameter.grad = None
+        torch.random.set_rng_state(state)
+        loop.monitor.measure()
+    once, twice = loop.monitor.ring[:2]
+    torch.testing.assert_close(twice[:, reference.SUMSQ], 2 * once[:, reference.SUMSQ])
+    assert torch.equal(twice[:, reference.LIVE : reference.EXTRA], once[:, reference.LIVE : reference.EXTRA])
 
 
 def test_collecting_after_the_hooks_that_free_is_refused_with_the_way_out():

@@ -110,6 +110,38 @@ def test_norms_are_root_means_of_the_squares_over_the_window():
     assert found.ratio == pytest.approx(math.sqrt(5 / 26))
 
 
+def test_health_is_counted_tensor_by_tensor_whatever_its_size():
+    # The same norm in few elements and in many: 8 is exploding as 2 of root mean square, not as a quarter.
+    host, seed = weights(1.0), [weights(*[1.0] * n) for n in (16, 1024, 4, 4)]
+    monitor = GradientMonitor([host], {"a": seed}, vanishing_rms=1e-3, exploding_rms=1.5)
+    give(host, 1e6)
+    for parameter, gradient in zip(seed, ([2.0] * 16, [0.25] * 1024, [1e-4] * 4, [0.0] * 4)):
+        give(parameter, *gradient)
+    monitor.measure()
+    found = monitor.read()["a"]
+    assert (found.vanishing_share, found.exploding_share, found.live_share) == (0.25, 0.25, 0.75)
+    assert found.health == pytest.approx(1 - 0.5 * 0.5 - 0.8 * 0.25)
+
+
+def test_what_is_not_counted_has_no_share():
+    found = Pair(vanishing_rms=None, exploding_rms=0.1).measure().read()
+    assert (found.vanishing_share, found.exploding_share, found.health) == (None, 1.0, None)
+    found = Pair(vanishing_rms=1e3, exploding_rms=None).measure().read()
+    assert (found.vanishing_share, found.exploding_share, found.health) == (1.0, None, None)
+
+
+@pytest.mark.parametrize("name", ["vanishing_rms", "exploding_rms"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_an_impossible_limit_is_refused(name, value):
+    with pytest.raises(ConfigurationError, match=rf"{name} must be finite and above 0, or None .* got {value!r}"):
+        Pair(**{name: value})
+
+
+def test_limits_the_wrong_way_round_are_refused():
+    with pytest.raises(ConfigurationError, match=r"vanishing_rms 11\.0 is above exploding_rms 10\.0"):
+        Pair(vanishing_rms=11.0)
+
+
 def test_eps_and_floor_are_the_users():
     pair = Pair(eps=1.0, host_floor=0.5).measure()
     assert pair.read().ratio == pytest.approx(1.0 / 6.0)
@@ -1023,7 +1055,7 @@ BAD_STATES = {
     "no extra state": lambda s: {k: v for k, v in s.items() if k != "_extra_state"},
     "no dict": lambda s: {**s, "_extra_state": 3},
     "no version": lambda s: edit(s, "version", KeyError),
-    "another version": lambda s: edit(s, "version", 2),
+    "another version": lambda s: edit(s, "version", 1),
     "other seeds": lambda s: edit(s, "seeds", ["b"]),
     "no seeds": lambda s: edit(s, "seeds", KeyError),
     "no steps": lambda s: edit(s, "steps", KeyError),
@@ -1056,11 +1088,11 @@ def test_a_bad_state_is_refused_and_changes_nothing(name):
 
 def test_a_refused_state_names_both_sides():
     state = saved(Run().monitor)
-    with pytest.raises(StateDictError, match=r"version 2, .* reads version 1"):
-        Run().monitor.load_state_dict(edit(state, "version", 2))
+    with pytest.raises(StateDictError, match=r"version 1, .* reads version 2"):
+        Run().monitor.load_state_dict(edit(state, "version", 1))
     with pytest.raises(StateDictError, match=r"seeds \['b'\], the monitor has \['a'\]"):
         Run().monitor.load_state_dict(edit(state, "seeds", ["b"]))
-    with pytest.raises(StateDictError, match=r"'ring' .* \(4, 2, 5\)"):
+    with pytest.raises(StateDictError, match=r"'ring' .* \(4, 2, 7\)"):
         Run().monitor.load_state_dict({**state, "ring": state["ring"][:3]})
 
 

@@ -5,17 +5,22 @@ import math
 import pytest
 import torch
 
-from seedtriton import reference
+from seedtriton import ops, reference
 from seedtriton.reference import (
     CLIP_COEFFICIENT,
     ELEMENTS,
+    EXPLODING,
+    EXPLODING_RMS,
     EXTRA,
     LIVE,
+    MEASURED,
     QUANTITIES,
     SUMMARY_HEAD,
     SUMSQ,
     TENSORS,
     TOTAL_NORM,
+    VANISHING,
+    VANISHING_RMS,
 )
 
 WINDOW, SEGMENTS = 3, 3
@@ -48,6 +53,7 @@ def test_every_column_of_the_row():
     row = record.ring[0]
     assert row[:, SUMSQ].tolist() == pytest.approx([25.0, 4.0, 0.0], rel=1e-7)
     assert row[:, LIVE].tolist() == [1.0, 1.0, 0.0]
+    assert row[:, VANISHING].tolist() == row[:, EXPLODING].tolist() == [0.0, 0.0, 0.0]
     assert row[:, TENSORS].tolist() == [2.0, 2.0, 1.0]
     assert row[:, ELEMENTS].tolist() == [2.0, 3.0, 1.0]
     assert row[0, EXTRA] == 0.0
@@ -55,6 +61,54 @@ def test_every_column_of_the_row():
     assert row[2, EXTRA].isnan()
     assert (record.ring[1:] == -7.0).all()
     assert record.count == 1
+
+
+def test_tensors_are_judged_by_their_root_mean_square_in_fp64():
+    torch.manual_seed(0)
+    tensors, segments, right = [], [], torch.zeros(SEGMENTS, 3, dtype=torch.float64)
+    for n in range(300):
+        size = (1, 7, 256, 5000)[n % 4]
+        tensor = torch.randn(size) * 10.0 ** (n % 13 - 10)
+        tensors.append(tensor if n % 11 else torch.zeros(size))
+        segments.append(n * n % SEGMENTS)
+        rms = tensors[-1].double().square().mean().sqrt()
+        right[segments[-1]] += torch.stack([rms != 0, (rms != 0) & (rms < VANISHING_RMS), rms > EXPLODING_RMS])
+    row = Record().write(tensors, segments).ring[0]
+    assert torch.equal(row[:, LIVE:TENSORS], right)
+    assert (right[:2] > 0).all()
+    scale = torch.tensor(1024.0)
+    assert torch.equal(
+        Record().write([1024 * t for t in tensors], segments, grad_scale=scale).ring[0, :, LIVE:TENSORS], right
+    )
+
+
+@pytest.mark.parametrize("size", [1, 4, 65536])
+def test_exactly_at_a_limit_is_neither_vanishing_nor_exploding(size):
+    low, high = 2.0**-10, 2.0**6
+    for value, kinds in ((low, [0, 0]), (low * 0.99, [1, 0]), (high, [0, 0]), (high * 1.01, [0, 1])):
+        record = Record().write([torch.full((size,), value)], [0], vanishing_rms=low, exploding_rms=high)
+        assert record.ring[0, 0, [VANISHING, EXPLODING]].tolist() == kinds
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_exploding_whatever_the_limit(bad):
+    for limit in (1.0, math.inf):
+        record = Record().write([[1.0, bad], torch.empty(0), [0.0]], [0, 1, 2], exploding_rms=limit)
+        assert record.ring[0, :, LIVE:TENSORS].tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_sums_taken_elsewhere_give_the_same_row():
+    tensors, segments = [torch.randn(n) * 10.0 ** (n - 9) for n in (1, 5, 9, 11)], [2, 0, 0, 1]
+    scale = torch.tensor([4.0])
+    right = Record().write(tensors, segments, grad_scale=scale)
+    ours = Record()
+    sums = reference.tensor_sumsq(tensors, torch.float32, torch.device("cpu"))
+    ops.record_sums_(
+        sums, [t.numel() for t in tensors], segments, [], [], ours.ring, ours.count, ours.summary, math.inf, EPS, scale
+    )
+    assert torch.equal(ours.ring.nan_to_num(-1.0), right.ring.nan_to_num(-1.0))
+    assert torch.equal(ours.summary, right.summary)
+    assert right.ring[0, :, VANISHING:MEASURED].sum(0).tolist() == [1.0, 1.0]
 
 
 def test_a_step_without_gradients_is_a_row_of_zeros():

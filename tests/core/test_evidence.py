@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from seedtriton.errors import ConfigurationError
 from seedtriton.evidence import (
+    EXPLODING_WEIGHT,
     GAIN_SAMPLES,
     HOST_FLOOR,
     HOST_UNDEFINED,
@@ -22,10 +23,12 @@ from seedtriton.evidence import (
     NOT_FINITE,
     RATIO_EPS,
     STATUSES,
+    VANISHING_WEIGHT,
     Sample,
     SeedEvidence,
     collect_evidence,
     effective_sample_size,
+    gradient_health,
     gradient_ratio,
     plateau_share,
     rms_ratio,
@@ -48,6 +51,8 @@ def sample(**changes):
         "live_tensors": 5,
         "gain": 0.5,
         "skipped": False,
+        "seed_vanishing": 0,
+        "seed_exploding": 0,
     }
     return Sample(**{**values, **changes})
 
@@ -77,6 +82,73 @@ def noise(n, seed, phi=0.0):
         series.append(value)
         value = phi * value + draw.gauss(0, 1)
     return series
+
+
+# --- health ---------------------------------------------------------------------------------------
+
+
+def test_health_is_the_formula_of_the_original_clamped():
+    assert (VANISHING_WEIGHT, EXPLODING_WEIGHT) == (0.5, 0.8)
+    assert gradient_health(0.0, 0.0) == 1.0
+    assert gradient_health(1.0, 0.0) == 0.5
+    assert gradient_health(0.0, 1.0) == pytest.approx(0.2)
+    assert gradient_health(0.25, 0.5) == pytest.approx(1 - 0.125 - 0.4)
+    assert gradient_health(1.0, 1.0) == 0.0
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_health_falls_with_either_share_and_stays_in_its_range(vanishing, exploding, more):
+    health = gradient_health(vanishing, exploding)
+    assert 0.0 <= health <= 1.0
+    assert gradient_health(max(vanishing, more), exploding) <= health
+    assert gradient_health(vanishing, max(exploding, more)) <= health
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, NAN, INF])
+def test_health_of_an_impossible_share_is_refused(share):
+    with pytest.raises(ConfigurationError, match=r"share of vanishing gradients must lie in \[0, 1\]"):
+        gradient_health(share, 0.0)
+    with pytest.raises(ConfigurationError, match=r"share of exploding gradients must lie in \[0, 1\]"):
+        gradient_health(0.0, share)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5), st.booleans()), max_size=20))
+def test_shares_are_of_the_gradient_tensors_in_the_samples_that_count(rows):
+    window, used = [], []
+    for tensors, live, exploding, skipped in rows:
+        live, exploding = min(live, tensors), min(exploding, live, tensors)
+        vanishing = live - exploding
+        counted = {"seed_vanishing": vanishing, "seed_exploding": exploding}
+        window.append(sample(seed_tensors=tensors, live_tensors=live, skipped=skipped, **counted))
+        if not skipped:
+            used.append((tensors, live, vanishing, exploding))
+    found = collect(window)
+    tensors, live, vanishing, exploding = (sum(column) for column in zip(*used)) if used else (0, 0, 0, 0)
+    if not tensors:
+        assert (found.vanishing_share, found.exploding_share, found.health) == (None, None, None)
+        return
+    assert found.vanishing_share == vanishing / tensors
+    assert found.exploding_share == exploding / tensors
+    # What is all zero is no healthier than what vanishes.
+    weak = Fraction(vanishing + tensors - live, tensors)
+    right = max(0, 1 - Fraction(1, 2) * weak - Fraction(4, 5) * Fraction(exploding, tensors))
+    assert found.health == pytest.approx(float(right), abs=1e-12)
+
+
+def test_no_measurement_has_no_health_and_a_dead_seed_half_of_it():
+    for window in ([], [NOTHING], [sample(skipped=True)], [sample(seed_sumsq=NAN)], [sample(seed_tensors=0)]):
+        found = collect(window)
+        assert (found.vanishing_share, found.exploding_share, found.health) == (None, None, None)
+    dead = collect([sample(seed_sumsq=0.0, live_tensors=0)])
+    assert (dead.vanishing_share, dead.exploding_share, dead.health) == (0.0, 0.0, 0.5)
+    assert collect([sample()]).health == 1.0
+
+
+@pytest.mark.parametrize("name, share", [("seed_vanishing", "vanishing_share"), ("seed_exploding", "exploding_share")])
+def test_what_was_not_counted_in_one_sample_has_no_share(name, share):
+    found = collect([sample(), sample(**{name: None})])
+    assert getattr(found, share) is None
+    assert found.health is None
 
 
 # --- formulas ---------------------------------------------------------------------------------------
@@ -531,6 +603,16 @@ def test_what_is_known_elsewhere_is_passed_on():
 
 anything = st.one_of(st.floats(0.0), st.sampled_from([NAN, INF, 0.0, 1.0]))
 counts = st.integers(0, 3)
+
+
+def consistent(sample):
+    """No more vanishing or exploding tensors than there are."""
+    most = min(sample.seed_tensors, sample.live_tensors)
+    kinds = (sample.seed_vanishing, sample.seed_exploding)
+    vanishing, exploding = (None if kind is None else min(kind, most) for kind in kinds)
+    return sample._replace(seed_vanishing=vanishing, seed_exploding=exploding)
+
+
 samples = st.builds(
     Sample,
     host_sumsq=anything,
@@ -542,7 +624,9 @@ samples = st.builds(
     live_tensors=counts,
     gain=st.one_of(st.floats(-1e300, 1e300), st.sampled_from([NAN, INF])),
     skipped=st.booleans(),
-)
+    seed_vanishing=st.none() | counts,
+    seed_exploding=st.none() | counts,
+).map(consistent)
 
 
 @settings(deadline=None, max_examples=300)

@@ -48,6 +48,7 @@ QUESTIONS = {
     "live_share": "min_live_share",
     "gradient_ratio": "min_gradient_ratio",
     "exploding": "max_gradient_ratio",
+    "exploding_tensors": "max_exploding_share",
     "samples": "min_samples",
     "age": "max_sample_age",
     "epochs": "min_training_epochs",
@@ -57,6 +58,8 @@ QUESTIONS = {
     "probe_gain": "min_probe_gain",
     "probe_harm": "max_probe_harm",
 }
+# The same for questions that are off unless a limit is set.
+OFF = {"vanishing": "max_vanishing_share", "health": "min_health"}
 # question, what is changed, at the default limit, one step beyond it, name of yes, name of no
 LIMITS = [
     (
@@ -67,6 +70,10 @@ LIMITS = [
     ("epochs", "epochs_in_stage", 3, 2, "seed_ready", "seed_not_ready"),
     ("gradient_ratio", "ratio", 0.05, math.nextafter(0.05, 0), "seed_gradient_active", "seed_gradient_low"),
     ("exploding", "ratio", 1e3, math.nextafter(1e3, INF), "seed_gradient_bounded", "seed_gradient_exploding"),
+    (
+        "exploding_tensors", "exploding_share", 0.5, math.nextafter(0.5, 1), "gradients_bounded",
+        "gradients_exploding",
+    ),
     ("samples", "samples", 32, 31, "samples_sufficient", "samples_insufficient"),
     ("age", "age", 20, 21, "samples_fresh", "samples_stale"),
     ("displacement", "displacement", 1e-4, math.nextafter(1e-4, 0), "weights_moved", "weights_not_moved"),
@@ -108,6 +115,9 @@ def seed_status(**changes):
         "effective_samples": 50.0,
         "displacement": 0.1,
         "live_share": 1.0,
+        "vanishing_share": 0.0,
+        "exploding_share": 0.0,
+        "health": 1.0,
         "in_optimizer": True,
         "optimizer_steps": 100,
         "plateau_share": 0.02,
@@ -129,8 +139,8 @@ def seed_status(**changes):
     return SeedStatus(**{"seed": "s", **rest, **changes})
 
 
-# Every question is asked; by default one is not.
-EVERYTHING = GateThresholds(min_training_improvement=1.0)
+# Questions that are off unless told, and asked in these tests.
+EVERYTHING = GateThresholds(min_training_improvement=1.0, max_exploding_share=0.5)
 
 
 def judge(target=Stage.BLENDING, thresholds=EVERYTHING, mode=STRICT, **changes):
@@ -157,11 +167,12 @@ def test_g2_asks_these_questions_and_a_good_seed_passes_all():
     verdict = judge()
     assert (verdict.gate, verdict.target, verdict.seed, verdict.mode) == (Gate.G2, Stage.BLENDING, "s", STRICT)
     assert verdict.passed is True
-    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys()
-    assert len(verdict.checks) == 17
-    assert [check.question for check in verdict.checks if check.passed is not True] == ["probe_gain", "probe_harm"]
-    assert all(check.passed is True for check in judge(probe=probed()).checks)
-    assert all(check.reason for check in verdict.checks)
+    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys() | OFF.keys()
+    assert len(verdict.checks) == 20
+    unasked = {check.question for check in verdict.checks if check.passed is None}
+    assert unasked == OFF.keys() | {"probe_gain", "probe_harm"}
+    assert {check.question for check in judge(probe=probed()).checks if check.passed is not True} == OFF.keys()
+    assert all(check.passed is not False and check.reason for check in verdict.checks)
 
 
 @pytest.mark.parametrize("question, field, limit, beyond, yes, no", LIMITS, ids=[case[0] for case in LIMITS])
@@ -191,11 +202,33 @@ def test_a_question_switched_off_is_listed_and_decides_nothing(question, field, 
 
 
 @pytest.mark.parametrize(
+    "question, field, limit, beyond, yes, no",
+    [
+        (
+            "vanishing", "vanishing_share", 0.25, math.nextafter(0.25, 1),
+            "gradients_substantial", "gradients_vanishing",
+        ),
+        ("health", "health", 0.75, math.nextafter(0.75, 0), "gradients_healthy", "gradients_unhealthy"),
+    ],
+)  # fmt: skip
+def test_a_question_that_is_off_is_asked_once_it_has_a_limit(question, field, limit, beyond, yes, no):
+    thresholds = GateThresholds(**{OFF[question]: limit})
+    passed, refused = judge(thresholds=thresholds, **{field: limit}), judge(thresholds=thresholds, **{field: beyond})
+    assert (passed.passed, answer(passed, question).name) == (True, yes)
+    assert (failed(refused), answer(refused, question).name) == ([question], no)
+    unknown = judge(thresholds=thresholds, **{field: None})
+    assert (failed(unknown), answer(unknown, question).name) == ([question], f"{question}_never_measured")
+    off = answer(judge(**{field: beyond}), question)
+    assert (off.passed, off.value, off.reason) == (None, beyond, f"not asked: {OFF[question]} is None")
+
+
+@pytest.mark.parametrize(
     "question, field",
     [
         ("improvement", "improvement"),
         ("displacement", "displacement"),
         ("live_share", "live_share"),
+        ("exploding_tensors", "exploding_share"),
         ("blend_gain", "blend_gain_t"),
         ("optimizer", "in_optimizer"),
         ("gradient_ratio", "ratio"),
@@ -396,7 +429,7 @@ def test_a_probe_survives_being_saved():
 
 # --- five answers -----------------------------------------------------------------------------------
 
-GOOD = Sample(16.0, 9.0, 3, 5, 400, 100, 5, 0.5, False)
+GOOD = Sample(16.0, 9.0, 3, 5, 400, 100, 5, 0.5, False, 0, 0)
 WINDOWS = {
     "gradient_never_measured": [],
     "seed_gradient_missing": [GOOD._replace(seed_sumsq=0.0, seed_tensors=0)] * 40,
@@ -447,13 +480,13 @@ def test_no_evidence_is_never_measured():
 
 def test_a_missing_gradient_fails_the_questions_that_ask_for_it():
     assert failed(judge(evidence=measured([]))) == [
-        "measured", "finite", "gradient_ratio", "exploding", "samples",
+        "measured", "finite", "exploding_tensors", "gradient_ratio", "exploding", "samples",
     ]  # fmt: skip
     assert failed(judge(evidence=measured(WINDOWS["seed_gradient_missing"]))) == [
-        "measured", "gradient_ratio", "exploding",
+        "measured", "exploding_tensors", "gradient_ratio", "exploding",
     ]  # fmt: skip
     assert failed(judge(evidence=measured(WINDOWS["gradient_not_finite"]))) == [
-        "measured", "finite", "gradient_ratio", "exploding", "samples",
+        "measured", "finite", "exploding_tensors", "gradient_ratio", "exploding", "samples",
     ]  # fmt: skip
     without_gain = GateThresholds().without("min_blend_gain_t")
     assert failed(judge(evidence=measured(WINDOWS["host_gradient_undefined"]), thresholds=without_gain)) == [
@@ -523,11 +556,11 @@ def test_unknown_progress_does_not_matter_in_permissive_mode():
 # --- permissive -------------------------------------------------------------------------------------
 
 
-def test_permissive_asks_five_questions_and_lists_the_others():
+def test_permissive_asks_six_questions_and_lists_the_others():
     verdict = judge(mode=PERMISSIVE)
     asked = {check.question for check in verdict.checks if check.passed is not None}
-    assert asked == {"stage", "measured", "finite", "exploding", "epochs"}
-    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys()
+    assert asked == {"stage", "measured", "finite", "exploding", "exploding_tensors", "epochs"}
+    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys() | OFF.keys()
     assert {check.reason for check in verdict.checks if check.passed is None} == {"not asked: permissive"}
     assert verdict.mode == PERMISSIVE
 
@@ -563,6 +596,8 @@ def test_permissive_still_refuses_nan_exploding_short_and_dropped():
     assert failed(judge(mode=PERMISSIVE, ratio=NAN)) == ["exploding"]
     assert failed(judge(mode=PERMISSIVE, ratio=None)) == ["exploding"]
     assert failed(judge(mode=PERMISSIVE, ratio=math.nextafter(1e3, INF))) == ["exploding"]
+    assert failed(judge(mode=PERMISSIVE, exploding_share=0.6)) == ["exploding_tensors"]
+    assert failed(judge(mode=PERMISSIVE, exploding_share=None)) == ["exploding_tensors"]
     assert failed(judge(mode=PERMISSIVE, epochs_in_stage=2)) == ["epochs"]
     assert failed(judge(mode=PERMISSIVE, samples=8, dropped=1)) == ["finite"]
     assert failed(judge(mode=PERMISSIVE, stage=Stage.HOLDING)) == ["stage"]
@@ -802,7 +837,10 @@ WHOLE = {
     "max_isolation_violations", "min_training_epochs", "min_samples", "max_sample_age",
     "min_blending_epochs", "min_holding_epochs",
 }  # fmt: skip
-SHARES = {"max_dropped_share", "min_live_share", "max_plateau_share"}
+SHARES = {
+    "max_dropped_share", "min_live_share", "max_plateau_share", "max_vanishing_share", "max_exploding_share",
+    "min_health",
+}  # fmt: skip
 NUMBERS = {
     "min_training_improvement", "min_gradient_ratio", "max_gradient_ratio", "min_displacement",
     "min_blend_gain_t", "max_accuracy_drop", "min_probe_gain", "max_probe_harm", "min_contribution",

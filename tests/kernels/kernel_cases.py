@@ -21,9 +21,11 @@ from seedtriton.kernels import _launch, gradient_scale, gradient_sums
 
 EPSILON = 1e-6
 LAYOUT = (
-    reference.SUMSQ, reference.LIVE, reference.TENSORS, reference.ELEMENTS, reference.EXTRA,
-    reference.QUANTITIES, reference.TOTAL_NORM, reference.CLIP_COEFFICIENT, reference.SUMMARY_HEAD,
+    reference.SUMSQ, reference.LIVE, reference.VANISHING, reference.EXPLODING, reference.MEASURED,
+    reference.TENSORS, reference.ELEMENTS, reference.EXTRA, reference.QUANTITIES, reference.TOTAL_NORM,
+    reference.CLIP_COEFFICIENT, reference.SUMMARY_HEAD,
 )  # fmt: skip
+LIMITS = {"vanishing_rms": reference.VANISHING_RMS, "exploding_rms": reference.EXPLODING_RMS}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 3, 63, 127, 1000, 4097, 65537)
 NAN = float("nan")
@@ -99,6 +101,7 @@ class Sample:
 
     def record(self, gradients, segments, gains=(), gain_segments=(), max_norm=1.0, eps=1e-8, more=None, **options):
         """One measurement by both; ``more`` is only for the kernel."""
+        options = {**LIMITS, **options}
         twins = [gain.clone() for gain in gains]
         gradient_sums.record_(
             gradients, segments, gains, gain_segments, *self.ours, max_norm, eps,
@@ -184,8 +187,8 @@ def test_scratch_is_not_rectangular(device):
     # pytorch#190549: one large tensor and many small ones took largest x count, 24 MB for 20 KB.
     tensors = [random(65537, torch.float32, device)] + [random(1, torch.float32, device) for _ in range(20)]
     gradient_sums.segmented_sumsq(tensors, spread(21, 2), 2)
-    assert tables().work.numel() == (9 + 20) + 2 * 2 + 21
-    assert tables().counters.numel() == 3
+    assert tables().work.numel() == (9 + 20) + 4 * 2 + 21
+    assert tables().counters.numel() == 3 + 21
 
 
 def test_unaligned_base_still_right(device):
@@ -256,17 +259,17 @@ def test_a_sample_of_empty_tensors_is_still_a_row(device):
 
 
 @pytest.mark.parametrize("two_launches", [False, True])
-def test_counters_and_live_marks_are_zero_between_calls(two_launches, device):
+def test_counters_are_zero_between_calls_and_scratch_does_not_matter(two_launches, device):
     sample = Sample(3, device)
     gradients = [random(n, torch.float32, device) for n in (20000, 5, 300, 9000)]
     for _ in range(3):
         sample.record(gradients, [0, 2, 2, 0], more={"two_launches": two_launches})
         sample.assert_same()
         state = tables()
-        assert state.counters.tolist() == [0, 0, 0, 0]
-        assert state.work[state.items + 6 :].tolist() == [0.0] * 4
-        # Whatever else lies in the scratch between calls must not matter.
+        assert state.counters.tolist() == [0] * (3 + 1 + 4)
+        # What lies in the scratch between calls must not matter, but for the numbers of tensors and elements.
         state.work[: state.items + 6] = NAN
+        state.work[state.items + 12 :] = NAN
 
 
 def test_live_counts_tensors_that_are_not_all_zero(device):
@@ -281,6 +284,103 @@ def test_live_counts_tensors_that_are_not_all_zero(device):
         sample.record(gradients, segments)
         sample.assert_same()
     assert sample.ring[:5, :, reference.LIVE].sum(1).tolist() == [0.0, 1.0, 2.0, 1.0, 0.0]
+
+
+# Mean squares of tensors, by the kind that they are of with limits of 2**-10 and 2**6.
+KINDS = {"dead": 0.0, "vanishing": 2.0**-22, "good": 1.0, "exploding": 2.0**14, "nan": NAN, "inf": INF}
+RMS = {"vanishing_rms": 2.0**-10, "exploding_rms": 2.0**6}
+
+
+def of_kind(kind, size, dtype, device, spot=None):
+    """A tensor of that mean square: all in one element, or spread out."""
+    mean = KINDS[kind]
+    if kind in ("nan", "inf"):
+        values = torch.ones(size)
+        values[spot or 0] = mean
+    elif spot is None:
+        values = torch.full((size,), math.sqrt(mean))
+    else:
+        values = torch.zeros(size)
+        values[spot] = math.sqrt(mean * size)
+    return place(values.to(dtype), device)
+
+
+def counts_of(kinds, segments, num_segments):
+    """LIVE, VANISHING and EXPLODING of every segment, from what each tensor was made as."""
+    counts = [[0.0, 0.0, 0.0] for _ in range(num_segments)]
+    for kind, segment in zip(kinds, segments):
+        counts[segment][0] += kind != "dead"
+        counts[segment][1] += kind == "vanishing"
+        counts[segment][2] += kind in ("exploding", "nan", "inf")
+    return counts
+
+
+@pytest.mark.parametrize("more", [{}, {"programs": 1}, {"programs": 3}, {"two_launches": True}], ids=str)
+def test_vanishing_and_exploding_tensors_are_counted_by_their_size(more, device):
+    # Neighbours of other kinds, in tensors of one item and of several: a sum that took one item too many or too few
+    # would be of another kind.
+    sizes = (1, 8192, 8193, 40000, 16384, 7)
+    kinds = [kind for kind in KINDS for _ in range(2)]
+    sample = Sample(4, device, window=8)
+    for turn in range(3):
+        made = kinds[turn:] + kinds[:turn]
+        tensors = []
+        for n, kind in enumerate(made):
+            size, dtype = sizes[n % 6], DTYPES[n % 3 if kind == "good" else 0]
+            tensors.append(of_kind(kind, size, dtype, device, (None, 0, size - 1)[n % 3]))
+        segments = [(0, 0, 0, 2, 3)[n % 5] for n in range(len(made))]
+        sample.record(tensors, segments, more=more, **RMS)
+        sample.assert_same()
+        assert sample.ring[turn, :, 1:4].tolist() == counts_of(made, segments, 4)
+
+
+def test_more_than_a_thousand_tensors_are_counted(device):
+    # More than one block of marks, of several segments side by side.
+    made = [list(KINDS)[n * n % 6] for n in range(1300)]
+    tensors = [of_kind(kind, 1 + n % 3, torch.float32, device) for n, kind in enumerate(made)]
+    segments = [0 if n < 1100 else 1 + n % 2 for n in range(1300)]
+    sample = Sample(3, device)
+    sample.record(tensors, segments, more={"programs": 2}, **RMS)
+    sample.assert_same()
+    assert sample.ring[0, :, 1:4].tolist() == counts_of(made, segments, 3)
+
+
+# Sizes for which neither side rounds.
+@pytest.mark.parametrize("size", [1, 4, 16384])
+def test_exactly_at_a_limit_is_neither(size, device):
+    sample = Sample(1, device, window=8)
+    for value, kinds in (
+        (2.0**-10, [0.0, 0.0]),
+        (2.0**-10 * (1 - 2**-12), [1.0, 0.0]),
+        (2.0**6, [0.0, 0.0]),
+        (2.0**6 * (1 + 2**-12), [0.0, 1.0]),
+    ):
+        for lanes in (torch.float32, torch.float64):
+            sample.record([place(torch.full((size,), value), device)], [0], lanes=lanes, **RMS)
+            sample.assert_same()
+            assert sample.ring[(sample.ours[1].item() - 1) % 8, 0, 2:4].tolist() == kinds
+
+
+def test_limits_are_of_gradients_without_the_loss_scale(device):
+    sample = Sample(1, device, window=8)
+    scale = torch.tensor(2.0**8, device=device)
+    for rms, kinds in ((2.0**-11, [1.0, 0.0]), (2.0**-9, [0.0, 0.0]), (2.0**5, [0.0, 0.0]), (2.0**7, [0.0, 1.0])):
+        sample.record([place(torch.full((9000,), rms * 2**8), device)], [0], grad_scale=scale, **RMS)
+        sample.assert_same()
+        assert sample.ring[(sample.ours[1].item() - 1) % 8, 0, 2:4].tolist() == kinds
+
+
+def test_limits_can_be_switched_off_without_another_kernel(device):
+    kinds = list(KINDS)
+    tensors = [of_kind(kind, 9000, torch.float32, device) for kind in kinds]
+    sample = Sample(1, device, window=8)
+    sample.record(tensors, [0] * 6, vanishing_rms=0.0, exploding_rms=INF)
+    sample.assert_same()
+    assert sample.ring[0, 0, 1:4].tolist() == [5.0, 0.0, 2.0]
+    sample.record(tensors, [0] * 6, **RMS)
+    sample.assert_same()
+    assert sample.ring[1, 0, 1:4].tolist() == [5.0, 1.0, 3.0]
+    assert len(_launch._cache) == 1
 
 
 def test_ring_wraps_around(device):
@@ -342,17 +442,24 @@ def test_outside_sums_meet_the_kernels(device):
     sample = Sample(3, device)
     inside = [random(1000, torch.float32, device), random(10, torch.bfloat16, device)]
     other = [torch.randn(50, dtype=torch.float64, device=device), torch.zeros(4, dtype=torch.float64, device=device)]
-    outside = reference.segmented_sums_and_live(other, [0, 2], 3, torch.float32, torch.device(device))
+    other += [torch.full((n,), x, dtype=torch.float64, device=device) for n, x in ((3, 1e-12), (9, 1e3))]
+    segments = [0, 2, 1, 0]
+    scale = torch.tensor(4.0, device=device)
+    outside = reference.measured_columns(
+        other, segments, 3, torch.float32, torch.device(device), grad_scale=scale, **LIMITS
+    )
     gradient_sums.record_(
-        inside, [0, 1], [], [], *sample.ours, 1.0, 1e-8, layout=LAYOUT, clip_eps=reference.CLIP_EPS,
-        grad_scale=torch.tensor(4.0, device=device), outside=outside, outside_counts=[(1, 50), (0, 0), (1, 4)],
+        inside, [0, 1], [], [], *sample.ours, 1.0, 1e-8, layout=LAYOUT, clip_eps=reference.CLIP_EPS, **LIMITS,
+        grad_scale=scale, outside=outside, outside_counts=[(2, 59), (1, 3), (1, 4)],
     )  # fmt: skip
-    reference.record_(inside + other, [0, 1, 0, 2], [], [], *sample.theirs, 1.0, 1e-8, torch.tensor(4.0, device=device))
+    reference.record_(inside + other, [0, 1, *segments], [], [], *sample.theirs, 1.0, 1e-8, scale)
     sample.assert_same()
-    found = gradient_sums.segmented_sumsq(inside, [0, 1], 3, outside=outside)
-    assert_sums(found, inside + other, [0, 1, 0, 2], 3)
-    with pytest.raises(ValueError, match=r"outside must be float64 \[2, 2\]"):
-        gradient_sums.segmented_sumsq(inside, [0, 1], 2, outside=outside)
+    assert sample.ring[0, :, reference.LIVE : reference.TENSORS].tolist() == [[3, 0, 1], [2, 1, 0], [0, 0, 0]]
+    found = gradient_sums.segmented_sumsq(inside, [0, 1], 3, outside=outside[:, :1])
+    assert_sums(found, inside + other, [0, 1, *segments], 3)
+    for wrong in (outside, outside[:2, :1]):
+        with pytest.raises(ValueError, match=r"outside must be float64 \[3, 1\]"):
+            gradient_sums.segmented_sumsq(inside, [0, 1], 3, outside=wrong)
 
 
 def test_addresses_that_change_between_calls(device):
@@ -668,7 +775,9 @@ def test_any_list_gives_the_reference_row(items, grad_scale, max_norm, device):
     tensors = [random(n, dtype, device, misaligned) for n, dtype, misaligned, _ in items]
     segments = [segment for *_, segment in items]
     sample = Sample(5, device)
+    # Normal numbers of these limits: about half of the tensors are beyond one or the other.
+    limits = {"vanishing_rms": 0.99 / (grad_scale or 1.0), "exploding_rms": 1.01 / (grad_scale or 1.0)}
     scale = None if grad_scale is None else torch.tensor(grad_scale, device=device)
     for _ in range(2):
-        sample.record(tensors, segments, max_norm=max_norm, grad_scale=scale)
+        sample.record(tensors, segments, max_norm=max_norm, grad_scale=scale, **limits)
     sample.assert_same()

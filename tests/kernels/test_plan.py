@@ -49,6 +49,7 @@ def test_order_is_segment_then_tensor_then_offset(tensors):
 @given(TENSORS)
 def test_starts_and_counts_describe_the_segments(tensors):
     plan = plan_of(tensors)
+    assert plan.parts == tuple(plan.slots.count(slot) for slot in plan.slots)
     assert len(plan.segment_starts) == len(plan.slot_starts) == 6
     assert (plan.segment_starts[-1], plan.slot_starts[-1]) == (plan.items, len(plan.tensors))
     for segment in range(5):

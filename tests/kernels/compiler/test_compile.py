@@ -24,7 +24,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-LAYOUT = (0, 1, 2, 3, 4, 5, 0, 1, 2)
+LAYOUT = (0, 1, 2, 3, 4, 4, 5, 6, 7, 0, 1, 2)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -48,7 +48,7 @@ MORE_SEGMENTS = {
 def sums(variant, target, kernel=gradient_sums._sums_kernel):
     """The sums kernel as the launcher asks for it: segments, lanes, epilogue, counters, persistent."""
     layout = LAYOUT if variant[2] else gradient_sums.SUMS_LAYOUT
-    constants = gradient_sums._constants(*variant, layout, target.warp_size)
+    constants = gradient_sums._constants(*variant, 1e-6, layout, target.warp_size)
     return compiled(kernel, constants, target)
 
 
@@ -127,17 +127,21 @@ def expected_loads(variant, target):
     return 6 if variant[1] is F32 and target.warp_size == 32 else 3
 
 
+def expected_atomics(variant):
+    """One for segments, one for the sample, and for a row one for tensors of several items."""
+    return (2 + variant[2]) if variant[3] else 0
+
+
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_sums_kernel(variant, target, tmp_path):
-    counts = 2 if variant[3] else 0
-    assert_good(sums(variant, target), tmp_path, expected_loads(variant, target), counts)
+    assert_good(sums(variant, target), tmp_path, expected_loads(variant, target), expected_atomics(variant))
 
 
 @pytest.mark.parametrize("variant", MORE_SEGMENTS.values(), ids=MORE_SEGMENTS)
 def test_sums_kernel_with_more_segments(variant, tmp_path):
     target = TARGETS["sm_90"]
-    assert_good(sums(variant, target), tmp_path, expected_loads(variant, target), counts=2)
+    assert_good(sums(variant, target), tmp_path, expected_loads(variant, target), expected_atomics(variant))
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -202,4 +206,4 @@ def test_this_lane_fails_when_registers_run_out(tmp_path):
     target = TARGETS["sm_100"]
     kernel = sums(VARIANTS["row"], target, broken(tmp_path, "@triton.jit(noinline=True)", "@triton.jit"))
     with pytest.raises(AssertionError, match="registers"):
-        assert_good(kernel, tmp_path, expected_loads(VARIANTS["row"], target), counts=2)
+        assert_good(kernel, tmp_path, expected_loads(VARIANTS["row"], target), counts=3)

@@ -6,7 +6,18 @@ import torch
 pytest.importorskip("triton")
 
 from kernel_cases import *  # noqa: F403
-from kernel_cases import DTYPES, LAYOUT, Sample, _launch, gradient_scale, gradient_sums, random, reference, tables
+from kernel_cases import (
+    DTYPES,
+    LAYOUT,
+    LIMITS,
+    Sample,
+    _launch,
+    gradient_scale,
+    gradient_sums,
+    random,
+    reference,
+    tables,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +40,7 @@ def gradients(device, misaligned=0):
 def record(sample, tensors, segments=SEGMENTS, gains=(), gain_segments=(), **options):
     gradient_sums.record_(
         tensors, segments, gains, gain_segments, *sample.ours, 1.0, 1e-8,
-        layout=LAYOUT, clip_eps=reference.CLIP_EPS, **options,
+        layout=LAYOUT, clip_eps=reference.CLIP_EPS, **LIMITS, **options,
     )  # fmt: skip
 
 
