@@ -227,6 +227,17 @@ def run(tasks: Sequence[str], random_seeds: int, epochs: int, processes: int) ->
         return [result for results in pool.imap_unordered(case, jobs, chunksize=1) for result in results]
 
 
+def rounded(value: Any) -> Any:
+    """Six digits of every number, and None for what JSON does not have: one run per line stays readable."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
 def wrong(results: Sequence[dict[str, Any]], judge: str) -> list[dict[str, Any]]:
     """The runs that ``judge`` was wrong about."""
     return [result for result in results if result["verdicts"][judge]["right"] == "wrong"]
@@ -267,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         head = header("python -m bench.readiness " + " ".join(arguments if arguments is not None else sys.argv[1:]))
-        options.output.write_text(json.dumps({**head, "runs": results}, indent=None) + "\n", encoding="utf-8")
+        lines = ",\n".join(json.dumps(rounded(result)) for result in results)
+        options.output.write_text(f"{json.dumps(head)[:-1]}, \"runs\": [\n{lines}\n]}}\n", encoding="utf-8")
     return int(bool(wrong(results, "G2")))
 
 

@@ -218,6 +218,16 @@ class ZeroRate(Scenario):
         return {"lr": 0.0}
 
 
+class Crawling(Scenario):
+    """A learning rate of 1e-6: the slope at alpha 0 grows certain long before the whole blend is any good."""
+
+    name, kind = "learning rate 1e-6", NOT_LEARNING
+    causes = (*STANDS_STILL, *NO_GAIN, "blend_lowers_no_loss", "blend_would_harm")
+
+    def germinate(self, task: Task) -> dict[str, Any]:
+        return {"lr": 1e-6}
+
+
 class NoOptimizer(Scenario):
     """The seed is in no optimizer; its gradients are zeroed with the model's."""
 
@@ -381,12 +391,12 @@ class ZeroedByHook(Scenario):
 
 
 class ValueClipping(Scenario):
-    """Every element clipped to 1e-5 before measuring, which makes any ratio; the seed's rate is 1e-6."""
+    """Every element clipped to 1e-5 before measuring, which makes any ratio; the seed's rate is 1e-8."""
 
-    name, kind, causes = "value clipping", NOT_LEARNING, (*STANDS_STILL, *NO_GAIN)
+    name, kind, causes = "value clipping", NOT_LEARNING, STANDS_STILL
 
     def germinate(self, task: Task) -> dict[str, Any]:
-        return {"lr": 1e-6}
+        return {"lr": 1e-8}
 
     def before_measuring(self, run: Run) -> None:
         nn.utils.clip_grad_value_(run.model.parameters(), 1e-5)
@@ -471,7 +481,7 @@ class MeasuredTooLate(Scenario):
 
 SCENARIOS: tuple[Callable[[], Scenario], ...] = (
     Scenario, ReZero, LowRank, FrozenHost, SmallSeed, LargeSeed, LateBloomer, Autocast, Accumulation, GlobalClipping,
-    ZeroRate, NoOptimizer, NeverStepped, DeadReLU, AllZero, DetachedOutput, RandomLabels, BiasesOnly,
+    ZeroRate, Crawling, NoOptimizer, NeverStepped, DeadReLU, AllZero, DetachedOutput, RandomLabels, BiasesOnly,
     WeightDecayAlone, Oscillating, NanBursts, Exploding, ZeroedByHook, ValueClipping, StillScaled, HostOnly,
     PerGroupClipping, MeasuredTooLate,
 )  # fmt: skip

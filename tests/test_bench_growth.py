@@ -95,6 +95,19 @@ def test_blending_at_once_and_the_larger_network():
     assert {run["steps"] for run in runs.values()} == {60 + SHORT.warm}
 
 
+def test_the_gates_blend_a_seed_that_learns_and_none_that_had_no_time():
+    phases = growth.Phases(warm=200, training=300, after=100)
+    found = growth.run(growth.Case("spirals", growth.GATED, 0, phases))
+    alone = growth.run(growth.Case("spirals", growth.NO_GROWTH, 0, phases))
+    assert found["loss_at_germination"] == alone["loss_at_germination"]
+    assert found["worst_while_blending"] is not None
+    assert found["final_loss"] < 0.7 * alone["final_loss"]
+    assert found["steps"] == alone["steps"]
+    early = growth.run(growth.Case("spirals", growth.GATED, 0, SHORT))
+    assert (early["loss_before_blending"], early["worst_while_blending"]) == (None, None)
+    assert early["final_loss"] == growth.run(growth.Case("spirals", growth.NO_GROWTH, 0, SHORT))["final_loss"]
+
+
 def test_a_shadow_learns_at_full_amplitude_and_its_host_as_without_it():
     task = TASKS["regression"]()
     life = growth.Life(task, 0)
@@ -137,6 +150,13 @@ def run_of(strategy, random_seed=0, germination=1.0, worst=1.0, final=0.5):
 def test_bars(ours, passed):
     runs = [run_of(growth.NO_GROWTH, final=0.9), run_of(growth.DEFAULT, **ours)]
     assert [bar.passed for bar in growth.bars(runs)] == passed
+
+
+def test_a_run_that_never_blended_cannot_rise():
+    runs = [run_of(growth.NO_GROWTH, final=0.9), run_of(growth.GATED, worst=None, final=0.8)]
+    blending, end = growth.bars(runs, growth.GATED)
+    assert (blending.passed, end.passed) == (True, True)
+    assert "0 of 0 runs that blended" in str(blending)
 
 
 def test_one_run_is_enough_to_miss_the_bar_on_blending_and_the_median_decides_on_the_end():

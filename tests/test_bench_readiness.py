@@ -31,9 +31,10 @@ def test_our_gate_makes_no_mistake_and_the_bare_ratios_make_many(readiness, quic
     code, found = quick
     assert code == 0
     wrong = {judge: len(readiness.wrong(found["runs"], judge)) for judge in readiness.JUDGES}
-    assert wrong["G2"] == wrong["G2 without probe"] == 0
-    assert wrong["original"] >= 5
-    assert wrong["esper-lite"] >= 5
+    assert wrong["G2"] == 0
+    assert wrong["G2 without probe"] <= 4
+    assert wrong["original"] >= 12
+    assert wrong["esper-lite"] >= 12
 
 
 def test_the_truth_has_both_kinds(quick):
