@@ -245,9 +245,9 @@ def wrong(results: Sequence[dict[str, Any]], judge: str) -> list[dict[str, Any]]
 
 def show(results: Sequence[dict[str, Any]]) -> None:
     """A line per scenario and the totals."""
-    from readiness_report import markdown
+    from readiness_report import table
 
-    print(markdown(results))
+    print(table(results))
     for result in wrong(results, "G2"):
         verdict = result["verdicts"]["G2"]
         row = result["epochs"][verdict["epoch"] - 1]

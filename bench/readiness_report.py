@@ -4,7 +4,32 @@ JUDGES = ("original", "esper-lite", "G2 without probe", "G2")
 HEADS = ("ratio >= 0.05", "RMS ratio >= 0.10 (esper-lite)", "G2, gradients alone", "G2 with probe")
 
 
-def markdown(results):
+def markdown(record, name):
+    """What was run, how often each judge was wrong, and about what."""
+    runs = record["runs"]
+    tasks, seeds = ({run[key] for run in runs} for key in ("task", "random_seed"))
+    scenarios = {run["scenario"] for run in runs}
+    ready = [run for run in runs if _judged(run) and run["verdicts"]["G2 with improvement"]["truth"] == "ready"]
+    refused = sum(not run["verdicts"]["G2 with improvement"]["passed"] for run in ready)
+    said = (
+        f"{len(runs)} seeds: {len(scenarios)} scenarios, {len(tasks)} tasks, {len(seeds)} random seeds, one set of "
+        f"limits; torch {record['torch']} on a CPU ([raw output](bench/results/{name}), `python -m bench.readiness`). "
+        "The truth is measured: what blending at alpha 0.1 and 1 does to the loss of samples that no gate has seen. "
+        "*p*: let a seed pass that was not ready; *r*: refused one that was. Within the noise both are right. Where "
+        "measuring itself is broken, only a refusal that says so is right."
+    )
+    said_of_accuracy = (
+        f"Asked as well for the rise of the accuracy by one point that the original gate had, ours would have refused "
+        f"{refused} of {len(ready)} seeds that were ready."
+    )
+    return "\n".join([said, "", table(runs), "", said_of_accuracy])
+
+
+def _judged(run):
+    return run["kind"] != "broken measurement"
+
+
+def table(results):
     """Wrong verdicts per scenario and judge, with the reason that our gate gave most often."""
     lines = [
         "| scenario | ready / not / noise | " + " | ".join(HEADS) + " | G2 says |",
@@ -14,13 +39,14 @@ def markdown(results):
         rows = [result for result in results if result["scenario"] == scenario]
         cells = [_wrong(rows, judge) for judge in JUDGES]
         lines.append(f"| {scenario} | {_truths(rows)} | " + " | ".join(cells) + f" | {_says(rows)} |")
-    cells = [_wrong(results, judge) for judge in JUDGES]
+    cells = [f"**{_wrong(results, judge)}**" for judge in JUDGES]
     lines.append(f"| **all {len(results)} runs** | {_truths(results)} | " + " | ".join(cells) + " | |")
     return "\n".join(lines)
 
 
 def _truths(rows):
-    if all(row["kind"] == "broken measurement" for row in rows):
+    rows = [row for row in rows if _judged(row)]
+    if not rows:
         return "not measurable"
     found = [row["verdicts"]["G2"]["truth"] for row in rows]
     return " / ".join(str(found.count(kind)) for kind in ("ready", "not ready", "within noise"))
@@ -31,7 +57,7 @@ def _wrong(rows, judge):
     wrong = [row["verdicts"][judge] for row in rows if row["verdicts"][judge]["right"] == "wrong"]
     passes = sum(verdict["passed"] for verdict in wrong)
     parts = [f"{count} {kind}" for count, kind in ((passes, "p"), (len(wrong) - passes, "r")) if count]
-    return ", ".join(parts) or "-"
+    return ", ".join(parts) or "0"
 
 
 def _says(rows):
@@ -63,7 +89,7 @@ def picture(results, path):
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     for axis, (field, label, limit, scales) in zip(axes, panels):
         for truth, colour in colours.items():
-            points = [_point(result, field) for result in results if result["kind"] != "broken measurement"]
+            points = [_point(result, field) for result in results if _judged(result)]
             chosen = [(x, y) for x, y, found in points if found == truth and x is not None and y is not None]
             axis.scatter(*zip(*chosen or [((), ())]), s=14, alpha=0.7, c=colour, label=truth, edgecolors="none")
         axis.axvline(limit, color="black", linewidth=1)

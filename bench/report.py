@@ -11,10 +11,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import growth_report  # noqa: E402 - the folder of the benchmarks has to be known first
+import readiness_report  # noqa: E402
 
 
 def newest(kind):
-    """The newest raw output of a benchmark, "cpu" or "growth"."""
+    """The newest raw output of a benchmark: "cpu", "growth" or "readiness"."""
     return max((ROOT / "bench" / "results").glob(f"{kind}-*.json"))
 
 
@@ -25,6 +26,11 @@ def read(path):
 def growth_tables(path):
     """Safety and result of every way to train behind the host, as Markdown."""
     return growth_report.markdown(read(path), path.name)
+
+
+def readiness_table(path):
+    """How often every judge of a seed was wrong, as Markdown."""
+    return readiness_report.markdown(read(path), path.name)
 
 
 def cpu_table(path):
@@ -49,7 +55,11 @@ def cpu_table(path):
 
 
 # Name of the block in the README -> kind of raw output, and what makes Markdown of it.
-TABLES = {"growth": ("growth", growth_tables), "bench": ("cpu", cpu_table)}
+TABLES = {
+    "readiness": ("readiness", readiness_table),
+    "growth": ("growth", growth_tables),
+    "bench": ("cpu", cpu_table),
+}
 
 
 def with_tables(readme):
@@ -69,6 +79,7 @@ def main():
     path = ROOT / "README.md"
     path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
     growth_report.figure(read(newest("growth")), ROOT / "docs" / "growth.png")
+    readiness_report.picture(read(newest("readiness"))["runs"], ROOT / "docs" / "readiness.png")
 
 
 if __name__ == "__main__":

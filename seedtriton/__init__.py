@@ -13,6 +13,7 @@ from .errors import SeedtritonError as SeedtritonError
 from .errors import StateDictError as StateDictError
 from .errors import TransitionError as TransitionError
 from .errors import WiringError as WiringError
+from .evidence import BlendProbe as BlendProbe
 from .evidence import SeedEvidence as SeedEvidence
 from .flat import FlatGradients as FlatGradients
 from .gates import Check as Check

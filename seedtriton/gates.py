@@ -62,7 +62,7 @@ class GateThresholds(PlainState):
     Attributes:
         min_training_improvement: G2, rise of the accuracy since TRAINING began, in percentage points. Off unless told:
             the original gate asked for 1.0, but behind the host a seed cannot move the accuracy, and in the readiness
-            benchmark that question refused 90 of 235 seeds that were ready and no seed that others let pass wrongly.
+            benchmark that question refuses seeds that are ready and none that the others let pass wrongly.
         max_isolation_violations: G2, forward passes in which the seed reached into the host.
         min_training_epochs: G2, epochs in TRAINING.
         min_gradient_ratio: G2, seed's gradient norm over the host's; a number, or a ``ProgressThreshold``.
