@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ._groups import SeedGroups, own_value
 from ._state import check_state
 from .blending import ADD
 from .errors import ConfigurationError, SeedtritonError, StateDictError, WiringError
@@ -33,11 +34,6 @@ from .telemetry import Event, LogSink, Sink, Telemetry, gate_fields
 logger = logging.getLogger("seedtriton")
 
 SeedOrFactory = nn.Module | Callable[[], nn.Module]
-
-# Lists with one entry per parameter group that torch's schedulers keep; a new group needs an entry in each.
-_PER_GROUP = (
-    "base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
-)
 
 # G0 is asked when the script germinates a seed; these lead from one stage of its life to the next.
 MOVING_GATES = (Gate.G1, Gate.G2, Gate.G3, Gate.G5)
@@ -155,7 +151,7 @@ class GrowthController:
         self.model, self.optimizer = model, optimizer
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
-        self.schedulers = list(schedulers)
+        self._groups = SeedGroups(optimizer, schedulers)
         self.total_epochs = total_epochs
         self.evaluate = evaluate
         self.rests: Mapping[Stage, int] = rests
@@ -210,7 +206,7 @@ class GrowthController:
         module = seed_module(seed)
         self._refuse_shared(slot, module)
         if add_to_optimizer:
-            self._refuse_unknown_scheduler()
+            self._groups.refuse_unknown_scheduler()
         like = probe if probe is not None else next(p for p in self.model.parameters() if p.is_floating_point())
         dormant = self._status(slot, place, None, parameters=_trainable(module))
         before = place.lifecycle.state_dict()
@@ -220,11 +216,11 @@ class GrowthController:
         groups = len(self.optimizer.param_groups)
         try:
             if add_to_optimizer:
-                self._add_group(dict(place.named_parameters()), group)
+                self._groups.add(dict(place.named_parameters()), group)
             self.monitor.add_seed(slot, place.modules_of_seed(), alpha=place)
         except Exception:
             if len(self.optimizer.param_groups) > groups:
-                self._remove_groups(place)
+                self._groups.remove(place)
             place.move(Stage.PRUNED, "refused")
             place.lifecycle.load_state_dict(before)
             raise
@@ -406,7 +402,7 @@ class GrowthController:
         life.slot.freeze()
 
     def _remove(self, life: _Life, reason: str, initiator: str) -> None:
-        self._remove_groups(life.slot)
+        self._groups.remove(life.slot)
         del self._lives[life.name]
         self._move(life, Stage.PRUNED, reason, initiator)
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
@@ -455,7 +451,7 @@ class GrowthController:
             "slots": {
                 name: {
                     "slot": slot.lifecycle_state(),
-                    "groups": [[i, [names[id(p)] for p in groups[i]["params"]]] for i in self._groups_of(slot)],
+                    "groups": [[i, [names[id(p)] for p in groups[i]["params"]]] for i in self._groups.of(slot)],
                 }
                 for name, slot in self.slots.items()
             },
@@ -510,7 +506,7 @@ class GrowthController:
 
     def _monitor_state(self) -> dict[str, Any]:
         # Copies: the buffers go on changing.
-        return {key: _own(value) for key, value in self.monitor.state_dict().items()}
+        return {key: own_value(value) for key, value in self.monitor.state_dict().items()}
 
     def _check_state(self, values: Mapping[str, Any]) -> list[_Life]:
         """The seeds' lives in a saved state; StateDictError unless it fits this model and optimizer."""
@@ -558,9 +554,9 @@ class GrowthController:
             self.slots[name].load_lifecycle_state(entry["slot"], module, device=device)
         groups = [(index, name, names) for name, entry in values["slots"].items() for index, names in entry["groups"]]
         if groups:
-            self._refuse_unknown_scheduler()
+            self._groups.refuse_unknown_scheduler()
         for index, name, names in sorted(groups):
-            self._insert_group(self.slots[name], index, names)
+            self._groups.insert(self.slots[name], index, names)
         for life in lives:
             self.monitor.add_seed(life.name, life.slot.modules_of_seed(), alpha=life.slot)
         self.monitor.load_state_dict(values["monitor"])
@@ -569,7 +565,7 @@ class GrowthController:
         """Back to empty slots, after a restoration that failed half-way."""
         for slot in self.slots.values():
             if slot.seed is not None:
-                self._remove_groups(slot)
+                self._groups.remove(slot)
         for name, state in slots.items():
             self.slots[name].vacate()
             self.slots[name].load_lifecycle_state(state)
@@ -668,61 +664,6 @@ class GrowthController:
                 "behind the host it must be a module of its own (copy.deepcopy)"
             )
 
-    def _refuse_unknown_scheduler(self) -> None:
-        scheduled = getattr(self.optimizer.step, "_wrapped_by_lr_sched", False)
-        if scheduled and not self.schedulers:
-            raise WiringError(
-                "the optimizer has a learning-rate scheduler that would fail on a new parameter group; "
-                "pass it: GrowthController(..., schedulers=[scheduler])"
-            )
-
-    def _add_group(self, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-        first = self.optimizer.param_groups[0]
-        unknown = sorted(set(settings) - set(first))
-        if unknown:
-            raise ConfigurationError(f"the optimizer has no settings {unknown}; it has {sorted(first)}")
-        group = {key: _own(value) for key, value in first.items() if key not in ("params", "param_names")}
-        if "lr" in settings and "initial_lr" in group:
-            group["initial_lr"] = settings["lr"]
-        group |= settings
-        # Named parameters: an optimizer wants names in all groups or in none.
-        group["params"] = list(parameters.items() if "param_names" in first else parameters.values())
-        before = len(self.optimizer.param_groups)
-        self.optimizer.add_param_group(group)
-        for scheduler in _each_scheduler(self.schedulers):
-            for values in _group_lists(scheduler, before):
-                values.append(values[0])
-            if hasattr(scheduler, "base_lrs") and "lr" in settings:
-                scheduler.base_lrs[-1] = settings["lr"]
-
-    def _groups_of(self, slot: SeedSlot) -> list[int]:
-        """Indices of the optimizer's groups that hold parameters of this slot and no others."""
-        # Looked up by parameter: the optimizer's load_state_dict makes new dicts of its groups.
-        own = {id(parameter) for parameter in slot.parameters()}
-        held = [[id(parameter) in own for parameter in group["params"]] for group in self.optimizer.param_groups]
-        return [index for index, inside in enumerate(held) if inside and all(inside)]
-
-    def _remove_groups(self, slot: SeedSlot) -> None:
-        """Take a seed's groups out of the optimizer, with the state of their parameters."""
-        groups = self.optimizer.param_groups
-        for index in reversed(self._groups_of(slot)):
-            for parameter in groups[index]["params"]:
-                self.optimizer.state.pop(parameter, None)
-            for scheduler in _each_scheduler(self.schedulers):
-                for values in _group_lists(scheduler, len(groups)):
-                    del values[index]
-            del groups[index]
-
-    def _insert_group(self, slot: SeedSlot, index: int, names: Sequence[str]) -> None:
-        """Add a group of these parameters, at this place among the groups."""
-        known = dict(slot.named_parameters())
-        self._add_group({name: known[name] for name in names}, {})
-        groups = self.optimizer.param_groups
-        for scheduler in _each_scheduler(self.schedulers):
-            for values in _group_lists(scheduler, len(groups)):
-                values.insert(index, values.pop())
-        groups.insert(index, groups.pop())
-
     def _emit(self, event: str, name: str | None, **fields: Any) -> None:
         stage = None if name is None else str(self.slots[name].stage)
         self.telemetry.emit(
@@ -774,20 +715,3 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _own(value: Any) -> Any:
-    # A learning rate may be a tensor; two groups must not share it.
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _each_scheduler(schedulers: Iterable[Any]) -> Iterable[Any]:
-    """The schedulers themselves and those inside chained and sequential ones."""
-    for scheduler in schedulers:
-        yield scheduler
-        yield from _each_scheduler(getattr(scheduler, "_schedulers", ()))
-
-
-def _group_lists(scheduler: Any, groups: int) -> list[list[Any]]:
-    found = (getattr(scheduler, name, None) for name in _PER_GROUP)
-    return [values for values in found if isinstance(values, list) and len(values) == groups]

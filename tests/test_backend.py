@@ -185,7 +185,8 @@ TABLE = {
     "monitor": "torch ops flat _in_backward _parameters _training _loss_scale _step_hook evidence _state errors",
     "slot": "torch lifecycle gates evidence isolation blending errors",
     "probing": "torch evidence slot errors",
-    "growth": "slot monitor gates probing telemetry",
+    "_groups": "torch slot errors",
+    "growth": "slot monitor gates probing telemetry _groups",
     "telemetry": "gates lifecycle evidence",
 }
 # These show things: any room, torch, and heavy libraries inside functions.
