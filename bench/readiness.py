@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import torch  # noqa: E402 - the folder of the benchmarks has to be known first
 from machine import header  # noqa: E402
+from readiness_report import table  # noqa: E402
 from scenarios import BROKEN, SCENARIOS, Run, Scenario  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
@@ -245,8 +246,6 @@ def wrong(results: Sequence[dict[str, Any]], judge: str) -> list[dict[str, Any]]
 
 def show(results: Sequence[dict[str, Any]]) -> None:
     """A line per scenario and the totals."""
-    from readiness_report import table
-
     print(table(results))
     for result in wrong(results, "G2"):
         verdict = result["verdicts"]["G2"]
@@ -273,13 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.tasks, options.seeds, options.processes = ["digits_mlp", "spirals"], 1, 1
     begun = time.perf_counter()
     results = run(options.tasks, options.seeds, options.epochs, options.processes)
-    show(results)
-    print(f"{time.perf_counter() - begun:.0f} s")
+    seconds = time.perf_counter() - begun
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         head = header("python -m bench.readiness " + " ".join(arguments if arguments is not None else sys.argv[1:]))
         lines = ",\n".join(json.dumps(rounded(result)) for result in results)
         options.output.write_text(f"{json.dumps(head)[:-1]}, \"runs\": [\n{lines}\n]}}\n", encoding="utf-8")
+    show(results)
+    print(f"{seconds:.0f} s")
     return int(bool(wrong(results, "G2")))
 
 
