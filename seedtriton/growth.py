@@ -271,6 +271,7 @@ class GrowthController:
         Raises:
             ConfigurationError: an accuracy outside [0, 1]; nothing has changed.
             WiringError: with ``strict``, a seed that was never measured; nothing has changed.
+            Exception: what ``evaluate`` raises passes through; the epoch has been counted by then.
         """
         if accuracy is not None and not 0.0 <= accuracy <= 1.0:
             raise ConfigurationError(
@@ -693,7 +694,10 @@ def _is_fossil(entry: Mapping[str, Any]) -> bool:
 
 
 def _numbers(evidence: SeedEvidence | None) -> Event:
-    names = ("ratio", "host_norm", "seed_norm", "blend_gain", "blend_gain_t", "samples", "dropped", "displacement")
+    names = (
+        "ratio", "rms_ratio", "host_norm", "seed_norm", "blend_gain", "blend_gain_t", "samples", "dropped",
+        "displacement", "live_share", "vanishing_share", "exploding_share", "health", "plateau_share",
+    )
     return {name: getattr(evidence, name, None) for name in names}
 
 

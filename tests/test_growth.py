@@ -450,6 +450,7 @@ def test_events_are_flat_json_safe_and_carry_the_agreed_fields():
         assert nested <= {"checks"}
     gate = script.of("gate")[-1]
     numbers = {"gate", "passed", "checks", "ratio", "host_norm", "seed_norm", "blend_gain", "blend_gain_t"}
+    numbers |= {"live_share", "vanishing_share", "exploding_share", "health", "plateau_share"}
     assert numbers <= set(gate)
     assert {"name", "passed", "value", "limit", "reason"} <= set(gate["checks"][0])
     assert {event["event"] for event in script.events} == {"epoch", "germinated", "gate", "stage", "pruned"}
