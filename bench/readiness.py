@@ -1,7 +1,8 @@
 """Readiness benchmark: is gate G2 right about seeds that learn and seeds that do not? python -m bench.readiness
 
 Truth is measured, not labelled: at each verdict, the loss on held-out samples that no gate has seen, with the
-seed blended in at alpha 0.1 and at the slot's target, against the loss without it.
+seed blended in at alpha 0.1 and at the slot's target, against the loss without it. A seed that helps no more than it
+did before it was trained is called lucky: it is no mistake to refuse it, nor to let it pass.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from scenarios import BROKEN, SCENARIOS, Run, Scenario  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
 from seedtriton import GrowthController, Verdict, reference  # noqa: E402
-from seedtriton.probing import probe  # noqa: E402
+from seedtriton.probing import probe, twin_of  # noqa: E402
 
 SLOT = "slot"
 EPOCHS, STEPS = 10, 40  # of TRAINING; verdicts are given at the end of each epoch
@@ -37,7 +38,7 @@ TRUTH_AT = (0.1, 1.0)
 # noise of the held-out samples alone makes a label.
 TRUTH_ERRORS = 3.0
 TRUTH_FLOOR = 1e-3
-READY, NOT_READY, NOISE = "ready", "not ready", "within noise"
+READY, NOT_READY, NOISE, LUCK = "ready", "not ready", "within noise", "luck"
 
 
 def truth(loss: float, changes: Sequence[float], errors: Sequence[float]) -> str:
@@ -49,6 +50,22 @@ def truth(loss: float, changes: Sequence[float], errors: Sequence[float]) -> str
     if any(change > bound for change, bound in zip(changes, bounds)):
         return NOT_READY
     return READY if any(change < -bound for change, bound in zip(changes, bounds)) else NOISE
+
+
+def helped_by_training(task: Task, model: torch.nn.Module, untrained: torch.nn.Module) -> bool:
+    """Whether the blend lowers the loss more than it would have before the seed was trained, beyond the noise."""
+    for alpha in TRUTH_AT:
+        now, then = (twin_of(model) for _ in range(2))
+        then.slot.seed = untrained
+        found = []
+        for twin in (now, then):
+            twin.slot.blend_at(alpha)
+            found.append(task.sample_losses(twin, task.truth).double())
+        change = found[0] - found[1]
+        bound = max(TRUTH_ERRORS * (change.std() / len(change) ** 0.5).item(), TRUTH_FLOOR * found[1].mean().item())
+        if change.mean().item() < -bound:
+            return True
+    return False
 
 
 class Esper:
@@ -138,6 +155,7 @@ def train(
     assert growth.advance(SLOT).passed
     run.seed = model.slot.seed
     scenario.prepare(run)
+    untrained = copy.deepcopy(run.seed)
     esper, rows = Esper(), []
     start = task.accuracy(model, task.probe)
     for epoch in range(1, epochs + 1):
@@ -149,12 +167,15 @@ def train(
         (verdict,) = growth.end_epoch(accuracy=accuracy)
         measured = probe(model, SLOT, lambda twin: task.sample_losses(twin, task.truth), TRUTH_AT)
         errors = measured.errors or ()
+        label = truth(measured.loss, measured.changes, errors)
+        if label == READY and not helped_by_training(task, model, untrained):
+            label = LUCK
         evidence = growth.evidence()[SLOT]
         rows.append({
             "epoch": epoch,
             "passes": opinions(epoch, Sample.last_of(growth), esper, verdict, improvement),
             "refused_for": [check.name for check in verdict.failed],
-            "truth": truth(measured.loss, measured.changes, errors),
+            "truth": label,
             "loss": measured.loss,
             "changes": list(measured.changes),
             "errors": list(errors),
@@ -170,8 +191,8 @@ def train(
 def verdicts(scenario: Scenario, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each judge its verdict (the first pass, or the refusal at the end) and whether it was right.
 
-    "right", "wrong", or "within noise", where both verdicts are right. Where nothing true can be measured,
-    only a refusal that names the cause is right.
+    "right", "wrong", or "either" where both verdicts are right: within the noise, or when the blend helps no more
+    than it did before the seed was trained. Where nothing true can be measured, only a refusal is right.
     """
     found = {}
     for judge in JUDGES:
@@ -180,8 +201,8 @@ def verdicts(scenario: Scenario, rows: Sequence[dict[str, Any]]) -> dict[str, di
         named = passed is None and any(cause in row["refused_for"] for cause in scenario.causes)
         if scenario.kind == BROKEN:
             right = "wrong" if passed else "right"
-        elif row["truth"] == NOISE:
-            right = "within noise"
+        elif row["truth"] in (NOISE, LUCK):
+            right = "either"
         else:
             right = "right" if (passed is not None) == (row["truth"] == READY) else "wrong"
         found[judge] = {

@@ -15,8 +15,8 @@ def markdown(record, name):
         f"{len(runs)} seeds: {len(scenarios)} scenarios, {len(tasks)} tasks, {len(seeds)} random seeds, one set of "
         f"limits; torch {record['torch']} on a CPU ([raw output](bench/results/{name}), `python -m bench.readiness`). "
         "The truth is measured: what blending at alpha 0.1 and 1 does to the loss of samples that no gate has seen. "
-        "*p*: let a seed pass that was not ready; *r*: refused one that was. Within the noise both are right. Where "
-        "measuring itself is broken, only a refusal that says so is right."
+        "*p*: let a seed pass that was not ready; *r*: refused one that was. Either is right within the noise, and for "
+        "a seed that helps no more than it did before it was trained. Where measuring is broken, only a refusal is."
     )
     said_of_accuracy = (
         f"Asked as well for the rise of the accuracy by one point that the original gate had, ours would have refused "
@@ -32,7 +32,7 @@ def _judged(run):
 def table(results):
     """Wrong verdicts per scenario and judge, with the reason that our gate gave most often."""
     lines = [
-        "| scenario | ready / not / noise | " + " | ".join(HEADS) + " | G2 says |",
+        "| scenario | ready / not / either | " + " | ".join(HEADS) + " | G2 says |",
         "|---|---|" + "---|" * (len(HEADS) + 1),
     ]
     for scenario in dict.fromkeys(result["scenario"] for result in results):
@@ -49,7 +49,8 @@ def _truths(rows):
     if not rows:
         return "not measurable"
     found = [row["verdicts"]["G2"]["truth"] for row in rows]
-    return " / ".join(str(found.count(kind)) for kind in ("ready", "not ready", "within noise"))
+    ready, not_ready = found.count("ready"), found.count("not ready")
+    return f"{ready} / {not_ready} / {len(found) - ready - not_ready}"
 
 
 def _wrong(rows, judge):
@@ -81,7 +82,7 @@ def picture(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"ready": "#1b9e77", "not ready": "#d95f02", "within noise": "#999999"}
+    colours = {"ready": "#1b9e77", "not ready": "#d95f02", "within noise": "#999999", "luck": "#7570b3"}
     panels = (
         ("ratio", "ratio of gradient norms, seed / host", 0.05, {"xscale": ("symlog", {"linthresh": 1e-3})}),
         ("t", "t of the blend gain", 4.0, {"xscale": ("symlog", {"linthresh": 10})}),

@@ -40,9 +40,9 @@ HOST_UNDEFINED = "host_undefined"
 STATUSES = (MEASURED, NEVER_MEASURED, NO_GRADIENT, NOT_FINITE, HOST_UNDEFINED)
 
 # Standard errors of the validation set that a change of its loss must exceed to count. A fall is looked for at
-# several alphas and in many epochs, so luck gets one chance in 700 at each; a rise is believed sooner.
+# several alphas and in many epochs, so luck gets one chance in 700 at each; of a rise the suspicion is enough.
 FALL_ERRORS = 3.0
-RISE_ERRORS = 2.0
+RISE_ERRORS = 1.0
 
 
 class Sample(NamedTuple):

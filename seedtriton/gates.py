@@ -65,7 +65,9 @@ class GateThresholds(PlainState):
             benchmark that question refuses seeds that are ready and none that the others let pass wrongly.
         max_isolation_violations: G2, forward passes in which the seed reached into the host.
         min_training_epochs: G2, epochs in TRAINING.
-        min_gradient_ratio: G2, seed's gradient norm over the host's; a number, or a ``ProgressThreshold``.
+        min_gradient_ratio: G2, seed's gradient norm over the host's; a number, or a ``ProgressThreshold``. The ratio
+            only tells a dead seed: the original's 0.05 refused seeds that were ready (0.02 to 0.06 for a zero start
+            near the end of its trust region), while dead ones have less than 1e-5.
         ratio: "norm" or "rms": which ratio the two limits on it are for.
         max_gradient_ratio: G2, above it the seed is exploding.
         min_samples: G2, measurements in the window.
@@ -101,7 +103,7 @@ class GateThresholds(PlainState):
     min_training_improvement: float | None = None
     max_isolation_violations: int | None = 3
     min_training_epochs: int | None = 3
-    min_gradient_ratio: float | ProgressThreshold | None = 0.05
+    min_gradient_ratio: float | ProgressThreshold | None = 0.01
     ratio: str = "norm"
     max_gradient_ratio: float | None = 1000.0
     min_samples: int | None = 32
@@ -138,6 +140,12 @@ class GateThresholds(PlainState):
                 _check_limit(item.name, value, whole="int" in str(item.type))
         if self.ratio is None:
             raise ConfigurationError(f"ratio must be one of {RATIOS}, got None")
+
+    @classmethod
+    def original(cls, **changes: Any) -> GateThresholds:
+        """The numbers of the original review: rise of the accuracy 1.0, ratio 0.05; ``changes`` on top."""
+        numbers: dict[str, Any] = {"min_training_improvement": 1.0, "min_gradient_ratio": 0.05}
+        return cls(**(numbers | changes))
 
     @classmethod
     def esper(cls, **changes: Any) -> GateThresholds:
