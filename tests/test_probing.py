@@ -1,5 +1,6 @@
 """The gate-time probe: the loss of a blend that never happens, and nothing else changes."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -227,6 +228,19 @@ def test_the_loss_is_not_probed_when_the_seed_is_refused_already():
     assert {check.passed for check in verdict.checks if check.question.startswith("probe")} == {None}
 
 
+def test_a_gain_that_is_not_certain_is_left_to_the_probe():
+    thresholds = dataclasses.replace(ONLY_THE_PROBE, min_blend_gain_t=1e9)
+    growth = controller(Scaled(0.5), data(), thresholds=thresholds)
+    for _ in range(10):
+        growth.model(torch.randn(9, 5)).square().mean().backward()
+        growth.measure()
+    assert growth.evidence()["slot"].blend_gain_t > 0.0
+    evaluate, growth.evaluate = growth.evaluate, None
+    assert names(growth.end_epoch()[0]) == ["blend_gain_insignificant"]
+    growth.evaluate = evaluate
+    assert growth.end_epoch()[0].passed
+
+
 def test_g5_asks_what_the_seed_contributes():
     growth = controller(Scaled(0.5), data(), schedule=AlphaSchedule(steps=0))
     slot = growth.slots["slot"]
@@ -244,7 +258,10 @@ def test_g5_asks_what_the_seed_contributes():
     assert names(epoch()) == ["seed_contributes_nothing"]
     with torch.no_grad():
         slot.seed.factor.fill_(0.5)
+    looked = []
+    evaluate, growth.evaluate = growth.evaluate, lambda twin: looked.append(twin.slot.alpha_value) or evaluate(twin)
     assert epoch().passed
+    assert looked == [0.0, 1.0]
     assert slot.stage is Stage.FOSSILIZED
 
 
