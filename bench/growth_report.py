@@ -2,8 +2,10 @@
 
 import statistics
 
-# Colour-blind safe (Okabe and Ito), in the order in which strategies appear; the default is drawn in black.
-COLOURS = ("#999999", "#E69F00", "#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#F0E442")
+# Colour-blind safe (Okabe and Ito, two of Tol's), in the order in which strategies appear.
+COLOURS = (
+    "#999999", "#E69F00", "#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000", "#882255", "#44AA99",
+)  # fmt: skip
 
 
 def _over_germination(run):

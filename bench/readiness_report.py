@@ -1,6 +1,7 @@
 """The readiness benchmark's raw output as a table and as a picture."""
 
 JUDGES = ("original", "esper-lite", "G2 without probe", "G2")
+DEAD = 1e-5  # ratios below it are all the same in the picture
 HEADS = ("ratio >= 0.05", "RMS ratio >= 0.10 (esper-lite)", "G2, gradients alone", "G2 with probe")
 
 
@@ -84,18 +85,18 @@ def picture(results, path):
 
     colours = {"ready": "#1b9e77", "not ready": "#d95f02", "within noise": "#999999", "luck": "#7570b3"}
     panels = (
-        ("ratio", "ratio of gradient norms, seed / host", 0.05, {"xscale": ("symlog", {"linthresh": 1e-3})}),
-        ("t", "t of the blend gain", 4.0, {"xscale": ("symlog", {"linthresh": 10})}),
+        ("ratio", f"ratio of gradient norms, seed / host (below {DEAD:g} drawn there)", 0.05, {"value": "log"}),
+        ("t", "t of the blend gain", 4.0, {"value": "symlog", "linthresh": 10}),
     )
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    for axis, (field, label, limit, scales) in zip(axes, panels):
+    for axis, (field, label, limit, scale) in zip(axes, panels):
         for truth, colour in colours.items():
             points = [_point(result, field) for result in results if _judged(result)]
             chosen = [(x, y) for x, y, found in points if found == truth and x is not None and y is not None]
             axis.scatter(*zip(*chosen or [((), ())]), s=14, alpha=0.7, c=colour, label=truth, edgecolors="none")
         axis.axvline(limit, color="black", linewidth=1)
         axis.annotate(f"threshold {limit:g}", (limit, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
-        axis.set_xscale(scales["xscale"][0], **scales["xscale"][1])
+        axis.set_xscale(**scale)
         axis.set_yscale("symlog", linthresh=1e-2)
         axis.axhline(0.0, color="black", linewidth=0.5)
         axis.set_xlabel(label)
@@ -110,5 +111,7 @@ def picture(results, path):
 
 def _point(result, field):
     row = result["epochs"][-1]
-    change = row["changes"][-1] / abs(row["loss"])
-    return row[field], change if abs(change) < 1e9 else None, row["truth"]
+    # A loss that was not finite stands as null in the raw output, and has no place in the picture.
+    change = row["changes"][-1]
+    x = row[field] if field == "t" or row[field] is None else max(row[field], DEAD)
+    return x, None if change is None else change / abs(row["loss"]), row["truth"]
