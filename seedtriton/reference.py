@@ -1,6 +1,6 @@
 """Every op in eager torch: its definition, the CPU path and the oracle of the kernels' tests.
 
-Sums of squares are fp32 over rows of a few thousand elements and fp64 across rows. `torch._foreach_norm`
+Sums of squares are fp32 over rows of a few hundred elements and fp64 across rows. `torch._foreach_norm`
 on a CPU is off by 1e-3 and more for large fp32 tensors, and rounds to the gradients' dtype for bf16
 and fp16; this stays within 1e-6 of fp64.
 """
@@ -8,8 +8,11 @@ and fp16; this stays within 1e-6 of fp64.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +21,13 @@ from torch import Tensor
 # round the same way again and again: the worst relative error of a row of equal elements is 6e-7 at 256,
 # 2e-6 at 1024 and 7e-6 at 4096 (torch 2.13 CPU).
 ROW = 256
-# Tensors of at most this many elements, of one size and dtype, are summed as one matrix.
-SMALL = 1 << 12
-# Elements converted at a time on a CPU (2 MiB of fp32, which stays in cache): vector_norm(dtype=float32) of a
-# bf16 tensor takes ten times as long, because it converts element by element.
-BLOCK = 1 << 19
+# Tensors of at most this many elements are copied behind each other and summed as one: what an operation costs
+# whatever it does (2 µs, 10 µs once a few MB have gone through the caches) is more than a copy of so few.
+SMALL = 1 << 14
+# Elements copied or converted at a time (4 MiB of fp32). Smaller blocks, which would stay in the L2 cache, lose more
+# to the operations than they gain: bf16 takes 20 % longer at 1 << 18. vector_norm(dtype=float32) of a bf16 tensor
+# takes ten times as long, because it converts element by element.
+BLOCK = 1 << 20
 # A value at which torch.nn.utils.clip_grad_norm_ keeps a zero norm from dividing by zero.
 CLIP_EPS = 1e-6
 
@@ -91,17 +96,6 @@ def flat_values(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1) if view is None else view
 
 
-def _row_norms(matrix: Tensor, lanes: torch.dtype) -> Tensor:
-    """L2 norms of pieces of at most ``ROW`` columns: [k, n] -> [k, ceil(n / ROW)], dtype ``lanes``."""
-    whole = matrix.shape[1] // ROW * ROW
-    norms = []
-    if whole:
-        norms.append(torch.linalg.vector_norm(matrix[:, :whole].unflatten(1, (-1, ROW)), dim=2, dtype=lanes))
-    if whole < matrix.shape[1]:
-        norms.append(torch.linalg.vector_norm(matrix[:, whole:], dim=1, keepdim=True, dtype=lanes))
-    return norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)
-
-
 @lru_cache(maxsize=256)
 def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor of host-known numbers, made once per signature instead of once per call."""
@@ -110,92 +104,140 @@ def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device)
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _segment_sum(values: Tensor, lengths: Sequence[int]) -> Tensor:
+def _segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums of consecutive runs of ``values`` (fp64, [n] or [n, columns]), in order: the same bits on every call."""
-    counts = _constant(tuple(lengths), torch.int64, values.device)
     # unsafe=True only skips the check that lengths are non-negative and add up, which would synchronise.
-    return torch.segment_reduce(values, "sum", lengths=counts, initial=0.0, unsafe=True)
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
 
 
-_Sums = Callable[[Sequence[Tensor], torch.dtype], Tensor]
+# map() over these and over unbound methods takes half the time of a loop.
+_device_of, _dtype_of, _is_sparse = attrgetter("device"), attrgetter("dtype"), attrgetter("is_sparse")
 
 
 def tensor_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.device) -> Tensor:
     """Sum of squares of each tensor, float64 [len(tensors)] on ``device``; tensors may lie on several."""
-    batches: dict[tuple[torch.device, _Sums], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        batches.setdefault((tensor.device, _way(tensor, lanes)), []).append(index)
-    found = []
-    for (_, sums), indices in batches.items():
-        found.append(sums([tensors[index] for index in indices], lanes).to(device))
-    if len(found) == 1:
-        return found[0]
-    order = [index for indices in batches.values() for index in indices]
-    sums_in_order = torch.empty(len(tensors), dtype=torch.float64, device=device)
-    return sums_in_order.index_copy_(0, _constant(tuple(order), torch.int64, device), torch.cat(found))
+    devices = tuple(map(_device_of, tensors))
+    if len(set(devices)) == 1:
+        return _sumsq_on(devices[0], tensors, lanes).to(device)
+    sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
+    for place in dict.fromkeys(devices):
+        mine = tuple(index for index, other in enumerate(devices) if other == place)
+        found = _sumsq_on(place, [tensors[index] for index in mine], lanes).to(device)
+        sums.index_copy_(0, _constant(mine, torch.int64, device), found)
+    return sums
 
 
-def _way(tensor: Tensor, lanes: torch.dtype) -> _Sums:
-    """Which of the three ways below sums this tensor best."""
-    if tensor.is_floating_point() and tensor.layout == torch.strided and tensor.numel() <= SMALL:
-        return _small_sumsq
-    if tensor.dtype in (lanes, torch.float64, torch.complex128):
-        return _large_sumsq
-    return _converted_sumsq if tensor.device.type == "cpu" or tensor.dtype.itemsize == 1 else _large_sumsq
+class _Run(NamedTuple):
+    """A tensor, or several small ones of one dtype that are copied behind each other."""
+
+    indices: tuple[int, ...]
+    pads: tuple[Tensor, ...]  # zeros behind each, up to a whole row; () when all of them are whole rows
+    size: int  # elements, pads included
 
 
-def _small_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
-    """Sums of squares of tensors of at most SMALL elements; those of one size make one matrix.
+class _Plan(NamedTuple):
+    """How tensors on one device are summed. It depends on their signature and holds none of them."""
 
-    Networks have few sizes of biases and norms but many of each, and an operation of its own for each
-    tensor costs several times what its elements cost.
+    direct: list[_Run]
+    converted: list[_Run]
+    lengths: Tensor  # int64, rows of each tensor in the order of the runs, the direct ones first
+    places: Tensor | None  # int64, where in that order each tensor is; None: it is the order of the tensors
+
+
+@lru_cache(maxsize=256)
+def _plan(numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...], lanes: torch.dtype, device: torch.device) -> _Plan:
+    """Small tensors share runs of one dtype and at most BLOCK elements, each of the others is a run."""
+    runs: list[list[int]] = []
+    small: dict[torch.dtype, list[int]] = {}
+    for index, (size, dtype) in enumerate(zip(numels, dtypes)):
+        if size > SMALL:
+            runs.append([index])
+        else:
+            small.setdefault(dtype, []).append(index)
+    rows = [-(-size // ROW) for size in numels]
+    for indices in small.values():
+        used = BLOCK + 1  # none is open
+        for index in indices:
+            used += rows[index] * ROW
+            if used > BLOCK:
+                used = rows[index] * ROW
+                runs.append([])
+            runs[-1].append(index)
+
+    def is_converted(run: list[int]) -> bool:
+        dtype = dtypes[run[0]]
+        return dtype not in (lanes, torch.float64) and (device.type == "cpu" or dtype.itemsize == 1)
+
+    zeros = {dtype: torch.zeros(ROW, dtype=dtype, device=device) for dtype in small}
+    pads = {key: zeros[key[0]][: -key[1] % ROW] for key in set(zip(dtypes, numels)) if key[1] <= SMALL}
+
+    def planned(run: list[int]) -> _Run:
+        fill = tuple(pads[dtypes[index], numels[index]] for index in run) if len(run) > 1 else ()
+        return _Run(tuple(run), fill if any(map(len, fill)) else (), ROW * sum(rows[index] for index in run))
+
+    runs.sort(key=is_converted)
+    order = [index for run in runs for index in run]
+    places = tuple(sorted(range(len(order)), key=order.__getitem__))
+    return _Plan(
+        [planned(run) for run in runs if not is_converted(run)],
+        [planned(run) for run in runs if is_converted(run)],
+        _constant(tuple(rows[index] for index in order), torch.int64, device),
+        None if order == sorted(order) else _constant(places, torch.int64, device),
+    )
+
+
+def _sumsq_on(device: torch.device, tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
+    """``tensor_sumsq`` for tensors that all lie on ``device``."""
+    dtypes = tuple(map(_dtype_of, tensors))
+    if any(map(_is_sparse, tensors)) or any(dtype.is_complex for dtype in set(dtypes)):
+        tensors = [flat_values(tensor) if tensor.is_sparse or tensor.is_complex() else tensor for tensor in tensors]
+        dtypes = tuple(map(_dtype_of, tensors))
+    plan = _plan(tuple(map(Tensor.numel, tensors)), dtypes, lanes, device)
+    norms = [_row_norms(_values(run, tensors), lanes) for run in plan.direct]
+    if plan.converted:
+        norms += _converted_row_norms((_values(run, tensors) for run in plan.converted), lanes, device)
+    # Where lanes are fp32, the rows of an fp64 gradient are fp64 all the same: cat promotes.
+    sums = _segment_sum(torch.cat(norms).double().square_(), plan.lengths)
+    return sums if plan.places is None else sums.index_select(0, plan.places)
+
+
+def _values(run: _Run, tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of a run, contiguous: of several tensors 1-D behind each other, each filled up to whole rows.
+
+    They lie in the buffer of their dtype, until the next run of that dtype.
     """
-    sizes: dict[tuple[int, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        sizes.setdefault((tensor.numel(), tensor.dtype), []).append(index)
-    found = []
-    for (size, dtype), indices in sizes.items():
-        wide = torch.float64 if dtype == torch.float64 else lanes
-        step = max(1, BLOCK // max(1, size))
-        for begin in range(0, len(indices), step):
-            part = [tensors[index].reshape(-1) for index in indices[begin : begin + step]]
-            if size:
-                found.append(_row_norms(torch.stack(part).to(wide), wide).double().square_().sum(dim=1))
-            else:
-                found.append(torch.zeros(len(part), dtype=torch.float64, device=part[0].device))
-    order = [index for indices in sizes.values() for index in indices]
-    sums = torch.cat(found)
-    if order == list(range(len(order))):
-        return sums
-    return torch.empty_like(sums).index_copy_(0, _constant(tuple(order), torch.int64, sums.device), sums)
+    if len(run.indices) == 1:
+        alone = tensors[run.indices[0]]
+        return alone if alone.is_contiguous() else flat_values(alone)
+    parts = [tensors[index].flatten() for index in run.indices]
+    if run.pads:
+        parts = [part for pair in zip(parts, run.pads) for part in pair]
+    buffer = _buffer(parts[0].dtype, parts[0].device)[: run.size]
+    torch.cat(parts, out=buffer)
+    return buffer
 
 
-def _large_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
-    rows: list[Tensor] = []
-    lengths = []
-    for tensor in tensors:
-        values = flat_values(tensor)
-        # An fp64 gradient keeps fp64 lanes, so rows of two dtypes may meet here.
-        wide = torch.float64 if values.dtype == torch.float64 else lanes
-        norms = _row_norms(values.view(1, -1), wide).view(-1) if len(values) else values.new_zeros(0, dtype=wide)
-        rows.append(norms)
-        lengths.append(len(norms))
-    if len({norm.dtype for norm in rows}) > 1:
-        rows = [norm.double() for norm in rows]
-    return _segment_sum(torch.cat(rows).double().square_(), lengths)
+def _row_norms(values: Tensor, lanes: torch.dtype) -> Tensor:
+    """L2 norms of rows of ROW elements, the last may be shorter, of contiguous values: ``lanes`` or fp64, 1-D."""
+    wide = torch.float64 if values.dtype == torch.float64 else lanes
+    rest = values.numel() % ROW
+    if not rest:
+        norms: Tensor = torch.linalg.vector_norm(values.view(-1, ROW), dim=1, dtype=wide)
+        return norms
+    values = values.view(-1)
+    whole = torch.linalg.vector_norm(values[:-rest].view(-1, ROW), dim=1, dtype=wide)
+    last = torch.linalg.vector_norm(values[-rest:], dim=0, keepdim=True, dtype=wide)
+    return torch.cat([whole, last])
 
 
-def _converted_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
-    """As ``_large_sumsq``, for dtypes that vector_norm would convert one by one: rows fill one buffer in turn."""
-    device = tensors[0].device
-    buffer = _buffer(lanes) if device.type == "cpu" else torch.empty(BLOCK, dtype=lanes, device=device)
-    rows = []
-    lengths = []
+def _converted_row_norms(tensors: Iterable[Tensor], lanes: torch.dtype, device: torch.device) -> list[Tensor]:
+    """As ``_row_norms`` of each, for dtypes that vector_norm would convert one by one: they fill a buffer in turn."""
+    buffer = _buffer(lanes, device)
+    norms = []
     used = 0
-    for tensor in tensors:
-        values = flat_values(tensor)
+    for values in tensors:
+        values = values.view(-1)
         size = len(values)
-        lengths.append(-(-size // ROW))
         begin = 0
         while begin < size:
             end = min(size, begin + BLOCK - used)
@@ -207,37 +249,42 @@ def _converted_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor:
                 buffer[filled:used].zero_()
             begin = end
             if used == BLOCK:
-                rows.append(torch.linalg.vector_norm(buffer.view(-1, ROW), dim=1))
+                norms.append(_row_norms(buffer, lanes))
                 used = 0
-    if used:
-        rows.append(torch.linalg.vector_norm(buffer[:used].view(-1, ROW), dim=1))
-    if not rows:
-        return torch.zeros(len(tensors), dtype=torch.float64, device=device)
-    return _segment_sum(torch.cat(rows).double().square_(), lengths)
+    norms.append(_row_norms(buffer[:used], lanes))
+    return norms
 
 
 _local = threading.local()
 
 
-def _buffer(lanes: torch.dtype) -> Tensor:
-    """BLOCK elements on the CPU, one buffer per thread and dtype: fresh memory costs a page fault every 4 KiB."""
-    found: Tensor | None = getattr(_local, str(lanes), None)
+def _buffer(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """BLOCK elements; on the CPU one buffer per thread and dtype: fresh memory costs a page fault every 4 KiB."""
+    if device.type != "cpu":
+        return torch.empty(BLOCK, dtype=dtype, device=device)
+    found: Tensor | None = getattr(_local, str(dtype), None)
     if found is None:
         with torch.inference_mode(False):
-            found = torch.empty(BLOCK, dtype=lanes)
-        setattr(_local, str(lanes), found)
+            found = torch.empty(BLOCK, dtype=dtype)
+        setattr(_local, str(dtype), found)
     return found
+
+
+@lru_cache(maxsize=256)
+def _grouping(segments: tuple[int, ...], num_segments: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """The order that sorts tensors by segment (None: sorted already), and how many each segment has; int64."""
+    order = tuple(sorted(range(len(segments)), key=segments.__getitem__))
+    counts = Counter(segments)
+    return (
+        None if order == tuple(range(len(order))) else _constant(order, torch.int64, device),
+        _constant(tuple(counts[segment] for segment in range(num_segments)), torch.int64, device),
+    )
 
 
 def _sum_by_segment(values: Tensor, segments: Sequence[int], num_segments: int) -> Tensor:
     """Sums of ``values`` (one or one row per tensor) by segment, in tensor order within each."""
-    order = sorted(range(len(segments)), key=segments.__getitem__)
-    if order != list(range(len(segments))):
-        values = values.index_select(0, _constant(tuple(order), torch.int64, values.device))
-    lengths = [0] * num_segments
-    for segment in segments:
-        lengths[segment] += 1
-    return _segment_sum(values, lengths)
+    order, lengths = _grouping(tuple(segments), num_segments, values.device)
+    return _segment_sum(values if order is None else values.index_select(0, order), lengths)
 
 
 @torch.no_grad()

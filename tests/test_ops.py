@@ -79,6 +79,49 @@ def test_dtypes_mix_in_one_segment():
     assert ops.segmented_sumsq(halves, [0, 0], 1).item() == pytest.approx(4 * 0.125**2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [reference.SMALL, reference.BLOCK], ids=["SMALL", "BLOCK"])
+def test_sizes_next_to_a_threshold_agree_with_fp64(size, dtype):
+    tensors = [values(size + more, dtype) for more in (-1, 0, 1, -reference.ROW, reference.ROW, 5)]
+    assert_right(tensors, range(6), 6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_tensors_of_more_elements_than_a_block_agree_with_fp64(dtype):
+    sizes = [reference.SMALL] * (reference.BLOCK // reference.SMALL) + [reference.SMALL - 3] * 20 + [1, 0, 300] * 15
+    tensors = [values(size, dtype) for size in sizes]
+    assert_right(tensors, range(len(sizes)), len(sizes))
+
+
+def test_small_and_large_tensors_of_all_dtypes_and_layouts_take_turns():
+    tensors = []
+    for turn in range(3):
+        for dtype in DTYPES:
+            tensors += [values(size, dtype) for size in (300 + turn, 20_000 + turn, 0, 256 * turn)]
+            tensors += [values(6000, dtype).view(60, 100).t(), values(60_000, dtype).view(300, 200)[:, 1:150]]
+            tensors += [values(40_000, dtype).view(2, 4, 50, 100).to(memory_format=torch.channels_last)]
+        tensors += [torch.sparse_coo_tensor([[1, 1, 4]], [1.0, 2.0, 3.0], (6,)), torch.randn(1).expand(400)]
+    assert_right(tensors, range(len(tensors)), len(tensors))
+    assert_right(tensors[::-1], range(len(tensors)), len(tensors))
+
+
+def test_a_call_leaves_nothing_behind_for_the_next():
+    # Buffers are kept: the next call must not see what an earlier one, of other sizes, has left in them.
+    for dtype in (torch.bfloat16, torch.float32):
+        ops.segmented_sumsq([torch.full((5000,), math.nan, dtype=dtype) for _ in range(30)], [0] * 30, 1)
+        assert_right([values(size, dtype) for size in (3, 700, 20_001, 5, 1000)], range(5), 5)
+
+
+def test_no_temporary_has_the_size_of_all_gradients():
+    for dtype, size in ((torch.float32, 4000), (torch.bfloat16, 4000), (torch.bfloat16, 40_000)):
+        tensors = [torch.ones(size, dtype=dtype) for _ in range(600)]
+        ops.segmented_sumsq(tensors, [0] * 600, 1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            ops.segmented_sumsq(tensors, [0] * 600, 1)
+        taken = max(event.self_cpu_memory_usage for event in profile.key_averages())
+        assert 0 < taken <= 600 * size * dtype.itemsize / 8
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_no_layout_changes_the_sum(dtype):
     base = values(4 * 6 * 10 * 14, dtype).view(4, 6, 10, 14)
@@ -228,6 +271,7 @@ def test_nothing_is_written():
         ([torch.ones(2, dtype=torch.bool)], [0], 1, torch.float32, "tensor 0 has dtype torch.bool"),
         ([torch.ones(2)], [0, 1], 2, torch.float32, "1 tensors but 2 segments"),
         ([torch.ones(2)], [], 2, torch.float32, "1 tensors but 0 segments"),
+        ([torch.ones(2), torch.ones(2).char(), torch.ones(2).bool()], [0] * 3, 1, torch.float32, "tensor 1 has dtype"),
         ([torch.ones(2), torch.ones(2)], [0, 2], 2, torch.float32, r"segment 2 of tensor 1 is outside \[0, 2\)"),
         ([torch.ones(2)], [-1], 2, torch.float32, r"segment -1 of tensor 0 is outside \[0, 2\)"),
         ([], [], 0, torch.float32, "num_segments must be at least 1, got 0"),
@@ -251,8 +295,9 @@ def test_other_sparse_layouts_are_refused_with_a_way_out():
 
 
 def test_constants_first_made_in_inference_mode_serve_outside_of_it():
-    reference._constant.cache_clear()
-    tensors, segments = [torch.randn(3000), torch.randn(5), torch.randn(7)], [1, 0, 1]
+    for made_once in (reference._constant, reference._plan, reference._grouping):
+        made_once.cache_clear()
+    tensors, segments = [torch.randn(30_000), torch.randn(5), torch.randn(7)], [1, 0, 1]
     with torch.inference_mode():
         inside = ops.segmented_sumsq(tensors, segments, 2)
     outside = ops.segmented_sumsq(tensors, segments, 2)
@@ -264,7 +309,8 @@ def test_constants_first_made_in_inference_mode_serve_outside_of_it():
 
 
 def test_fake_tensors_do_not_spoil_the_constants_of_real_ones():
-    reference._constant.cache_clear()
+    for made_once in (reference._constant, reference._plan, reference._grouping):
+        made_once.cache_clear()
     with FakeTensorMode():
         found = ops.segmented_sumsq([torch.ones(3000)], [0], 1)
         assert found.shape == (1,)

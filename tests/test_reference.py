@@ -226,6 +226,17 @@ def test_segmented_sumsq_puts_its_result_where_told():
     assert reference.segmented_sumsq([], [], 2).device.type == "cpu"
 
 
+def test_tensors_of_several_devices_keep_their_places(monkeypatch):
+    torch.manual_seed(0)
+    tensors = [torch.randn(size, dtype=dtype) for size in (5, 30_000, 600) for dtype in (torch.float32, torch.float16)]
+    here = reference.tensor_sumsq(tensors, torch.float32, torch.device("cpu"))
+    places = {id(t): torch.device("cpu", 0) if n in (0, 3, 4) else torch.device("cpu") for n, t in enumerate(tensors)}
+    assert len(set(places.values())) == 2
+    monkeypatch.setattr(reference, "_device_of", lambda tensor: places[id(tensor)])
+    assert torch.equal(reference.tensor_sumsq(tensors, torch.float32, torch.device("cpu")), here)
+    assert here.unique().numel() == len(tensors)
+
+
 @pytest.mark.parametrize(
     "tensor, viewable",
     [
