@@ -123,6 +123,8 @@ class Bench:
         self.budget = BUDGET[device] if scale is None or self.cuda else 0.0
         self.properties: Any = torch.cuda.get_device_properties(self.device) if self.cuda else None
         self.cold_bytes = 4 * self.properties.L2_cache_size if self.cuda else 0
+        # Written before every replay: it keeps the GPU busy until the graph has arrived, and clears the L2.
+        self.flush = torch.empty(max(self.cold_bytes, 1), dtype=torch.uint8, device=self.device)
         self.anchors = self._anchors()
 
     def sync(self) -> None:
@@ -215,7 +217,11 @@ class Bench:
                 del calls[name]
         if self.cuda:
             graphed = {name: sets for name, sets in calls.items() if by_name[name].capturable}
-            for name, found in self._replays(graphed, pristine, rows).items():
+
+            def check(name: str, found: Any) -> None:
+                contenders.error_of(case.task, calls[name][0], found, truth, by_name[name].tolerance)
+
+            for name, found in self._replays(graphed, pristine, rows, check).items():
                 tenths = statistics.quantiles(found, n=10)
                 for key, value in (("median", statistics.median(found)), ("p10", tenths[0]), ("p90", tenths[-1])):
                     rows[name][f"gpu_us_{key}"] = value * 1e6
@@ -263,7 +269,8 @@ class Bench:
                 run()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        syncs = sum("synchroniz" in str(one.message).lower() for one in said)
+        # Not the warning that this mode is a prototype.
+        syncs = sum("called a synchronizing" in str(one.message) for one in said)
         torch.cuda.reset_peak_memory_stats()
         before, held = torch.cuda.memory_stats(), torch.cuda.memory_allocated()
         run()
@@ -281,7 +288,9 @@ class Bench:
 
     # -- times -----------------------------------------------------------------------------------------------------
 
-    def _turns(self, names: Sequence[str], once: Callable[[str], Any], number: int) -> dict[str, list[Any]]:
+    def _turns(
+        self, names: Sequence[str], once: Callable[[str], Any], number: int, least: int
+    ) -> dict[str, list[Any]]:
         """A, B, A, B: each has ``number`` turns, or fewer when its time is spent."""
         found: dict[str, list[Any]] = {name: [] for name in names}
         spent = dict.fromkeys(names, 0.0)
@@ -292,7 +301,7 @@ class Bench:
                 found[name].append(once(name))
                 spent[name] += time.perf_counter() - begun
             waiting = [
-                n for n in waiting if len(found[n]) < self.least or (len(found[n]) < number and spent[n] < self.budget)
+                n for n in waiting if len(found[n]) < number and (len(found[n]) < least or spent[n] < self.budget)
             ]
         return found
 
@@ -301,12 +310,19 @@ class Bench:
         calls: dict[str, list[Call]],
         pristine: Sequence[Tensor] = (),
         rows: dict[str, dict[str, Any]] | None = None,
+        check: Callable[[str, Any], None] = lambda name, found: None,
     ) -> dict[str, list[float]]:
         """GPU seconds per call, one number per replay of a graph that holds one call for each set."""
         graphs = {}
         for name, sets in calls.items():
             try:
-                graphs[name] = self._capture(sets)
+                graph, found = self._capture(sets, pristine)
+                _restore(sets, pristine)
+                with contenders.poisoned(sets[0]):
+                    graph.replay()
+                self.sync()
+                check(name, found)
+                graphs[name] = graph
             except Exception as error:
                 if rows is None:
                     raise
@@ -315,6 +331,7 @@ class Bench:
 
         def once(name: str) -> float:
             _restore(calls[name], pristine)
+            self.flush.fill_(1)
             begin.record()
             graphs[name].replay()
             end.record()
@@ -324,10 +341,13 @@ class Bench:
         for name in graphs:
             for _ in range(5):
                 once(name)
-        return self._turns(list(graphs), once, self.repeats)
+        return self._turns(list(graphs), once, self.repeats, self.least)
 
-    def _capture(self, sets: Sequence[Call]) -> Any:
-        """One graph for all sets. Each is first run on a stream of its own, so that its addresses are uploaded."""
+    def _capture(self, sets: Sequence[Call], pristine: Sequence[Tensor]) -> tuple[Any, Any]:
+        """One graph for all sets, and what the first will have found.
+
+        Each is first run on a stream of its own, so that its addresses are uploaded and not those of the next.
+        """
         runs = [call.inner or call.run for call in sets]
         for run in runs:
             stream = torch.cuda.Stream()
@@ -336,11 +356,12 @@ class Bench:
                 for _ in range(3):
                     run()
             self.sync()
+        _restore(sets, pristine)
+        self.sync()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for run in runs:
-                run()
-        return graph
+            found = [run() for run in runs]
+        return graph, found[0]
 
     def _blocks(
         self,
@@ -366,8 +387,12 @@ class Bench:
             self.sync()
             return (returned - begun) / number, (time.perf_counter() - begun) / number
 
-        found = self._turns(list(calls), once, min(self.repeats, 60) if asked else 15)
-        return {name: tuple(map(statistics.median, zip(*times))) for name, times in found.items()}  # type: ignore[misc]
+        found = self._turns(list(calls), once, min(self.repeats, 30 if asked else 15), 30 if asked else self.least)
+        medians = {}
+        for name, times in found.items():
+            returned, wall = (statistics.median(column) for column in zip(*times))
+            medians[name] = returned, wall
+        return medians
 
     def _calls(self, calls: dict[str, list[Call]], pristine: Any) -> dict[str, list[float]]:
         """Seconds per call on a CPU, where returning is being done."""
@@ -380,7 +405,7 @@ class Bench:
 
         for name in calls:
             once(name)
-        return self._turns(list(calls), once, self.repeats)
+        return self._turns(list(calls), once, self.repeats, self.least)
 
     def _release(self) -> None:
         """Graphs are gone when this is called: their tables may go too."""
@@ -430,14 +455,15 @@ class Bench:
     def growth(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows for more tensors, elements and segments, and the slope of each line on log-log paper."""
         big = self.cuda and self.scale is None
-        tensors = (10, 100, 1000, 10_000, *((100_000,) if big else ()))
+        tensors = [10, 100, 1000, 10_000, *([100_000] if big else [])]
         elements = [10**power for power in range(3, 10 if big else 8)] + ([4 * 10**9] if big else [])
+        counts = [1, 2, 4, 16, 64, 256, 1024]
         if self.scale is not None:
-            tensors, elements = (10, 100, 300), [1000, 10_000, 100_000]
+            tensors, elements, counts = [10, 30, 100], [1000, 10_000, 100_000], [1, 8, 64]
         axes: dict[str, list[tuple[int, list[tuple[int, ...]], int]]] = {
             "tensors": [(n, n * [(1024,)], 2) for n in tensors],
             "elements": [(n, [(n,)], 1) for n in elements],
-            "segments": [(n, 2048 * [(1024,)], n) for n in (1, 2, 4, 16, 64, 256, 1024)],
+            "segments": [(n, 2 * counts[-1] * [(1024,)], n) for n in counts],
         }
         asked = [one for one in TASKS["telemetry"] if one.name in ("seedtriton", "seedtriton flat", "P2 native")]
         asked.append(next(one for one in TASKS["norm"] if one.name == "P1 get_total_norm"))
