@@ -23,9 +23,10 @@ from seedtriton import FlatGradients, GradientMonitor, ops, reference
 
 WINDOW = 128
 EPS = 1e-8
-# How far an answer may be from float64 before it is another quantity. WIDE sums in fp64; ROUNDED rounds norms to
-# bf16, or sums tens of millions of fp32 numbers in fp32. The error itself stands in the report beside the time.
-EXACT, SINGLE, ROUNDED = 1e-6, 2e-2, 6e-2
+# How far an answer may be from float64 before it is another quantity. SINGLE sums up to 124 M fp32 numbers one after
+# the other in fp32 (1.3e-2 on GPT-2, torch 2.13 on one thread), ROUNDED also rounds norms to bf16 or fp16. The error
+# itself stands in the report beside the time.
+EXACT, SINGLE, ROUNDED = 1e-6, 3e-2, 6e-2
 CLIPPED = 1e-2  # of the sum of squares after clipping, every element of which was rounded to its dtype
 
 

@@ -618,21 +618,27 @@ def show(one: dict[str, Any]) -> None:
     print(f"{one['task']:12} {one['shape']:34} {one['dtype']:5} {one['contender']:24} {said} {error} {one['note']}")
 
 
+def _scale(text: str) -> float:
+    scale = SCALES.get(text) or float(text)
+    if not 0.0 < scale <= 1.0:
+        raise argparse.ArgumentTypeError(f"above 0 and at most 1, got {text}")
+    return scale
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench/results"))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--scale", help='shrinks every tensor: a number up to 1, or "tiny"')
+    parser.add_argument("--scale", type=_scale, help='shrinks every tensor: a number up to 1, or "tiny"')
     parser.add_argument("--repeats", type=int, help="of every call; fewer where they take long")
     asked = parser.parse_args(arguments)
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available; --device cpu makes the report of the same form")
     if asked.repeats is not None and asked.repeats < 2:
         parser.error(f"--repeats is at least 2, got {asked.repeats}")
-    scale = None if asked.scale is None else SCALES.get(asked.scale) or float(asked.scale)
     begun = time.perf_counter()
-    bench = Bench(asked.device, scale, asked.repeats)
+    bench = Bench(asked.device, asked.scale, asked.repeats)
     print(", ".join(f"{name} {value:.4g}" for name, value in bench.anchors.items()))
     print("times in µs: GPU, CPU until it returns, eager wall; relative error")
     wrong = 0

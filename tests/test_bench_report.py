@@ -320,6 +320,13 @@ def test_a_wrong_answer_of_ours_fails_the_command(tmp_path, monkeypatch, capsys)
     assert "WrongAnswer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wrong", ["--scale 2", "--scale big", "--repeats 1", "--part all --device tpu"])
+def test_arguments_that_make_no_sense_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", *wrong.split()])
+    assert wrong.split()[-1] in capsys.readouterr().err
+
+
 def test_every_part_has_cases_and_none_asks_for_more_segments_than_tensors():
     for part in TASKS:
         found = gpu.cases(part)
