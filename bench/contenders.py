@@ -198,11 +198,12 @@ def squares(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def epilogue(
-    sums: Tensor, segments: Tensor, start: Tensor, ring: Tensor, count: Tensor, max_norm: float
+    sums: Tensor, segments: Tensor, start: Tensor, ring: Tensor, count: Tensor, max_norm: Tensor
 ) -> tuple[Tensor, ...]:
     """All that a measurement of ours leaves behind, but the counts of tensors, by operations of torch.
 
-    ``start`` is fp64 zeros [segments]; ``ring`` is fp64 [window, segments, 2], of which one row is written.
+    ``start`` is fp64 zeros [segments]; ``ring`` is fp64 [window, segments, 2], of which one row is written;
+    ``max_norm`` is 0-dim on the device, because a compiler may make new code for each new number.
     """
     by_segment = start.index_add(0, segments, sums.double())
     norms = by_segment.sqrt()
@@ -217,6 +218,11 @@ def epilogue(
 
 @lru_cache(maxsize=1)
 def _compiled_epilogue() -> Callable[..., tuple[Tensor, ...]]:
+    import torch._dynamo
+
+    # One version for each of 1, 2 and more segments and for one tensor, all of them twice, because memory is
+    # poisoned by a mode that Dynamo looks at: more than the 8 that it allows by itself.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(epilogue, dynamic=True, fullgraph=True)
 
 
@@ -226,9 +232,10 @@ def _native(work: Work, finish: Callable[..., tuple[Tensor, ...]] = epilogue) ->
     start = torch.zeros(work.num_segments, **options)
     ring = torch.zeros(WINDOW, work.num_segments, 2, **options)
     count = torch.zeros((), dtype=torch.int64, device=work.device)
+    max_norm = torch.tensor(work.max_norm, **options)
 
     def run() -> tuple[Tensor, ...]:
-        return finish(squares(work.gradients), segments, start, ring, count, work.max_norm)
+        return finish(squares(work.gradients), segments, start, ring, count, max_norm)
 
     return Call(run, lambda found: dict(zip(("sums", "ratio", "total", "coefficient"), found)), (ring,))
 

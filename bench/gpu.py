@@ -42,6 +42,7 @@ CPU_ELEMENTS = 64e6  # what a shape is scaled to on a CPU, but for those below
 WHOLE = ("ResNet-50", "GPT-2")
 # Different streams keep different tables of addresses, and the library keeps 32 tables: at most half for each kernel.
 MOST_SETS = 12
+BLOCK = 0.05  # seconds that a block of calls takes at most, unless one call takes longer
 QUEUE = 512  # kernels in flight at most while CPU time is taken: a full queue would make the CPU wait
 
 
@@ -372,10 +373,17 @@ class Bench:
     ) -> dict[str, tuple[float, float]]:
         """Seconds until a call returns, and until its work is done, in blocks with one wait at their end."""
         asked = number
+        pilot = {}
+        for name, sets in calls.items():
+            self.sync()
+            begun = time.perf_counter()
+            sets[0].run()
+            self.sync()
+            pilot[name] = time.perf_counter() - begun
 
         def once(name: str) -> tuple[float, float]:
             sets = calls[name]
-            number = asked or max(1, min(50, QUEUE // max(rows[name]["kernels"] or 1, 1)))
+            number = asked or max(1, min(50, QUEUE // max(rows[name]["kernels"] or 1, 1), int(BLOCK / pilot[name])))
             if pristine:
                 _restore(sets, pristine)
                 number = min(number, len(sets))
@@ -538,12 +546,13 @@ class _Loop:
             self.finish = lambda: nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
         elif name.startswith("P2"):
             state = [torch.zeros(size, dtype=torch.float64, device=device) for size in ((2,), (128, 2, 2))]
+            most = torch.tensor(limit, dtype=torch.float64, device=device)
             count = torch.zeros((), dtype=torch.int64, device=device)
             segments = torch.tensor([0] * (len(parameters) - 1) + [1], device=device)
 
             def native() -> None:
                 gradients = [p.grad for p in parameters if p.grad is not None]
-                found = contenders.epilogue(contenders.squares(gradients), segments, *state, count, limit)
+                found = contenders.epilogue(contenders.squares(gradients), segments, *state, count, most)
                 torch._foreach_mul_(gradients, found[3].float())
 
             self.finish = native
