@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed-$(shell $(PYTHON) -c 'import hashlib, sys; print(ha
 
 SANITIZED := "mixed_dtype or zero_size or nan_and_inf"
 
-.PHONY: demo test test-unit test-kernels test-wheel test-gpu sanitize-gpu check bench clean
+.PHONY: demo test test-unit test-kernels test-wheel test-gpu sanitize-gpu check bench bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -44,7 +44,17 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+		--benchmark-group-by=group
+
+# The README's figures: raw output into bench/results, then tables and pictures from it. On a quiet machine.
+bench-cpu: $(STAMP)
+	$(BIN)/python -m bench.gpu --device cpu
+	$(BIN)/python bench/report.py --write
+
+# With the torch and triton that are there: make bench-gpu PYTHON=python3
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m bench.gpu --device cuda
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,195 @@
+"""The raw output of bench/gpu.py as tables and as pictures, of a GPU or of a CPU."""
+
+import re
+import statistics
+
+OURS = "seedtriton"
+# What the README shows of it; the raw output has the rest.
+SHOWN = {
+    "norm": ("ResNet-50", "GPT-2", "Llama-3-8B / 8", "1000 x 1K", "200M + 2000 x 1K", "one 1B", "unaligned"),
+    "clip 1": ("ResNet-50", "GPT-2", "1000 x 1K"),
+    "clip below 1": ("ResNet-50", "GPT-2", "1000 x 1K"),
+    "telemetry": ("ResNet-50", "GPT-2", "1000 x 1K", "200M + 2000 x 1K"),
+    "step": ("transformer",),
+}
+TITLES = {
+    "norm": "Norm of all gradients",
+    "clip 1": "Clipping that leaves the gradients as they are (coefficient 1)",
+    "clip below 1": "Clipping that bites (coefficient 0.5)",
+    "telemetry": "Sums by segment, ratio, flags, row of the window, clip coefficient",
+    "step": "A training step",
+}
+
+
+def markdown(record, name):
+    """One table for each task: our time, and everybody's over ours."""
+    head, gpu = record["header"], _gpu(record)
+    part = "cpu" if not gpu else "cuda"
+    copy = statistics.median(one["copy_bytes_per_second"] for one in record["anchors"].values())
+    said = (
+        f"{head['device']}, torch {head['torch']}, commit {head['commit']}; a copy moves {copy / 1e9:.0f} GB/s, read "
+        f"plus written. Medians; all took turns, and each was within its tolerance of float64 before it was timed "
+        f"([raw output](bench/results/{name}), `python -m bench.gpu --device {part}`). "
+    )
+    said += (
+        "Cells of others are theirs / ours, GPU time and then CPU time until the call returns; *w*: eager wall time, "
+        "where a CUDA graph cannot hold it."
+        if gpu
+        else "Cells of others are theirs / ours, and in brackets their relative error."
+    )
+    lines = [said]
+    for task in SHOWN:
+        rows = [row for row in record["rows"] if row["task"] == task and _shown(row, task)]
+        if rows:
+            lines += ["", f"{TITLES[task]}:", "", *_table(rows, gpu)]
+    if record["fits"]:
+        lines += ["", "Growth of time, its exponent over the larger half of the sizes:", "", *_growth(record, gpu)]
+    return "\n".join([*lines, "", *(f"![{text}](docs/{file})" for text, file in _files(record))])
+
+
+def _gpu(record):
+    return record["header"].get("cuda") is not None
+
+
+def _shown(row, task):
+    return any(row["shape"].startswith(name) for name in SHOWN[task])
+
+
+def _table(rows, gpu):
+    cases = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
+    found = {(row["shape"], row["dtype"], row["contender"]): row for row in rows}
+    # In the order of the list of contenders, and only those that somewhere have a time.
+    base = OURS
+    names = dict.fromkeys(row["contender"] for row in rows if row["wall_us_median"] and row["contender"] != base)
+    own = ["GPU µs", "of copy", "CPU µs", "kernels / syncs / allocations"] if gpu else ["ms"]
+    lines = ["| gradients | dtype | " + " | ".join([f"seedtriton {own[0]}", *own[1:], "error", *names]) + " |"]
+    lines.append("|---" * (3 + len(own) + len(names)) + "|")
+    for shape, dtype in cases:
+        ours = found.get((shape, dtype, base))
+        if ours is None or not ours["wall_us_median"]:
+            said = ours["note"] if ours else "not run"
+            lines.append(f"| {_name(shape, ours)} | {dtype} | {said} |" + " |" * (len(own) + len(names)))
+            continue
+        cells = [*_own(ours, gpu), f"{ours['rel_error']:.0e}"]
+        cells += [_cell(ours, found.get((shape, dtype, name)), gpu) for name in names]
+        lines.append(f"| {_name(shape, ours)} | {dtype} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _growth(record, gpu):
+    """Exponents: 1 is time in proportion to size, 0 is none at all."""
+    exponents = {
+        (fit["axis"], fit["contender"]): fit["slope"]
+        for fit in record["fits"]
+        if fit["time"] == ("gpu_us_median" if gpu else "cpu_us_median") and fit["slope"] is not None
+    }
+    axes, names = (list(dict.fromkeys(key[place] for key in exponents)) for place in (0, 1))
+    lines = ["| in the number of | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for axis in axes:
+        cells = [f"{exponents[axis, name]:.2f}" if (axis, name) in exponents else "-" for name in names]
+        lines.append(f"| {axis} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _name(shape, row):
+    scale = re.search(r"scaled by ([\d.e-]+)", row["note"]) if row else None
+    return shape + (f", scaled by {scale[1]}" if scale else "")
+
+
+def _own(row, gpu):
+    if not gpu:
+        return [f"{row['wall_us_median'] / 1e3:.2f}"]
+    cells = ["-" if row["gpu_us_median"] is None else f"{row['gpu_us_median']:.1f}"]
+    cells.append("-" if row["copy_bandwidth_fraction"] is None else f"{row['copy_bandwidth_fraction']:.0%}")
+    return [*cells, f"{row['cpu_us_median']:.0f}", f"{row['kernels']} / {row['syncs']} / {row['allocations']}"]
+
+
+def ratio(ours, theirs):
+    """(their time over ours, what was compared): GPU time if both have it, else eager wall time."""
+    field = "gpu_us_median" if ours["gpu_us_median"] and theirs["gpu_us_median"] else "wall_us_median"
+    if not theirs[field] or not ours[field]:
+        return None, field
+    return theirs[field] / ours[field], field
+
+
+def _cell(ours, theirs, gpu):
+    found, field = (None, "") if theirs is None else ratio(ours, theirs)
+    if found is None:
+        return "-"
+    if not gpu:
+        return f"{found:.2f} ({theirs['rel_error']:.0e})"
+    wall = " w" if field == "wall_us_median" else ""
+    return f"{found:.2f}{wall} / {theirs['cpu_us_median'] / ours['cpu_us_median']:.1f}"
+
+
+def _files(record):
+    kind = "gpu" if _gpu(record) else "cpu"
+    return [
+        (f"Achieved bandwidth against size, {kind.upper()}", f"bandwidth-{kind}.png"),
+        (f"Everybody's time over ours, {kind.upper()}", f"ratios-{kind}.png"),
+    ]
+
+
+def pictures(record, folder):
+    """Both pictures, into ``folder``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for draw, (_, file) in zip((_bandwidth, _ratios), _files(record)):
+        draw(record, pyplot).savefig(folder / file, dpi=110)
+        pyplot.close("all")
+
+
+# Colour-blind safe (Okabe and Ito); ours is black.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#999999", "#882255")
+
+
+def _bandwidth(record, pyplot):
+    """Bytes over time of the norm in fp32 and bf16; ours against size, with the copy as the roof."""
+    field = "gpu_us_median" if _gpu(record) else "wall_us_median"
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    copy = statistics.median(one["copy_bytes_per_second"] for one in record["anchors"].values())
+    for axis, dtype in zip(axes, ("fp32", "bf16")):
+        rows = [row for row in record["rows"] if row["task"] == "norm" and row["dtype"] == dtype and row[field]]
+        names = [OURS, *dict.fromkeys(row["contender"] for row in rows if not row["contender"].startswith(OURS))]
+        for name, colour in zip(names, ("black", *COLOURS)):
+            points = sorted((row["bytes"], row["bytes"] / row[field] / 1e3) for row in rows if row["contender"] == name)
+            if points:
+                width = 2 if name == OURS else 1
+                axis.plot(*zip(*points), "o-", color=colour, label=name, markersize=4, linewidth=width)
+        axis.axhline(copy / 1e9, color="black", linestyle="--", linewidth=1)
+        axis.annotate("copy, read plus written", (0.02, copy / 1e9), xycoords=("axes fraction", "data"), fontsize=8)
+        axis.set(xscale="log", yscale="log", xlabel="bytes of all gradients", title=f"norm, {dtype}")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("GB/s")
+    axes[1].legend(fontsize=7)
+    figure.suptitle(f"Each byte counted once; {record['header']['device']}")
+    figure.tight_layout()
+    return figure
+
+
+def _ratios(record, pyplot):
+    """Per task and peer the median of their time over ours, and from the worst to the best case."""
+    tasks = [task for task in SHOWN if any(row["task"] == task for row in record["rows"])]
+    figure, axes = pyplot.subplots(1, max(len(tasks), 1), figsize=(3.4 * max(len(tasks), 1) + 1, 4.4), squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        rows = [row for row in record["rows"] if row["task"] == task]
+        ours = {(row["shape"], row["dtype"]): row for row in rows if row["contender"] == OURS}
+        found = {}
+        for row in rows:
+            if not row["contender"].startswith(OURS) and (row["shape"], row["dtype"]) in ours:
+                times, _ = ratio(ours[row["shape"], row["dtype"]], row)
+                if times is not None:
+                    found.setdefault(row["contender"], []).append(times)
+        for place, (_, values) in enumerate(reversed(found.items())):
+            axis.barh(place, statistics.median(values), color="#56B4E9")
+            axis.plot([min(values), max(values)], [place, place], color="black", linewidth=1)
+        axis.set_yticks(range(len(found)), list(reversed(found)), fontsize=7)
+        axis.axvline(1.0, color="black", linewidth=1)
+        axis.set(xscale="log", title=task)
+        axis.grid(alpha=0.25, axis="x")
+    figure.suptitle(f"Their time over ours: median bar, line from least to most; {record['header']['device']}")
+    figure.tight_layout()
+    return figure
