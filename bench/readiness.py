@@ -240,9 +240,9 @@ def case(job: tuple[str, int, int]) -> list[dict[str, Any]]:
     return results
 
 
-def run(tasks: Sequence[str], random_seeds: int, epochs: int, processes: int) -> list[dict[str, Any]]:
+def run(tasks: Sequence[str], random_seeds: Sequence[int], epochs: int, processes: int) -> list[dict[str, Any]]:
     """All cases."""
-    jobs = [(task, random_seed, epochs) for random_seed in range(random_seeds) for task in tasks]
+    jobs = [(task, random_seed, epochs) for random_seed in random_seeds for task in tasks]
     if processes == 1:
         return [result for job in jobs for result in case(job)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -284,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readiness", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5, help="random seeds (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="two cheap tasks, one random seed each")
@@ -292,7 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         options.tasks, options.seeds, options.processes = ["digits_mlp", "spirals"], 1, 1
     begun = time.perf_counter()
-    results = run(options.tasks, options.seeds, options.epochs, options.processes)
+    random_seeds = range(options.first_seed, options.first_seed + options.seeds)
+    results = run(options.tasks, random_seeds, options.epochs, options.processes)
     seconds = time.perf_counter() - begun
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ DEAD = 1e-5  # ratios below it are all the same in the picture
 HEADS = ("ratio >= 0.05", "RMS ratio >= 0.10 (esper-lite)", "G2, gradients alone", "G2 with probe")
 
 
-def markdown(record, name):
-    """What was run, how often each judge was wrong, and about what."""
+def markdown(record, name, fresh=None, fresh_name=""):
+    """What was run, how often each judge was wrong, and about what; ``fresh`` is of random seeds not looked at."""
     runs = record["runs"]
     tasks, seeds = ({run[key] for run in runs} for key in ("task", "random_seed"))
     scenarios = {run["scenario"] for run in runs}
@@ -23,7 +23,15 @@ def markdown(record, name):
         f"Asked as well for the rise of the accuracy by one point that the original gate had, ours would have refused "
         f"{refused} of {len(ready)} seeds that were ready."
     )
-    return "\n".join([said, "", table(runs), "", said_of_accuracy])
+    lines = [said, "", table(runs), "", said_of_accuracy]
+    if fresh is not None:
+        counts = ", ".join(f"{head}: {_wrong(fresh['runs'], judge)}" for judge, head in zip(JUDGES, HEADS))
+        lines += [
+            "",
+            "The limits were settled by looking at those runs. On other random seeds, run once afterwards, "
+            f"{len(fresh['runs'])} runs ([raw output](bench/results/{fresh_name})) had these wrong verdicts: {counts}.",
+        ]
+    return "\n".join(lines)
 
 
 def _judged(run):

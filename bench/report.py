@@ -32,7 +32,8 @@ def growth_tables(path):
 
 def readiness_table(path):
     """How often every judge of a seed was wrong, as Markdown."""
-    return readiness_report.markdown(read(path), path.name)
+    fresh = newest("fresh-readiness")
+    return readiness_report.markdown(read(path), path.name, *((read(fresh), fresh.name) if fresh else ()))
 
 
 def performance_tables(path):
