@@ -31,7 +31,19 @@ def markdown(record, name, fresh=None, fresh_name=""):
             "The limits were settled by looking at those runs. On other random seeds, run once afterwards, "
             f"{len(fresh['runs'])} runs ([raw output](bench/results/{fresh_name})) had these wrong verdicts: {counts}.",
         ]
+    lucky = [_lucky_refusals(one["runs"]) for one in (record, fresh) if one is not None]
+    lines += [
+        "",
+        "That luck is no readiness was decided when an earlier run had shown it. Counted as ready, it would add "
+        f"{' and '.join(map(str, lucky))} refusals to G2 with probe.",
+    ]
     return "\n".join(lines)
+
+
+def _lucky_refusals(runs):
+    """Seeds that G2 refused although blending them helps, as much as before they were trained."""
+    found = [run["verdicts"]["G2"] for run in runs if _judged(run)]
+    return sum(verdict["truth"] == "luck" and not verdict["passed"] for verdict in found)
 
 
 def _judged(run):
