@@ -28,7 +28,7 @@ from readiness_report import table  # noqa: E402
 from scenarios import BROKEN, SCENARIOS, Run, Scenario  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
-from seedtriton import GrowthController, Verdict, reference  # noqa: E402
+from seedtriton import GateThresholds, GrowthController, Verdict, reference  # noqa: E402
 from seedtriton.probing import probe, twin_of  # noqa: E402
 
 SLOT = "slot"
@@ -115,11 +115,15 @@ JUDGES = ("original", "esper-lite", "G2 without probe", "G2", "G2 with improveme
 
 def opinions(epoch: int, sample: Sample, esper: Esper, verdict: Verdict, improvement: float | None) -> dict[str, bool]:
     """Whether each judge would let the seed blend now."""
-    from_gradients = [check for check in verdict.checks if not check.question.startswith("probe")]
+    asked = {check.question: check for check in verdict.checks}
+    rest = [check for name, check in asked.items() if name != "blend_gain" and not name.startswith("probe")]
+    # Where the loss was probed, the verdict holds the gain against a lower limit than G2 has without a probe.
+    gain, limit = asked["blend_gain"].value, GateThresholds().min_blend_gain_t
+    certain = gain is not None and gain >= limit
     return {
         "original": original(epoch, sample),
         "esper-lite": esper(epoch, sample),
-        "G2 without probe": all(check.passed is not False for check in from_gradients),
+        "G2 without probe": certain and all(check.passed is not False for check in rest),
         "G2": verdict.passed,
         "G2 with improvement": verdict.passed and improvement is not None and improvement >= 1.0,
     }

@@ -75,7 +75,7 @@ def _truths(rows):
 
 
 def _wrong(rows, judge):
-    """False passes and false refusals, as "2 p, 1 r"; a dash where there is none."""
+    """False passes and false refusals, as "2 p, 1 r"; "0" where there is none."""
     wrong = [row["verdicts"][judge] for row in rows if row["verdicts"][judge]["right"] == "wrong"]
     passes = sum(verdict["passed"] for verdict in wrong)
     parts = [f"{count} {kind}" for count, kind in ((passes, "p"), (len(wrong) - passes, "r")) if count]
