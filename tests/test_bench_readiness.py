@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from seedtriton import Check, Gate, Stage, Verdict
+
 BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
 
 
@@ -92,6 +94,15 @@ def test_the_other_judges_are_what_they_are_said_to_be(readiness):
     nan = readiness.Esper()
     assert nan(3, sample(1.0, math.nan))
     assert nan.average == 10.0
+
+
+@pytest.mark.parametrize("t, alone", [(4.0, True), (3.9, False), (None, False)])
+def test_without_its_probe_the_gate_holds_the_gain_against_its_own_limit(readiness, t, alone):
+    """With a probe the verdict itself holds t against 0, which says nothing of a gate without one."""
+    gain, harm = Check("blend_gain", "significant", True, t), Check("probe_harm", "blend_would_harm", False)
+    verdict = Verdict(Gate.G2, Stage.BLENDING, "s", False, (gain, harm))
+    found = readiness.opinions(3, readiness.Sample(1.0, 1.0, 1, 1), readiness.Esper(), verdict, None)
+    assert (found["G2 without probe"], found["G2"]) == (alone, False)
 
 
 def test_a_verdict_is_the_first_pass_or_the_refusal_at_the_end(readiness):
