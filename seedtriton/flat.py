@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import reference
 from ._parameters import CallOnLoad, Parameters, ParameterSource
+from ._tensor_sums import is_dense
 from .errors import ConfigurationError, WiringError
 
 # Bytes to which every view is aligned: the kernel reads 128 bits at a time only from such addresses.
@@ -404,7 +404,7 @@ def _unusable(parameter: Tensor) -> str | None:
 
 def _gradient_strides(parameter: Tensor) -> tuple[int, ...]:
     """Strides that autograd gives a new gradient: those of a parameter without holes or overlaps."""
-    if reference.is_dense(parameter):
+    if is_dense(parameter):
         return parameter.stride()
     return torch.empty(parameter.shape, device="meta").stride()
 

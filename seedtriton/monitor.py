@@ -326,13 +326,11 @@ class GradientMonitor(nn.Module):
                 self.max_norm, self.eps, scale.gradients, scale.gains, scale.found_inf, *self._rms_limits,
             )
             return
-        gradients: list[Tensor] = []
-        segments: list[int] = []
-        for parameter, segment in zip(self._tracked, self._segments):
-            gradient = parameter.grad if given is None else given.get(id(parameter))
-            if gradient is not None:
-                gradients.append(gradient)
-                segments.append(segment)
+        found = [p.grad if given is None else given.get(id(p)) for p in self._tracked]
+        gradients = [gradient for gradient in found if gradient is not None]
+        segments = self._segments
+        if len(gradients) < len(found):
+            segments = [segment for segment, gradient in zip(segments, found) if gradient is not None]
         if not gradients and given is None and not torch.compiler.is_compiling():
             self._warn_of_nothing()
         if gradients and gradients[0].device != self.ring.device:

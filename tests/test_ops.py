@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from seedtriton import ConfigurationError, ops, reference
+from seedtriton._tensor_sums import BLOCK, COPY, ROW, SMALL, TILE, _plan, constant
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
@@ -80,15 +81,33 @@ def test_dtypes_mix_in_one_segment():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [reference.SMALL, reference.BLOCK], ids=["SMALL", "BLOCK"])
+@pytest.mark.parametrize("size", [SMALL, COPY, 9 * TILE, BLOCK], ids=["SMALL", "COPY", "TILE", "BLOCK"])
 def test_sizes_next_to_a_threshold_agree_with_fp64(size, dtype):
-    tensors = [values(size + more, dtype) for more in (-1, 0, 1, -reference.ROW, reference.ROW, 5)]
-    assert_right(tensors, range(6), 6)
+    tensors = [values(size + more, dtype) for more in (-1, 0, 1, -ROW, ROW, 5, TILE - 1)]
+    assert_right(tensors, range(7), 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_elements_which_all_round_the_same_way_agree_with_fp64(dtype):
+    numbers = torch.cat([torch.rand(300) + 1.0, torch.arange(128, 256) / 128]).to(dtype)
+    assert_right([number.repeat(5 * TILE + 100) for number in numbers], range(428), 428)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_view_ends_where_it_ends(dtype):
+    memory = values(SMALL + 50_000, dtype)
+    memory[:40_000] *= 100.0
+    assert_right([memory[40_000:-9], memory[:-50_000 + 77]], [0, 1], 2)
+
+
+def test_magnitudes_that_fp32_lanes_are_good_for():
+    for magnitude in (1e-19, 1e17):
+        assert_right([torch.full((size,), magnitude) for size in (1, 700, 5 * TILE)], range(3), 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_tensors_of_more_elements_than_a_block_agree_with_fp64(dtype):
-    sizes = [reference.SMALL] * (reference.BLOCK // reference.SMALL) + [reference.SMALL - 3] * 20 + [1, 0, 300] * 15
+    sizes = [SMALL] * (BLOCK // SMALL) + [SMALL - 3] * 20 + [1, 0, 300] * 15
     tensors = [values(size, dtype) for size in sizes]
     assert_right(tensors, range(len(sizes)), len(sizes))
 
@@ -295,7 +314,7 @@ def test_other_sparse_layouts_are_refused_with_a_way_out():
 
 
 def test_constants_first_made_in_inference_mode_serve_outside_of_it():
-    for made_once in (reference._constant, reference._plan, reference._grouping):
+    for made_once in (constant, _plan, reference._grouping):
         made_once.cache_clear()
     tensors, segments = [torch.randn(30_000), torch.randn(5), torch.randn(7)], [1, 0, 1]
     with torch.inference_mode():
@@ -305,11 +324,11 @@ def test_constants_first_made_in_inference_mode_serve_outside_of_it():
     assert not outside.is_inference()
     with torch.no_grad():
         assert torch.equal(ops.segmented_sumsq(tensors, segments, 2), outside)
-    assert not reference._constant((1, 0, 2), torch.int64, torch.device("cpu")).is_inference()
+    assert not constant((1, 0, 2), torch.int64, torch.device("cpu")).is_inference()
 
 
 def test_fake_tensors_do_not_spoil_the_constants_of_real_ones():
-    for made_once in (reference._constant, reference._plan, reference._grouping):
+    for made_once in (constant, _plan, reference._grouping):
         made_once.cache_clear()
     with FakeTensorMode():
         found = ops.segmented_sumsq([torch.ones(3000)], [0], 1)
