@@ -351,11 +351,15 @@ def _check_lists(tensors: Sequence[Tensor], segments: Sequence[int], num_segment
     if segments and not 0 <= min(segments) <= max(segments) < num_segments:
         index = next(index for index, segment in enumerate(segments) if not 0 <= segment < num_segments)
         raise ConfigurationError(f"segment {segments[index]} of tensor {index} is outside [0, {num_segments})")
-    # Of each kind once: checking each of a thousand small tensors would take a quarter as long as their sum.
-    layouts, dtypes = {tensor.layout for tensor in tensors}, {tensor.dtype for tensor in tensors}
-    if not layouts <= _LAYOUTS or not all(map(_has_squares, dtypes)):
+    if not _are_gradients(tensors):
         for index, tensor in enumerate(tensors):
             _check_tensor(index, tensor)
+
+
+def _are_gradients(tensors: Sequence[Tensor]) -> bool:
+    """``_check_tensor`` of each kind once: of a thousand small tensors it would take a quarter as long as their sum."""
+    layouts, dtypes = {tensor.layout for tensor in tensors}, {tensor.dtype for tensor in tensors}
+    return layouts <= _LAYOUTS and all(map(_has_squares, dtypes))
 
 
 _LAYOUTS = {torch.strided, torch.sparse_coo}
@@ -377,6 +381,9 @@ def _check_tensor(index: int, tensor: Tensor) -> None:
 
 
 def _check_scalable(tensors: Sequence[Tensor]) -> None:
+    # The loop takes longer than scaling small tensors: not for contiguous ones of common kinds.
+    if _are_gradients(tensors) and all(map(Tensor.is_contiguous, tensors)):
+        return
     for index, tensor in enumerate(tensors):
         _check_tensor(index, tensor)
         if tensor.layout == torch.strided and reference.overlaps_itself(tensor):

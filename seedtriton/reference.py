@@ -144,14 +144,17 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     would wait for the device, and this eager form multiplies always (the Triton kernel looks on the device).
     """
     if coefficient.device.type == "cpu":
-        value = coefficient.item()
-        if value == 1.0:
+        if coefficient.item() == 1.0:
             return
+        # Not a number, nor a tensor of another dtype: torch would convert it again for each tensor.
+        single, double = coefficient.float(), coefficient.double()
         for tensor in tensors:
-            if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
-                tensor.copy_(tensor.float() * value)  # torch has no arithmetic for fp8
+            if tensor.dtype in (torch.float64, torch.complex128):
+                tensor.mul_(double)
+            elif tensor.dtype.itemsize == 1:
+                tensor.copy_(tensor.float() * single)  # torch has no arithmetic for fp8
             else:
-                tensor.mul_(value)
+                tensor.mul_(single)
         return
     by_place: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for tensor in tensors:
