@@ -21,13 +21,14 @@ from torch import Tensor
 # round the same way again and again: the worst relative error of a row of equal elements is 6e-7 at 256,
 # 2e-6 at 1024 and 7e-6 at 4096 (torch 2.13 CPU).
 ROW = 256
+# The norms of this many rows, a tile, become one in fp32, too: fp64 over each row, and segment_reduce, which waits for
+# every addition, would be 5 % of the whole. The worst relative error of a tile of equal elements is 7.4e-7.
+TILE = 16
 # Tensors of at most this many elements are copied behind each other and summed as one: what an operation costs
-# whatever it does (2 µs, 10 µs once a few MB have gone through the caches) is more than a copy of so few.
-# Larger ones are summed where they lie, as far as they are whole tiles; what remains of them is small again.
-SMALL = 1 << 14
-# The norms of the rows of a tile become one in fp32, too: fp64 over each row, and segment_reduce, which waits for every
-# addition, would be 5 % of the whole. The worst relative error of a tile of equal elements is 7.4e-7.
-TILE = 16 * ROW
+# whatever it does (2 µs, 10 µs once a few MB have gone through the caches) is more than a copy of so few; where they
+# are also converted, one operation more. Larger ones are summed where they lie, as far as they are whole tiles; what
+# remains of them is small again.
+SMALL, SMALL_CONVERTED = 12 << 10, 32 << 10
 # Elements that one torch.cat copies at most. From 1 << 15 on, and with more than one thread, it makes an iterator
 # for every tensor where sizes differ (0.7 µs instead of 0.1).
 COPY = (1 << 15) - ROW
@@ -69,6 +70,8 @@ def flat_values(tensor: Tensor) -> Tensor:
     """
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce().values()
+    if tensor.layout != torch.strided:
+        raise ValueError(f"layout {tensor.layout} has no flat values")
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     view = dense_view(tensor)
@@ -90,14 +93,15 @@ def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 # map() over these and over unbound methods takes half the time of a loop.
-_device_of, _dtype_of, _is_sparse = attrgetter("device"), attrgetter("dtype"), attrgetter("is_sparse")
+_device_of, _dtype_of, _layout_of = attrgetter("device"), attrgetter("dtype"), attrgetter("layout")
 _WIDE = frozenset({torch.float64, torch.complex128})
 
 
 def tensor_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.device) -> Tensor:
     """Sum of squares of each tensor, float64 [len(tensors)] on ``device``; tensors may lie on several.
 
-    ``lanes`` is the dtype inside a row; of float64 tensors it is float64 whatever it says.
+    ``lanes`` is the dtype inside a row; of float64 tensors it is float64 whatever it says. A ValueError says that one
+    of them is no gradient, but not which.
     """
     devices, dtypes = tuple(map(_device_of, tensors)), tuple(map(_dtype_of, tensors))
     wide = _WIDE.intersection(dtypes) if lanes != torch.float64 else ()
@@ -117,7 +121,8 @@ class _Large(NamedTuple):
     """A tensor that is summed where it lies, but for its last elements."""
 
     which: int
-    rows: int
+    rows: int  # whole tiles of them
+    row: int  # elements
     rest: int  # elements beyond them
 
 
@@ -166,14 +171,17 @@ def _plan(
     lanes: torch.dtype,
     device: torch.device,
 ) -> _Plan:
+    if not all(dtype.is_floating_point for dtype in set(dtypes)):
+        raise ValueError(f"one dtype of {set(dtypes)} has no squares to sum")
     on_cpu = device.type == "cpu"
     converted = frozenset(one for one in set(dtypes) if one != lanes and (on_cpu or one.itemsize == 1))
-    large = [_Large(n, size // TILE * TILE // ROW, size % TILE) for n, size in enumerate(numels) if size > SMALL]
+    least = [SMALL_CONVERTED if dtype in converted else SMALL for dtype in dtypes]
+    large = [_large(n, size, dtypes[n] in converted) for n, size in enumerate(numels) if size > least[n]]
     large.sort(key=lambda one: dtypes[one.which] in converted)
     rests = [one for one in large if one.rest]
 
     # Whatever is copied: its place in what is picked from, whose it is, its elements.
-    pieces = [(index, index, size) for index, size in enumerate(numels) if size <= SMALL]
+    pieces = [(index, index, size) for index, size in enumerate(numels) if size <= least[index]]
     pieces += [(len(numels) + place, one.which, one.rest) for place, one in enumerate(rests)]
     by_dtype: dict[torch.dtype, list[tuple[int, int, int]]] = {}
     for piece in pieces:
@@ -198,19 +206,27 @@ def _plan(
     calls = [rows for dtype, rows in each[: len(large)] if dtype not in converted]
     calls += [BLOCK // ROW] * blocks + [last] * (last > 0)
     calls += [rows for dtype, rows in each[len(large) :] if dtype not in converted]
-    lengths = [one.rows * ROW // TILE for one in large] + [_rows(size) for *_, size in pieces]
+    lengths = [one.rows // TILE for one in large] + [_rows(size) for *_, size in pieces]
     owners = tuple([one.which for one in large] + [owner for _, owner, _ in pieces])
     return _Plan(
         tuple(large),
         tuple(joined),
         converted,
-        tuple(index for index, (size, dim) in enumerate(zip(numels, dims)) if size <= SMALL and dim != 1),
+        tuple(index for index, dim in enumerate(dims) if numels[index] <= least[index] and dim != 1),
         tuple(pads),
         tuple(calls),
         sum(one.rows for one in large),
         constant(tuple(lengths), torch.int64, device),
         None if owners == tuple(range(len(numels))) else constant(owners, torch.int64, device),
     )
+
+
+def _large(which: int, size: int, is_converted: bool) -> _Large:
+    """In rows of at most ROW elements that leave no rest, if there are such; in the buffer, all rows are of ROW."""
+    for row in range(ROW, ROW if is_converted else ROW // 2, -1):
+        if size % (TILE * row) == 0:
+            return _Large(which, size // row, row, 0)
+    return _Large(which, size // (TILE * ROW) * TILE, ROW, size % (TILE * ROW))
 
 
 def _rows(size: int) -> int:
@@ -227,19 +243,20 @@ def _sumsq_on(
 ) -> Tensor:
     """``tensor_sumsq`` for tensors that all lie on ``device``; none is wider than ``lanes``."""
     pool = list(tensors)
-    if any(map(_is_sparse, pool)) or any(dtype.is_complex for dtype in set(dtypes)):
-        pool = [flat_values(tensor) if tensor.is_sparse or tensor.is_complex() else tensor for tensor in pool]
+    if set(map(_layout_of, pool)) != {torch.strided} or any(dtype.is_complex for dtype in set(dtypes)):
+        plain = [tensor.layout == torch.strided and not tensor.is_complex() for tensor in pool]
+        pool = [tensor if kept else flat_values(tensor) for tensor, kept in zip(pool, plain)]
         dtypes = tuple(map(_dtype_of, pool))
     plan = _plan(tuple(map(Tensor.numel, pool)), tuple(map(Tensor.dim, pool)), dtypes, lanes, device)
     # All views first: between sums, which push code out of the caches, each would take several times as long.
     for index in plan.shaped:
         pool[index] = pool[index].flatten()
     large: tuple[list[Tensor], list[Tensor]] = ([], [])  # as they are, and to be converted
-    for index, rows, rest in plan.large:
+    for index, rows, row, rest in plan.large:
         tensor = pool[index] if pool[index].is_contiguous() else flat_values(pool[index])
-        large[dtypes[index] in plan.converted].append(tensor.as_strided((rows, ROW), (ROW, 1)))
+        large[dtypes[index] in plan.converted].append(tensor.as_strided((rows, row), (row, 1)))
         if rest:
-            pool.append(tensor.as_strided((rest,), (1,), tensor.storage_offset() + rows * ROW))
+            pool.append(tensor.as_strided((rest,), (1,), tensor.storage_offset() + rows * row))
     pool += plan.pads
     to_convert = (_join(one, pool, device) for one in plan.joined if one.dtype in plan.converted)
     as_they_are = (_join(one, pool, device) for one in plan.joined if one.dtype not in plan.converted)
@@ -249,7 +266,7 @@ def _sumsq_on(
     for values, out in zip(itertools.chain(large[0], converted, as_they_are), norms.split(plan.rows), strict=True):
         torch.linalg.vector_norm(values, dim=1, dtype=lanes, out=out)
     if plan.in_tiles:
-        tiles = torch.linalg.vector_norm(norms[: plan.in_tiles].view(-1, TILE // ROW), dim=1)
+        tiles = torch.linalg.vector_norm(norms[: plan.in_tiles].view(-1, TILE), dim=1)
         norms = torch.cat([tiles, norms[plan.in_tiles :]])
     sums = segment_sum(norms.double().square_(), plan.lengths)
     if plan.owners is None:

@@ -197,8 +197,12 @@ def _segmented_sumsq(
             return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
         rest = reference.segmented_sumsq(*outside, num_segments, lanes, tensors[0].device)
         return gradient_sums.segmented_sumsq(*inside, num_segments, lanes, rest.view(-1, 1))
-    _check_lists(tensors, segments, num_segments)
-    return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
+    _check_segments(tensors, segments, num_segments)
+    try:
+        return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
+    except ValueError:
+        _check_lists(tensors, segments, num_segments)
+        raise
 
 
 def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -343,7 +347,7 @@ def _plain(gains: Sequence[Tensor], device: torch.device) -> bool:
     return all(gain.dtype == torch.float32 and gain.device == device for gain in gains)
 
 
-def _check_lists(tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int) -> None:
+def _check_segments(tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int) -> None:
     if len(tensors) != len(segments):
         raise ConfigurationError(f"{len(tensors)} tensors but {len(segments)} segments: give one for each")
     if num_segments < 1:
@@ -351,13 +355,17 @@ def _check_lists(tensors: Sequence[Tensor], segments: Sequence[int], num_segment
     if segments and not 0 <= min(segments) <= max(segments) < num_segments:
         index = next(index for index, segment in enumerate(segments) if not 0 <= segment < num_segments)
         raise ConfigurationError(f"segment {segments[index]} of tensor {index} is outside [0, {num_segments})")
+
+
+def _check_lists(tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int) -> None:
+    _check_segments(tensors, segments, num_segments)
     if not _are_gradients(tensors):
         for index, tensor in enumerate(tensors):
             _check_tensor(index, tensor)
 
 
 def _are_gradients(tensors: Sequence[Tensor]) -> bool:
-    """``_check_tensor`` of each kind once: of a thousand small tensors it would take a quarter as long as their sum."""
+    """``_check_tensor`` of each kind once: of each tensor it would take longer than to scale a small one."""
     layouts, dtypes = {tensor.layout for tensor in tensors}, {tensor.dtype for tensor in tensors}
     return layouts <= _LAYOUTS and all(map(_has_squares, dtypes))
 

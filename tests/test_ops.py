@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from seedtriton import ConfigurationError, ops, reference
-from seedtriton._tensor_sums import BLOCK, COPY, ROW, SMALL, TILE, _plan, constant
+from seedtriton._tensor_sums import BLOCK, COPY, ROW, SMALL, SMALL_CONVERTED, TILE, _plan, constant
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
@@ -81,28 +81,28 @@ def test_dtypes_mix_in_one_segment():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [SMALL, COPY, 9 * TILE, BLOCK], ids=["SMALL", "COPY", "TILE", "BLOCK"])
+@pytest.mark.parametrize("size", [SMALL, SMALL_CONVERTED, COPY, 9 * TILE * ROW, 10 * TILE * (ROW - 1), BLOCK])
 def test_sizes_next_to_a_threshold_agree_with_fp64(size, dtype):
-    tensors = [values(size + more, dtype) for more in (-1, 0, 1, -ROW, ROW, 5, TILE - 1)]
+    tensors = [values(size + more, dtype) for more in (-1, 0, 1, -ROW, ROW, 5, TILE * ROW - 1)]
     assert_right(tensors, range(7), 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equal_elements_which_all_round_the_same_way_agree_with_fp64(dtype):
     numbers = torch.cat([torch.rand(300) + 1.0, torch.arange(128, 256) / 128]).to(dtype)
-    assert_right([number.repeat(5 * TILE + 100) for number in numbers], range(428), 428)
+    assert_right([number.repeat(5 * TILE * ROW + 100) for number in numbers], range(428), 428)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_large_view_ends_where_it_ends(dtype):
-    memory = values(SMALL + 50_000, dtype)
+    memory = values(SMALL_CONVERTED + 50_000, dtype)
     memory[:40_000] *= 100.0
     assert_right([memory[40_000:-9], memory[:-50_000 + 77]], [0, 1], 2)
 
 
 def test_magnitudes_that_fp32_lanes_are_good_for():
     for magnitude in (1e-19, 1e17):
-        assert_right([torch.full((size,), magnitude) for size in (1, 700, 5 * TILE)], range(3), 3)
+        assert_right([torch.full((size,), magnitude) for size in (1, 700, 5 * TILE * ROW)], range(3), 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
