@@ -41,6 +41,7 @@ REPEATS, LEAST, BUDGET = {"cuda": 200, "cpu": 31}, 7, {"cuda": 0.5, "cpu": 0.7}
 SCALES = {"tiny": 1e-3}
 CPU_ELEMENTS = 64e6  # what a shape is scaled to on a CPU, but for those below
 WHOLE = ("ResNet-50", "GPT-2")
+CPU_FLUSH = 64 << 20  # bytes, twice the last cache of most cores
 # Different streams keep different tables of addresses, and the library keeps 32 tables: at most half for each kernel.
 MOST_SETS = 12
 BLOCK = 0.05  # seconds that a block of calls takes at most, unless one call takes longer
@@ -125,8 +126,10 @@ class Bench:
         self.budget = BUDGET[device] if scale is None or self.cuda else 0.0
         self.properties: Any = torch.cuda.get_device_properties(self.device) if self.cuda else None
         self.cold_bytes = 4 * self.properties.L2_cache_size if self.cuda else 0
-        # Written before every replay: it keeps the GPU busy until the graph has arrived, and clears the L2.
-        self.flush = torch.empty(max(self.cold_bytes, 1), dtype=torch.uint8, device=self.device)
+        # Written before every replay: it keeps the GPU busy until the graph has arrived, and clears the L2. On a CPU
+        # before every call, as a backward pass would, so that nobody finds the code of a relative in the caches.
+        size = self.cold_bytes if self.cuda else CPU_FLUSH if scale is None else 1
+        self.flush = torch.empty(size, dtype=torch.uint8, device=self.device)
         self.anchors = self._anchors()
 
     def sync(self) -> None:
@@ -295,7 +298,7 @@ class Bench:
     ) -> dict[str, list[Any]]:
         """Turns of all, each time in another order: ``number`` for each, or fewer when its time is spent.
 
-        In one order, whoever came after a close relative would find its code and data in the caches, every time.
+        In one order, whoever came after a close relative would find its data in the caches, every time.
         """
         order = random.Random(0)
         found: dict[str, list[Any]] = {name: [] for name in names}
@@ -412,6 +415,7 @@ class Bench:
 
         def once(name: str) -> float:
             _restore(calls[name], pristine)
+            self.flush.fill_(1)
             begun = time.perf_counter()
             calls[name][0].run()
             return time.perf_counter() - begun

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import IntEnum
 from functools import lru_cache
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -33,10 +34,13 @@ SMALL, SMALL_CONVERTED = 12 << 10, 32 << 10
 # for every tensor where sizes differ (0.7 µs instead of 0.1).
 COPY = (1 << 15) - ROW
 # Elements summed or converted at a time after they have been copied (8 MiB of fp32). Smaller blocks, which would stay
-# in the L2 cache, lose more to the operations and to waking threads than they gain: with two threads that sleep in
-# between, bf16 takes 28 % longer at 1 << 20. vector_norm(dtype=float32) of a bf16 tensor takes ten times as long,
-# because it converts element by element.
+# in the L2 cache, lose more to the operations than they gain: bf16 takes 60 % longer at 1 << 18. vector_norm(
+# dtype=float32) of a bf16 tensor takes ten times as long, because it converts element by element.
 BLOCK = 1 << 21
+# A tensor of so many elements is converted and summed alone, in the middle of the buffer, so that each of two threads
+# sums what it has itself converted, in memory that it had before. Where their cores have no cache in common, GPT-2 in
+# bf16 took 52 ms otherwise, instead of 18 (and 42 alone, but at the beginning of the buffer).
+ALONE = 1 << 19
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -117,9 +121,18 @@ def tensor_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.de
     return sums
 
 
-class _Large(NamedTuple):
-    """A tensor that is summed where it lies, but for its last elements."""
+class _Way(IntEnum):
+    """What happens to a large tensor, in the order of their rows."""
 
+    AS_IT_IS = 0
+    CONVERTED_ALONE = 1
+    CONVERTED = 2
+
+
+class _Large(NamedTuple):
+    """A tensor that is not copied behind others, but for its last elements."""
+
+    way: _Way
     which: int
     rows: int  # whole tiles of them
     row: int  # elements
@@ -137,7 +150,7 @@ class _Joined(NamedTuple):
 class _Plan(NamedTuple):
     """How tensors on one device are summed. It depends on their signature and holds none of them.
 
-    Rows come in this order: large tensors, those of converted dtypes last, then joined ones, those first.
+    Rows come in this order: large tensors by their way, then joined ones, those of converted dtypes first.
     What ``_Joined.parts`` picks from is the tensors, then the rests of large ones, then ``pads``.
     """
 
@@ -177,7 +190,7 @@ def _plan(
     converted = frozenset(one for one in set(dtypes) if one != lanes and (on_cpu or one.itemsize == 1))
     least = [SMALL_CONVERTED if dtype in converted else SMALL for dtype in dtypes]
     large = [_large(n, size, dtypes[n] in converted) for n, size in enumerate(numels) if size > least[n]]
-    large.sort(key=lambda one: dtypes[one.which] in converted)
+    large.sort(key=lambda one: one.way)
     rests = [one for one in large if one.rest]
 
     # Whatever is copied: its place in what is picked from, whose it is, its elements.
@@ -201,11 +214,11 @@ def _plan(
         parts = [_picker([n for place, _, size in cat for n in [place, *pad_of.get(-size % ROW, ())]]) for cat in cats]
         joined += [_Joined(dtype, tuple(parts[one]), tuple(rows[one])) for one in _packed(rows, BLOCK // ROW)]
 
-    each = [(dtypes[one.which], one.rows) for one in large] + [(one.dtype, sum(one.rows)) for one in joined]
-    blocks, last = divmod(sum(rows for dtype, rows in each if dtype in converted), BLOCK // ROW)
-    calls = [rows for dtype, rows in each[: len(large)] if dtype not in converted]
-    calls += [BLOCK // ROW] * blocks + [last] * (last > 0)
-    calls += [rows for dtype, rows in each[len(large) :] if dtype not in converted]
+    calls = [rows for one in large if one.way != _Way.CONVERTED for rows in _calls(one)]
+    together = sum(one.rows for one in large if one.way == _Way.CONVERTED)
+    together += sum(sum(one.rows) for one in joined if one.dtype in converted)
+    calls += [BLOCK // ROW] * (together * ROW // BLOCK) + [together % (BLOCK // ROW)] * (together * ROW % BLOCK > 0)
+    calls += [sum(one.rows) for one in joined if one.dtype not in converted]
     lengths = [one.rows // TILE for one in large] + [_rows(size) for *_, size in pieces]
     owners = tuple([one.which for one in large] + [owner for _, owner, _ in pieces])
     return _Plan(
@@ -223,10 +236,18 @@ def _plan(
 
 def _large(which: int, size: int, is_converted: bool) -> _Large:
     """In rows of at most ROW elements that leave no rest, if there are such; in the buffer, all rows are of ROW."""
-    for row in range(ROW, ROW if is_converted else ROW // 2, -1):
+    for row in range(ROW, ROW // 2, -1) if not is_converted else ():
         if size % (TILE * row) == 0:
-            return _Large(which, size // row, row, 0)
-    return _Large(which, size // (TILE * ROW) * TILE, ROW, size % (TILE * ROW))
+            return _Large(_Way.AS_IT_IS, which, size // row, row, 0)
+    way = _Way.AS_IT_IS if not is_converted else _Way.CONVERTED_ALONE if size >= ALONE else _Way.CONVERTED
+    return _Large(way, which, size // (TILE * ROW) * TILE, ROW, size % (TILE * ROW))
+
+
+def _calls(one: _Large) -> list[int]:
+    """Rows of each of the parts that ``_convert_alone`` makes of a tensor; the whole where it is not converted."""
+    most = BLOCK // ROW if one.way == _Way.CONVERTED_ALONE else one.rows
+    even = -(-one.rows // -(-one.rows // most))
+    return [min(even, one.rows - begin) for begin in range(0, one.rows, even)]
 
 
 def _rows(size: int) -> int:
@@ -251,19 +272,23 @@ def _sumsq_on(
     # All views first: between sums, which push code out of the caches, each would take several times as long.
     for index in plan.shaped:
         pool[index] = pool[index].flatten()
-    large: tuple[list[Tensor], list[Tensor]] = ([], [])  # as they are, and to be converted
-    for index, rows, row, rest in plan.large:
+    large: tuple[list[Tensor], ...] = ([], [], [])  # by their way
+    for way, index, rows, row, rest in plan.large:
         tensor = pool[index] if pool[index].is_contiguous() else flat_values(pool[index])
-        large[dtypes[index] in plan.converted].append(tensor.as_strided((rows, row), (row, 1)))
+        large[way].append(tensor.as_strided((rows, row), (row, 1)))
         if rest:
             pool.append(tensor.as_strided((rest,), (1,), tensor.storage_offset() + rows * row))
     pool += plan.pads
     to_convert = (_join(one, pool, device) for one in plan.joined if one.dtype in plan.converted)
-    as_they_are = (_join(one, pool, device) for one in plan.joined if one.dtype not in plan.converted)
-    converted = _convert(itertools.chain(large[1], to_convert), lanes, device)
+    to_sum = itertools.chain(
+        large[_Way.AS_IT_IS],
+        _convert_alone(large[_Way.CONVERTED_ALONE], lanes, device),
+        _convert(itertools.chain(large[_Way.CONVERTED], to_convert), lanes, device),
+        (_join(one, pool, device) for one in plan.joined if one.dtype not in plan.converted),
+    )
 
-    norms = _buffer("norms", sum(plan.rows), lanes, device)
-    for values, out in zip(itertools.chain(large[0], converted, as_they_are), norms.split(plan.rows), strict=True):
+    norms, pieces = _norms(plan, lanes, device)
+    for values, out in zip(to_sum, pieces, strict=True):
         torch.linalg.vector_norm(values, dim=1, dtype=lanes, out=out)
     if plan.in_tiles:
         tiles = torch.linalg.vector_norm(norms[: plan.in_tiles].view(-1, TILE), dim=1)
@@ -283,6 +308,15 @@ def _join(one: _Joined, pool: Sequence[Tensor], device: torch.device) -> Tensor:
     return rows
 
 
+def _convert_alone(several: Iterable[Tensor], lanes: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """The rows of each [rows, ROW] in ``lanes``, in the middle of the buffer of that dtype, in parts as it has room."""
+    buffer = _buffer("rows", BLOCK, lanes, device).view(-1, ROW)
+    for values in several:
+        for part in values.chunk(-(-len(values) // len(buffer))):
+            begin = (len(buffer) - len(part)) // 2
+            yield buffer[begin : begin + len(part)].copy_(part)
+
+
 def _convert(several: Iterable[Tensor], lanes: torch.dtype, device: torch.device) -> Iterator[Tensor]:
     """The rows of several [rows, ROW] in ``lanes``, as many at a time as the buffer of that dtype holds."""
     buffer = _buffer("rows", BLOCK, lanes, device).view(-1, ROW)
@@ -298,6 +332,19 @@ def _convert(several: Iterable[Tensor], lanes: torch.dtype, device: torch.device
                 used = 0
     if used:
         yield buffer[:used]
+
+
+def _norms(plan: _Plan, lanes: torch.dtype, device: torch.device) -> tuple[Tensor, Sequence[Tensor]]:
+    """[rows], and a piece of it for each vector_norm; kept for the next call, which is usually of the same plan."""
+    size = sum(plan.rows)
+    if device.type != "cpu" or size > BLOCK:
+        norms = torch.empty(size, dtype=lanes, device=device)
+        return norms, norms.split(plan.rows)
+    kept: tuple[_Plan, Tensor, Sequence[Tensor]] | None = getattr(_local, "norms", None)
+    if kept is None or kept[0] is not plan:
+        norms = _buffer("norms", size, lanes, device)
+        kept = _local.norms = (plan, norms, norms.split(plan.rows))
+    return kept[1:]
 
 
 _local = threading.local()

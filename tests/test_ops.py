@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from seedtriton import ConfigurationError, ops, reference
-from seedtriton._tensor_sums import BLOCK, COPY, ROW, SMALL, SMALL_CONVERTED, TILE, _plan, constant
+from seedtriton._tensor_sums import ALONE, BLOCK, COPY, ROW, SMALL, SMALL_CONVERTED, TILE, _plan, constant
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
@@ -81,16 +81,17 @@ def test_dtypes_mix_in_one_segment():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [SMALL, SMALL_CONVERTED, COPY, 9 * TILE * ROW, 10 * TILE * (ROW - 1), BLOCK])
+@pytest.mark.parametrize("size", [SMALL, SMALL_CONVERTED, COPY, 10 * TILE * (ROW - 1), ALONE, BLOCK, 5 * BLOCK // 2])
 def test_sizes_next_to_a_threshold_agree_with_fp64(size, dtype):
     tensors = [values(size + more, dtype) for more in (-1, 0, 1, -ROW, ROW, 5, TILE * ROW - 1)]
     assert_right(tensors, range(7), 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_equal_elements_which_all_round_the_same_way_agree_with_fp64(dtype):
+@pytest.mark.parametrize("size", [700, TILE * 1024, 5 * TILE * ROW + 100])
+def test_equal_elements_which_all_round_the_same_way_agree_with_fp64(size, dtype):
     numbers = torch.cat([torch.rand(300) + 1.0, torch.arange(128, 256) / 128]).to(dtype)
-    assert_right([number.repeat(5 * TILE * ROW + 100) for number in numbers], range(428), 428)
+    assert_right([number.repeat(size) for number in numbers], range(428), 428)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
