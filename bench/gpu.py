@@ -37,7 +37,7 @@ FIELDS = (
     "copy_bandwidth_fraction", "note",
 )  # fmt: skip
 # Repeats, and seconds after which a contender has had enough of them (never before the least number).
-REPEATS, LEAST, BUDGET = {"cuda": 200, "cpu": 31}, 7, {"cuda": 0.5, "cpu": 0.7}
+REPEATS, LEAST, BUDGET = {"cuda": 200, "cpu": 51}, 7, {"cuda": 0.5, "cpu": 1.2}
 SCALES = {"tiny": 1e-3}
 CPU_ELEMENTS = 64e6  # what a shape is scaled to on a CPU, but for those below
 WHOLE = ("ResNet-50", "GPT-2")

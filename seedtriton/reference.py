@@ -130,10 +130,15 @@ def columns_of_sums(
     # Squares are compared, in the order of operations of the kernel: no root, and no other rounding.
     low, high = vanishing_rms * scale, exploding_rms * scale
     live = sums.ne(0.0)
-    vanishing = live & sums.lt(low * low * sizes)
-    exploding = sums.gt(high * high * sizes) | sums.isfinite().logical_not()
-    columns = torch.stack([sums, live.double(), vanishing.double(), exploding.double()], dim=1)
-    return _sum_by_segment(columns, segments, num_segments)
+    vanishing = sums.lt(low * low * sizes).logical_and_(live)
+    # At most the largest number, so that infinity is above it and inf times no elements is not NaN.
+    most = high * high
+    most = min(most, _LARGEST) if isinstance(most, float) else most.clamp(max=_LARGEST)
+    exploding = sums.le((most * sizes).clamp_(max=_LARGEST)).logical_not_()
+    return _sum_by_segment(torch.stack([sums, live, vanishing, exploding], dim=1), segments, num_segments)
+
+
+_LARGEST = torch.finfo(torch.float64).max
 
 
 @torch.no_grad()
@@ -253,35 +258,37 @@ def finish_(
 
     ``counts`` has the tensors and elements of every segment; the other arguments are ``record_``'s.
     """
-    num_segments = ring.shape[1]
     device = ring.device
-    sumsq = columns[:, SUMSQ]
     if grad_scale is not None:
-        sumsq = sumsq / grad_scale.to(device).double().reshape(()).square()
-
-    extra = torch.full((num_segments,), float("nan"), dtype=torch.float64, device=device)
-    extra[0] = 0.0 if found_inf is None else found_inf.to(device).reshape(()).ne(0).double()
-    for gain, segment in zip(gains, gain_segments):
-        value = -gain.to(device).double().reshape(())
-        extra[segment] = value if gain_scale is None else value / gain_scale.to(device).double().reshape(())
-        gain.zero_()
-    row = torch.stack(
-        [
-            sumsq,
-            columns[:, LIVE],
-            columns[:, VANISHING],
-            columns[:, EXPLODING],
-            constant(tuple(tensors for tensors, _ in counts), torch.float64, device),
-            constant(tuple(elements for _, elements in counts), torch.float64, device),
-            extra,
-        ],
-        dim=1,
-    )
+        columns = columns.clone()
+        columns[:, SUMSQ] /= grad_scale.to(device).double().reshape(()).square()
+    known = _known_columns(tuple(counts), device)
+    if gains or found_inf is not None:
+        known = known.clone()
+        extra = known[:, EXTRA - MEASURED]
+        if found_inf is not None:
+            extra[0] = found_inf.to(device).reshape(()).ne(0)
+        if gains:
+            slopes = torch.stack([gain.to(device).reshape(()) for gain in gains]).double().neg_()
+            if gain_scale is not None:
+                slopes /= gain_scale.to(device).double().reshape(())
+            extra.index_copy_(0, constant(tuple(gain_segments), torch.int64, device), slopes)
+            for gain in gains:
+                gain.zero_()
+    row = torch.cat([columns, known], dim=1)
     ring.index_copy_(0, count.remainder(ring.shape[0]).view(1), row.unsqueeze(0))
     count.add_(1)
 
-    total = sumsq.sum().sqrt()
-    summary[TOTAL_NORM] = total
+    norms = row[:, SUMSQ].sqrt()
+    total = row[:, SUMSQ].sum(dim=0, keepdim=True).sqrt_()
     # As torch.nn.utils.clip_grad_norm_: clamp keeps NaN, so a NaN norm makes NaN gradients, not silence.
-    summary[CLIP_COEFFICIENT] = (max_norm / (total + CLIP_EPS)).clamp(max=1.0)
-    summary[SUMMARY_HEAD:] = sumsq.sqrt() / (sumsq[0].sqrt() + eps)
+    coefficient = (max_norm / (total + CLIP_EPS)).clamp_(max=1.0)
+    torch.cat([total, coefficient, norms / (norms[0] + eps)], out=summary)
+
+
+@lru_cache(maxsize=256)
+def _known_columns(counts: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """TENSORS, ELEMENTS and EXTRA where there is no gain and no step is skipped: float64 [segments, 3]."""
+    rows = [(tensors, elements, float("nan") if index else 0.0) for index, (tensors, elements) in enumerate(counts)]
+    with torch.inference_mode(False):  # as in ``constant``
+        return torch.tensor(rows, dtype=torch.float64, device=device)
