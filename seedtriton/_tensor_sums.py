@@ -1,8 +1,8 @@
 """Sum of squares of every tensor of a list, by operations of torch.
 
-fp32 over rows of a few hundred elements and fp64 across rows. `torch._foreach_norm` on a CPU is off by 1e-3 and more
-for large fp32 tensors, and rounds to the gradients' dtype for bf16 and fp16; this stays within 1e-6 of fp64. How it
-came to be as fast is in bench/NOTES.md.
+fp32 over tiles of a few thousand elements, row by row, and fp64 across tiles. `torch._foreach_norm` on a CPU is off by
+1e-3 and more for large fp32 tensors, and rounds to the gradients' dtype for bf16 and fp16; this stays within 1e-6 of
+fp64. How it came to be as fast is in bench/NOTES.md.
 """
 
 from __future__ import annotations
