@@ -271,7 +271,7 @@ def _sumsq_on(
     plan = _plan(tuple(map(Tensor.numel, pool)), tuple(map(Tensor.dim, pool)), dtypes, lanes, device)
     # All views first: between sums, which push code out of the caches, each would take several times as long.
     for index in plan.shaped:
-        pool[index] = pool[index].flatten()
+        pool[index] = pool[index].ravel()
     large: tuple[list[Tensor], ...] = ([], [], [])  # by their way
     for way, index, rows, row, rest in plan.large:
         tensor = pool[index] if pool[index].is_contiguous() else flat_values(pool[index])
