@@ -15,6 +15,8 @@ MIN_CHUNK = 8 * 1024
 MAX_CHUNK = 64 * 1024
 # Items aimed at between those bounds: about 15 waves on 132 multiprocessors with 4 programs each.
 TARGET_ITEMS = 8192
+# Tensors that a segment may have: the kernel counts three kinds of them in 21 bits each of one number.
+MOST_TENSORS = (1 << 21) - 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def make_plan(
 
     Empty tensors count in ``tensor_counts`` and get no item; a segment may be empty. A plan without
     elements still has one item, of length 0 in segment 0, so that a launch always has a program which
-    finishes the sample. Raises ValueError when the columns disagree or a segment is out of range.
+    finishes the sample. Raises ValueError when the columns disagree, a segment is out of range, or one has more
+    than MOST_TENSORS tensors.
     """
     if not len(numels) == len(dtypes) == len(segments):
         raise ValueError(f"{len(numels)} sizes, {len(dtypes)} dtypes and {len(segments)} segments")
@@ -83,6 +86,12 @@ def make_plan(
             raise ValueError(f"tensor {index} is in segment {segment}, outside 0..{num_segments - 1}")
         tensor_counts[segment] += 1
         element_counts[segment] += numel
+    most = max(tensor_counts)
+    if most > MOST_TENSORS:
+        raise ValueError(
+            f"segment {tensor_counts.index(most)} has {most} tensors, and the kernel counts {MOST_TENSORS} at most: "
+            "measure with SEEDTRITON_BACKEND=torch"
+        )
     if chunk is None:
         chunk = chunk_elements(sum(element_counts))
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seedtriton.kernels import _launch
+from seedtriton.kernels import _launch, _plan
 from seedtriton.kernels._launch import Unsupported, release, unsupported
 
 __all__ = ["Unsupported", "record_", "release", "segmented_sumsq", "unsupported"]
@@ -35,9 +35,9 @@ LANES = {torch.float32: tl.float32, torch.float64: tl.float64}
 SUM_BLOCK = 1024
 # The same for the items of one tensor, many programs at a time.
 TENSOR_BLOCK = tl.constexpr(256)
-# A tensor's mark is 1 when it is live, plus these: one sum counts all three, of up to two million tensors.
-VANISHING_MARK = tl.constexpr(1 << 21)
-EXPLODING_MARK = tl.constexpr(1 << 42)
+# A tensor's mark is 1 when it is live, plus these: one sum counts all three.
+VANISHING_MARK = tl.constexpr(_plan.MOST_TENSORS + 1)
+EXPLODING_MARK = tl.constexpr((_plan.MOST_TENSORS + 1) ** 2)
 # Smallest block of segments; larger ones are powers of two, so that few variants are ever compiled.
 MIN_SEGMENTS = 32
 # ``layout`` of ``segmented_sumsq``: ``outside`` has one column, and there is no row.

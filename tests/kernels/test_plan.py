@@ -134,6 +134,14 @@ def test_columns_that_disagree_are_refused(arguments, words):
         _plan.make_plan(*arguments)
 
 
+def test_more_tensors_than_the_kernel_counts_are_refused(monkeypatch):
+    assert 3 * _plan.MOST_TENSORS.bit_length() == 63  # three counts in one int64 that is never negative
+    monkeypatch.setattr(_plan, "MOST_TENSORS", 3)
+    assert _plan.make_plan([1] * 4, [0] * 4, [0, 1, 1, 1], 2).tensor_counts == (1, 3)
+    with pytest.raises(ValueError, match="segment 1 has 4 tensors, and the kernel counts 3 at most: measure with"):
+        _plan.make_plan([1] * 5, [0] * 5, [0, 1, 1, 1, 1], 2)
+
+
 def test_the_plan_imports_neither_torch_nor_triton():
     # Loaded by path: importing the package around it loads torch.
     code = (
