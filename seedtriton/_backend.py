@@ -40,7 +40,9 @@ def interpreting() -> bool:
 
 def choose(device: torch.device) -> Backend:
     """The backend for tensors on ``device``; ValueError for an impossible ``SEEDTRITON_BACKEND``."""
-    return _choose(device.type, requested(), interpreting())
+    wanted = requested()
+    # The interpreter is a question for those alone who ask for Triton: looking costs a microsecond in every step.
+    return _choose(device.type, wanted, wanted == "triton" and interpreting())
 
 
 @lru_cache(maxsize=32)

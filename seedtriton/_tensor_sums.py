@@ -279,13 +279,15 @@ def _sumsq_on(
         if rest:
             pool.append(tensor.as_strided((rest,), (1,), tensor.storage_offset() + rows * row))
     pool += plan.pads
-    to_convert = (_join(one, pool, device) for one in plan.joined if one.dtype in plan.converted)
-    to_sum = itertools.chain(
-        large[_Way.AS_IT_IS],
-        _convert_alone(large[_Way.CONVERTED_ALONE], lanes, device),
-        _convert(itertools.chain(large[_Way.CONVERTED], to_convert), lanes, device),
-        (_join(one, pool, device) for one in plan.joined if one.dtype not in plan.converted),
-    )
+    converted: Iterable[Tensor] = ()
+    if plan.converted:
+        small = (_join(one, pool, device) for one in plan.joined if one.dtype in plan.converted)
+        converted = itertools.chain(
+            _convert_alone(large[_Way.CONVERTED_ALONE], lanes, device),
+            _convert(itertools.chain(large[_Way.CONVERTED], small), lanes, device),
+        )
+    joined = (_join(one, pool, device) for one in plan.joined if one.dtype not in plan.converted)
+    to_sum = itertools.chain(large[_Way.AS_IT_IS], converted, joined)
 
     norms, pieces = _norms(plan, lanes, device)
     for values, out in zip(to_sum, pieces, strict=True):
