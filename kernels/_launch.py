@@ -162,7 +162,7 @@ class _AddressTable:
 
     def _next_buffer(self) -> tuple[Tensor, Any, Any]:
         if len(self._staged) < STAGES:
-            buffer = torch.empty(self._size, dtype=torch.int64, pin_memory=self._pin)
+            buffer = torch.empty(self._size, dtype=torch.int64, device="cpu", pin_memory=self._pin)
             self._staged.append((buffer, _view(buffer, self._size), self._module.Event()))
             return self._staged[-1]
         staged = self._staged[self._turn]
@@ -193,7 +193,10 @@ class Tables:
         self._addresses = _AddressTable(self.slots + extras, device, module, pin=not cpu)
         columns = (plan.lengths, plan.segments, plan.dtypes, plan.slots, plan.pieces, plan.parts)
         starts = (plan.segment_starts, plan.slot_starts)
-        self._meta = torch.tensor([v for column in columns + starts for v in column], dtype=torch.int32).to(device)
+        # device="cpu" said: whoever called torch.set_default_device would otherwise be asked.
+        host: dict[str, Any] = {"device": "cpu"}
+        meta = [value for column in columns + starts for value in column]
+        self._meta = torch.tensor(meta, dtype=torch.int32, **host).to(device)
         tensors, elements = list(plan.tensor_counts), list(plan.element_counts)
         for segment, (more_tensors, more_elements) in enumerate(outside):
             tensors[segment] += more_tensors
@@ -202,7 +205,7 @@ class Tables:
         # as there are, no rectangle. The item of a plan without elements marks a tensor that is not there.
         marked = max(self.slots, 1)
         self.work = torch.zeros(self.items + 4 * segments + marked, dtype=torch.float64, device=device)
-        self.work[self.items + 2 * segments : -marked] = torch.tensor(tensors + elements, dtype=torch.float64)
+        self.work[self.items + 2 * segments : -marked] = torch.tensor(tensors + elements, dtype=torch.float64, **host)
         self.counters = torch.zeros(segments + 1 + marked, dtype=torch.int32, device=device)
         self.busy_segments = plan.busy_segments
         self.work_address = self.work.data_ptr()

@@ -360,6 +360,6 @@ def _buffer(use: str, size: int, dtype: torch.dtype, device: torch.device) -> Te
     found: Tensor | None = getattr(_local, name, None)
     if found is None:
         with torch.inference_mode(False):
-            found = torch.empty(BLOCK, dtype=dtype)
+            found = torch.empty(BLOCK, dtype=dtype, device=device)
         setattr(_local, name, found)
     return found[:size]

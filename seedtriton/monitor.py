@@ -689,7 +689,7 @@ class _Transit:
         if packed.device.type == "cpu":
             self.buffer = packed
             return
-        self.buffer = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        self.buffer = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
         self.buffer.copy_(packed, non_blocking=True)
         self._event = torch.get_device_module(packed.device).Event()
         self._event.record()

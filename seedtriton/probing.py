@@ -75,7 +75,7 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 def _losses(found: object) -> Tensor:
     """Losses of samples as float64 [n] on the CPU; a mean alone is one."""
-    losses = torch.as_tensor(found, dtype=torch.float64) if isinstance(found, (int, float)) else found
+    losses = torch.as_tensor(found, dtype=torch.float64, device="cpu") if isinstance(found, (int, float)) else found
     if not isinstance(losses, Tensor) or losses.dim() > 1 or not losses.numel():
         what = tuple(losses.shape) if isinstance(losses, Tensor) else type(found).__name__
         raise ConfigurationError(

@@ -394,7 +394,7 @@ def _after_load(slot: nn.Module, incompatible_keys: object) -> None:
     if slot.alpha is not None:
         loaded = slot.alpha.detach()
         # The tensor is the number rounded to float32; the number decides whether alpha is at its target.
-        if float(torch.tensor(slot._alpha_value, dtype=torch.float32)) != float(loaded):
+        if float(torch.tensor(slot._alpha_value, dtype=torch.float32, device="cpu")) != float(loaded):
             slot._alpha_value = float(loaded)
         slot._keep_alpha_a_leaf()
 

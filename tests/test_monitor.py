@@ -557,6 +557,18 @@ def test_a_monitor_made_in_a_device_context_lives_where_its_parameters_do():
     assert monitor.read()["a"].status == NEVER_MEASURED
 
 
+def test_a_monitor_used_in_a_device_context_stays_where_it_is():
+    pair = Pair().measure()
+    with torch.device("meta"):
+        pair.monitor.reset()
+        assert pair.read().status == NEVER_MEASURED
+        pair.monitor.measure()
+        assert pair.read().ratio == pytest.approx(0.2)
+        assert pair.monitor.latest().evidence["a"].ratio == pytest.approx(0.2)
+        assert float(pair.monitor.clip_grad_norm_(1.0)) == pytest.approx(26**0.5)
+    assert pair.host.grad.norm() == pytest.approx((25 / 26) ** 0.5)
+
+
 def test_a_monitored_model_is_copied_pickled_and_saved_as_before():
     model = Net().backward()
     monitor = GradientMonitor(model, {"a": model.seed}, optimizers=SGD(model.parameters(), lr=0.1))

@@ -1,6 +1,7 @@
 """The public ops in eager torch: right for every dtype and layout, or refused by name. Truth is fp64."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -130,6 +131,23 @@ def test_a_call_leaves_nothing_behind_for_the_next():
     for dtype in (torch.bfloat16, torch.float32):
         ops.segmented_sumsq([torch.full((5000,), math.nan, dtype=dtype) for _ in range(30)], [0] * 30, 1)
         assert_right([values(size, dtype) for size in (3, 700, 20_001, 5, 1000)], range(5), 5)
+
+
+def test_the_default_device_is_not_asked():
+    tensors = [values(size, dtype) for dtype in (torch.float32, torch.bfloat16) for size in (5, 700, 40_000)]
+    found = []
+
+    def measure():
+        with torch.device("meta"):
+            found.append(ops.segmented_sumsq(tensors, [0, 1, 2, 0, 1, 2], 3))
+            ops.scale_(tensors, 0.5)
+
+    right = truth(tensors, [0, 1, 2, 0, 1, 2], 3)
+    thread = threading.Thread(target=measure)  # it has no buffers yet
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found[0], right, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(truth(tensors, [0, 1, 2, 0, 1, 2], 3), right / 4, rtol=1e-6, atol=0.0)
 
 
 def test_no_temporary_has_the_size_of_all_gradients():

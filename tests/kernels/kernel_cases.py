@@ -462,6 +462,16 @@ def test_outside_sums_meet_the_kernels(device):
             gradient_sums.segmented_sumsq(inside, [0, 1], 3, outside=wrong)
 
 
+def test_the_default_device_is_not_asked(device):
+    tensors = [random(n, torch.float32, device) for n in (9001, 3, 101)]
+    with torch.device("meta"):
+        found = gradient_sums.segmented_sumsq(tensors, [0, 1, 0], 2)
+        gradient_scale.scale_(tensors, torch.tensor(0.5, device=device))
+        halved = gradient_sums.segmented_sumsq(tensors, [0, 1, 0], 2)
+    assert_sums(halved, tensors, [0, 1, 0], 2)
+    torch.testing.assert_close(found, 4 * halved, rtol=1e-6, atol=0.0)
+
+
 def test_addresses_that_change_between_calls(device):
     # As under zero_grad(set_to_none=True): the same shapes at other places, at other alignments too.
     kept = []
