@@ -102,7 +102,7 @@ _WIDE = frozenset({torch.float64, torch.complex128})
 
 
 def tensor_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.device) -> Tensor:
-    """Sum of squares of each tensor, float64 [len(tensors)] on ``device``; tensors may lie on several.
+    """Sum of squares of each tensor, float64 [len(tensors)] on ``device``; tensors may lie on several. Under no_grad.
 
     ``lanes`` is the dtype inside a row; of float64 tensors it is float64 whatever it says. A ValueError says that one
     of them is no gradient, but not which.
