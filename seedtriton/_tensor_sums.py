@@ -313,11 +313,15 @@ def _join(one: _Joined, pool: Sequence[Tensor], device: torch.device) -> Tensor:
 def _convert_alone(several: Iterable[Tensor], lanes: torch.dtype, device: torch.device) -> Iterator[Tensor]:
     """The rows of each [rows, ROW] in ``lanes``, in the middle of the buffer of that dtype, in parts as it has room."""
     buffer = _buffer("rows", BLOCK, lanes, device).view(-1, ROW)
+    middles: dict[int, Tensor] = {}  # by their rows: models have many tensors of one size
     for values in several:
         parts = (values,) if len(values) <= len(buffer) else values.chunk(-(-len(values) // len(buffer)))
         for part in parts:
-            begin = (len(buffer) - len(part)) // 2
-            yield buffer[begin : begin + len(part)].copy_(part)
+            rows = len(part)
+            if rows not in middles:
+                begin = (len(buffer) - rows) // 2
+                middles[rows] = buffer[begin : begin + rows]
+            yield middles[rows].copy_(part)
 
 
 def _convert(several: Iterable[Tensor], lanes: torch.dtype, device: torch.device) -> Iterator[Tensor]:
