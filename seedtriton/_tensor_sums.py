@@ -38,9 +38,10 @@ COPY = (1 << 15) - ROW
 # dtype=float32) of a bf16 tensor takes ten times as long, because it converts element by element.
 BLOCK = 1 << 21
 # A tensor of so many elements is converted and summed alone, in the middle of the buffer, so that each of two threads
-# sums what it has itself converted, in memory that it had before. Where their cores have no cache in common, a list
-# of 467 K and 135 K elements each, in bf16, took 52 ms otherwise, instead of 14.6; where they have, 12.5 and 14.1.
-ALONE = 1 << 17
+# sums what it has itself converted, in memory that it had before. Where their cores have no cache in common, GPT-2 in
+# bf16 took 52 ms otherwise, instead of 18. From 1 << 17 on, lists of a few hundred thousand elements each gain as much
+# there, and lose a tenth to a third everywhere else (bench/NOTES.md).
+ALONE = 1 << 19
 
 
 def is_dense(tensor: Tensor) -> bool:
