@@ -49,12 +49,12 @@ bench: $(STAMP)
 
 # The README's figures: raw output into bench/results, then tables and pictures from it. On a quiet machine.
 bench-cpu: $(STAMP)
-	$(BIN)/python -m bench.gpu --device cpu
+	$(BIN)/python -m bench.performance --device cpu
 	$(BIN)/python bench/report.py --write
 
 # With the torch and triton that are there: make bench-gpu PYTHON=python3
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) -m bench.gpu --device cuda
+	PYTHONPATH=. $(PYTHON) -m bench.performance --device cuda
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -8,11 +8,11 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(ROOT))
 
-import growth_report  # noqa: E402 - the folder of the benchmarks has to be known first
-import performance_report  # noqa: E402
-import readiness_report  # noqa: E402
+from bench.growth import tables as growth_report  # noqa: E402 - the root has to be known first
+from bench.performance import tables as performance_report  # noqa: E402
+from bench.readiness import tables as readiness_report  # noqa: E402
 
 
 def newest(kind):

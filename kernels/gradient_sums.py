@@ -2,7 +2,7 @@
 
 Each byte is read once. Programs write partial sums; the last one of a segment adds them in index order, the
 last one of all finishes the sample. Equal input at equal alignment gives equal bits, on any grid. What a row
-means is defined in seedtriton/reference.py; nothing here decides anything.
+means is defined in seedtriton/gradients/reference.py; nothing here decides anything.
 """
 
 from __future__ import annotations
@@ -528,7 +528,7 @@ def record_(
     programs: int | None = None,
     two_launches: bool = False,
 ) -> None:
-    """``seedtriton.reference.record_`` in one launch: a row of the ring, the summary, ``count`` + 1.
+    """``seedtriton.gradients.reference.record_`` in one launch: a row of the ring, the summary, ``count`` + 1.
 
     Args:
         gradients: on the ring's device, float32, bfloat16 or float16, dense.

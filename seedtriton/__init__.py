@@ -5,34 +5,40 @@ operation on an accelerator.
 """
 
 import logging
+import sys
 
-from . import ops as ops
-from ._loss_scale import step_if_grads as step_if_grads
-from .errors import ConfigurationError as ConfigurationError
-from .errors import SeedtritonError as SeedtritonError
-from .errors import StateDictError as StateDictError
-from .errors import TransitionError as TransitionError
-from .errors import WiringError as WiringError
-from .evidence import BlendProbe as BlendProbe
-from .evidence import SeedEvidence as SeedEvidence
-from .flat import FlatGradients as FlatGradients
-from .gates import Check as Check
-from .gates import Gate as Gate
-from .gates import GateThresholds as GateThresholds
-from .gates import QualityGates as QualityGates
-from .gates import SeedStatus as SeedStatus
-from .gates import Verdict as Verdict
+from .core import TRANSITIONS as TRANSITIONS
+from .core import AlphaSchedule as AlphaSchedule
+from .core import BlendProbe as BlendProbe
+from .core import Check as Check
+from .core import ConfigurationError as ConfigurationError
+from .core import Gate as Gate
+from .core import GateThresholds as GateThresholds
+from .core import Lifecycle as Lifecycle
+from .core import ProgressThreshold as ProgressThreshold
+from .core import QualityGates as QualityGates
+from .core import SeedEvidence as SeedEvidence
+from .core import SeedStatus as SeedStatus
+from .core import SeedtritonError as SeedtritonError
+from .core import Stage as Stage
+from .core import StateDictError as StateDictError
+from .core import TransitionError as TransitionError
+from .core import Verdict as Verdict
+from .core import WiringError as WiringError
+from .gradients import FlatGradients as FlatGradients
+from .gradients import GradientMonitor as GradientMonitor
+from .gradients import ops as ops
+from .gradients import step_if_grads as step_if_grads
 from .growth import GrowthController as GrowthController
-from .isolation import StraightThrough as StraightThrough
-from .isolation import TrustRegion as TrustRegion
-from .lifecycle import TRANSITIONS as TRANSITIONS
-from .lifecycle import Lifecycle as Lifecycle
-from .lifecycle import Stage as Stage
-from .monitor import GradientMonitor as GradientMonitor
-from .schedules import AlphaSchedule as AlphaSchedule
-from .schedules import ProgressThreshold as ProgressThreshold
-from .slot import SeedSlot as SeedSlot
+from .growth import SeedSlot as SeedSlot
+from .growth import StraightThrough as StraightThrough
+from .growth import TrustRegion as TrustRegion
+from .report import sinks as telemetry
 
 __version__ = "0.1.0"
+
+# Modules that users import by these names since 0.1; inside the house they lie in their wings.
+sys.modules[f"{__name__}.ops"] = ops
+sys.modules[f"{__name__}.telemetry"] = telemetry
 
 logging.getLogger("seedtriton").addHandler(logging.NullHandler())

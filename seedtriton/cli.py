@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from . import ops
-from .errors import SeedtritonError
+from .core.errors import SeedtritonError
+from .gradients import ops
 
 # The distributions that install a module called triton.
 TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu", "triton-windows")
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return run(options.folder, options.seed)
         if options.command == "plot":
-            from .plots import lifecycle_figure, read_events
+            from .report.plots import lifecycle_figure, read_events
 
             lifecycle_figure(read_events(options.events), options.picture)
             return 0

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError
-from .gates import Verdict
-from .growth import GrowthController
-from .lifecycle import Stage
-from .plots import lifecycle_figure, read_events
-from .slot import SeedSlot
-from .telemetry import Event, JsonLinesSink
+from .core.errors import ConfigurationError
+from .core.lifecycle import Stage
+from .core.verdict import Verdict
+from .growth.controller import GrowthController
+from .growth.slot import SeedSlot
+from .report.events import Event
+from .report.plots import lifecycle_figure, read_events
+from .report.sinks import JsonLinesSink
 
 EPOCHS = 60
 GERMINATION = 20  # epoch before which no seed is there

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .slot import SeedSlot
+from .growth.slot import SeedSlot
 
 
 def assert_isolated(

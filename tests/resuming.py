@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 class Run:
-    def __init__(self):
+    def __init__(self, **growth):
         torch.set_num_threads(1)
         torch.manual_seed(0)
         self.model = Net()
@@ -47,7 +47,7 @@ class Run:
         self.growth = GrowthController(
             self.model, self.optimizer, thresholds=THRESHOLDS, schedule=AlphaSchedule(steps=6, target=0.7),
             schedulers=[self.scheduler], embargoed_epochs=2, sinks=[self.log.append],
-            auto_advance=[Gate.G1, Gate.G2, Gate.G3, Gate.G5],
+            auto_advance=[Gate.G1, Gate.G2, Gate.G3, Gate.G5], **growth,
         )  # fmt: skip
         self.step = 0
 

@@ -31,7 +31,7 @@ def test_demo_fossilizes_the_healthy_seed_and_refuses_the_sabotaged_one(tmp_path
 
 def test_the_demo_says_when_it_did_not_go_as_it_should(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
-    monkeypatch.setattr("seedtriton.growth.GrowthController.measure", lambda self: None)
+    monkeypatch.setattr("seedtriton.GrowthController.measure", lambda self: None)
     monkeypatch.setattr("seedtriton.demo.PATIENCE", 3)
     monkeypatch.setattr("seedtriton.demo.EPOCHS", 26)
     assert main(["demo", "--folder", str(tmp_path)]) == 1

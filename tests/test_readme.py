@@ -6,7 +6,7 @@ import re
 
 import seedtriton
 from seedtriton import Stage
-from seedtriton.lifecycle import diagram
+from seedtriton.core.lifecycle import diagram
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

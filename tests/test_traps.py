@@ -16,8 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CASES, GPU = "kernels/kernel_cases.py", "kernels/gpu/test_gpu_kernels.py"
 LIBRARY, PLAN = "kernels/interpreter/test_interpreted_library.py", "kernels/test_plan.py"
 EVIDENCE, GATES, STATES = "core/test_evidence.py", "core/test_gates.py", "core/test_states.py"
-LOOPS, MONITOR, GROWTH, SLOT = "test_loops.py", "test_monitor.py", "test_growth.py", "test_slot.py"
-TRAINING, FLAT, OPS, BACKEND = "test_monitor_training.py", "test_flat.py", "test_ops.py", "test_backend.py"
+LOOPS, MONITOR, TRAINING = (f"gradients/test_{name}.py" for name in ("loops", "monitor", "monitor_training"))
+FLAT, OPS, BACKEND = (f"gradients/test_{name}.py" for name in ("flat", "ops", "backend"))
+GROWTH, SLOT = "growth/test_controller.py", "growth/test_slot.py"
 DISTRIBUTED = "needs a second process: the work on distributed training"
 
 
@@ -225,7 +226,7 @@ TRAPS = (
         CASES: ("test_half_precision_at_odd_alignments", "test_bf16_result_is_not_rounded"),
     }),
     Trap(55, "channels_last host and detach", {
-        "test_isolation.py": ("test_bit_identical_in_channels_last",),
+        "growth/test_isolation.py": ("test_bit_identical_in_channels_last",),
     }),
     Trap(56, "two threads on a busy machine", {
         "test_traps.py": ("test_tests_demo_and_examples_run_on_one_thread",),

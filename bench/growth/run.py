@@ -28,9 +28,9 @@ from torch import nn
 from bench.machine import header
 from bench.tasks import TASKS, BatchStream, Task
 from seedtriton import GateThresholds, GrowthController, Stage, StraightThrough, TrustRegion
-from seedtriton.schedules import AlphaSchedule
+from seedtriton.core.schedules import AlphaSchedule
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 NO_GROWTH, AT_ONCE, SHADOW, LARGER = "no growth", "blending at once", "shadow", "larger network"
 GATED = "gates decide"  # the library as it comes: the default isolation, and G2 with its probe says when

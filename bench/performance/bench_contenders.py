@@ -1,17 +1,17 @@
-"""The contenders of bench/contenders.py on a CPU, one group of pytest-benchmark for each piece of work.
+"""The contenders of contenders.py on a CPU, one group of pytest-benchmark for each piece of work.
 
     make bench                              medians, and how they compare within a group
     pytest bench --benchmark-disable        every case once, small: a smoke test
 
-Every case is compared with float64 before it is timed. The figures of the README are bench/gpu.py's, where
+Every case is compared with float64 before it is timed. The figures of the README are run.py's, where
 contenders take turns: a noisy machine has good and bad seconds.
 """
 
 import pytest
 import torch
 
-from bench import contenders, shapes
-from bench.gpu import CPU_ELEMENTS, SCALES, WHOLE, gradients_of
+from bench.performance import contenders, shapes
+from bench.performance.run import CPU_ELEMENTS, SCALES, WHOLE, gradients_of
 
 SHAPES = ("ResNet-50", "GPT-2", "1000 x 1K", "one 1B", "unaligned")
 CASES = [

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seedtriton import FlatGradients, GradientMonitor, ops, reference
+from seedtriton import FlatGradients, GradientMonitor
+from seedtriton.gradients import ops, reference
 
 WINDOW = 128
 EPS = 1e-8
@@ -335,7 +336,7 @@ def _esper_health(work: Work) -> Call:
 
 
 def _nemo(work: Work) -> Call:
-    from bench import nemo_style
+    from bench.performance import nemo_style
 
     return Call(lambda: nemo_style.total_norm(work.gradients))
 

@@ -1,4 +1,4 @@
-"""Measured against everyone, on the same work: python -m bench.gpu --part norm|clip|telemetry|step|growth|all.
+"""Measured against everyone, on the same work: python -m bench.performance --part norm|clip|telemetry|step|growth|all.
 
 Every contender is compared with float64 before it is timed, and they take turns while they are. GPU time is that of
 a CUDA graph that goes through sets of gradients larger than four times the L2; what cannot be captured has eager
@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench import contenders, machine, shapes
-from bench.contenders import TASKS, Call, Contender, Work
+from bench import machine
+from bench.performance import contenders, shapes
+from bench.performance.contenders import TASKS, Call, Contender, Work
 from seedtriton import GradientMonitor
 
 PARTS = ("norm", "clip", "telemetry", "step", "growth")
@@ -660,7 +661,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(", ".join(f"{name} {value:.4g}" for name, value in bench.anchors.items()))
     print("times in µs: GPU, CPU until it returns, eager wall; relative error")
     wrong = 0
-    command = "python -m bench.gpu " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    command = "python -m bench.performance " + " ".join(sys.argv[1:] if arguments is None else arguments)
     for part in PARTS if asked.part == "all" else [asked.part]:
         header = machine.header(command) | describe(asked.device) | {"scale": asked.scale, "repeats": bench.repeats}
         rows: list[dict[str, Any]] = []

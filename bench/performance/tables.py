@@ -1,4 +1,4 @@
-"""The raw output of bench/gpu.py as tables and as pictures, of a GPU or of a CPU."""
+"""The raw output of run.py as tables and as pictures, of a GPU or of a CPU."""
 
 import re
 import statistics

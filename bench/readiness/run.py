@@ -19,18 +19,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+import torch
 
-import torch  # noqa: E402 - the folder of the benchmarks has to be known first
-from machine import header  # noqa: E402
-from readiness_report import table  # noqa: E402
-from scenarios import BROKEN, SCENARIOS, Run, Scenario  # noqa: E402
-from tasks import TASKS, Task  # noqa: E402
+from bench.machine import header
+from bench.readiness.scenarios import BROKEN, SCENARIOS, Run, Scenario
+from bench.readiness.tables import table
+from bench.tasks import TASKS, Task
+from seedtriton import GateThresholds, GrowthController, Verdict
+from seedtriton.gradients import reference
+from seedtriton.growth.probing import probe, twin_of
 
-from seedtriton import GateThresholds, GrowthController, Verdict, reference  # noqa: E402
-from seedtriton.probing import probe, twin_of  # noqa: E402
-
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SLOT = "slot"
 EPOCHS, STEPS = 10, 40  # of TRAINING; verdicts are given at the end of each epoch
 TRUTH_AT = (0.1, 1.0)

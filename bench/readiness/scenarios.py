@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tasks import Data, Residual, Task
 from torch import Tensor, nn
 
+from bench.tasks import Data, Residual, Task
 from seedtriton import GrowthController
 
 LEARNING, NOT_LEARNING, BROKEN = "learning", "not learning", "broken measurement"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._state import PlainState
 from .errors import ConfigurationError
+from .state import PlainState
 
 RATIO_EPS = 1e-8
 # Below this the eps above is more than 1 % of the host's norm, and the ratio says nothing of the seed.

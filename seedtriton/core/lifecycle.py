@@ -10,8 +10,8 @@ import enum
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ._state import check_state
 from .errors import StateDictError, TransitionError
+from .state import check_state
 
 HISTORY_LIMIT = 100  # entries kept; older ones are forgotten first
 

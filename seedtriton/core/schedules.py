@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ._state import PlainState, check_state
 from .errors import ConfigurationError, StateDictError
+from .state import PlainState, check_state
 
 SIGMOID_STEEPNESS = 12.0
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._parameters import CallOnLoad, Parameters, ParameterSource
-from ._tensor_sums import is_dense
-from .errors import ConfigurationError, WiringError
+from ..core.errors import ConfigurationError, WiringError
+from .parameters import CallOnLoad, Parameters, ParameterSource
+from .tensor_sums import is_dense
 
 # Bytes to which every view is aligned: the kernel reads 128 bits at a time only from such addresses.
 ALIGNMENT = 16

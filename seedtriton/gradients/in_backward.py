@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import WiringError
 from . import ops
-from .errors import WiringError
 
 
 class BackwardCollector:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from .errors import WiringError
+from ..core.errors import WiringError
 
 logger = logging.getLogger("seedtriton")
 

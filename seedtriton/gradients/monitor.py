@@ -17,17 +17,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import ConfigurationError, StateDictError, WiringError
+from ..core.evidence import HOST_FLOOR, NEVER_MEASURED, RATIO_EPS, Sample, SeedEvidence, collect_evidence
+from ..core.state import check_state
 from . import ops, reference
-from ._in_backward import BackwardCollector
-from ._loss_scale import LossScale, read_scaler
-from ._parameters import Alpha, CallOnLoad, Parameters, ParameterSource
-from ._state import check_state
-from ._step_hook import StepHook
-from ._training import Mark, StepCounter
-from .errors import ConfigurationError, StateDictError, WiringError
-from .evidence import HOST_FLOOR, NEVER_MEASURED, RATIO_EPS, Sample, SeedEvidence, collect_evidence
 from .flat import FlatGradients, flat_buffer_of
+from .in_backward import BackwardCollector
+from .loss_scale import LossScale, read_scaler
+from .parameters import Alpha, CallOnLoad, Parameters, ParameterSource
+from .progress import Mark, StepCounter
 from .reference import EXPLODING_RMS, VANISHING_RMS
+from .step_hook import StepHook
 
 logger = logging.getLogger("seedtriton")
 

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend, reference
-from .errors import ConfigurationError, WiringError
+from ..core.errors import ConfigurationError, WiringError
+from . import backend, reference
 
 LANES = (torch.float32, torch.float64)
 
 
-def backend_of(device: torch.device | str) -> _backend.Backend:
+def backend_of(device: torch.device | str) -> backend.Backend:
     """What runs for tensors on ``device`` ("triton" or "torch"), and why.
 
     Raises:
         ConfigurationError: ``SEEDTRITON_BACKEND`` asks for what cannot be.
     """
     try:
-        return _backend.choose(torch.device(device))
+        return backend.choose(torch.device(device))
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
 
@@ -108,7 +108,7 @@ def clip_(gradients: Sequence[Tensor], summary: Tensor, names: Callable[[Tensor]
     """
     coefficient = summary[reference.CLIP_COEFFICIENT]
     if not _traced((summary,)) and backend_of(summary.device).name == "triton" and any(map(Tensor.numel, gradients)):
-        from .kernels import _launch, gradient_scale
+        from ..kernels import _launch, gradient_scale
 
         total = torch.empty((), dtype=torch.float32, device=summary.device)
         try:
@@ -184,7 +184,7 @@ def _segmented_sumsq(
     tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int, lanes: torch.dtype
 ) -> Tensor:
     if tensors and backend_of(tensors[0].device).name == "triton":
-        from .kernels import gradient_sums
+        from ..kernels import gradient_sums
 
         # The kernel looks at what the tensors are only when their signature is new; checking each of them
         # here, in every call, would cost more than the launch.
@@ -207,7 +207,7 @@ def _segmented_sumsq(
 
 def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     if backend_of(coefficient.device).name == "triton":
-        from .kernels import gradient_scale
+        from ..kernels import gradient_scale
 
         try:
             gradient_scale.scale_(tensors, coefficient)
@@ -250,7 +250,7 @@ def _record_(
             max_norm, eps, grad_scale, gain_scale, found_inf, lanes, vanishing_rms, exploding_rms,
         )
         return
-    from .kernels import _launch, gradient_sums
+    from ..kernels import _launch, gradient_sums
 
     def launch(
         listed: _Listed,
@@ -310,7 +310,7 @@ def record_sums_(
     if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
         reference.finish_(columns, counts, gains, gain_segments, *rest)
         return
-    from .kernels import gradient_sums
+    from ..kernels import gradient_sums
 
     gradient_sums.record_(
         [], [], gains, gain_segments, *rest, outside=columns, outside_counts=counts, layout=_LAYOUT,
@@ -332,7 +332,7 @@ _Listed = tuple[Sequence[Tensor], Sequence[int]]
 
 def _split(tensors: Sequence[Tensor], segments: Sequence[int], device: torch.device) -> tuple[_Listed, _Listed]:
     """What the kernel can take on ``device``, and the rest, each with its segments."""
-    from .kernels import gradient_sums
+    from ..kernels import gradient_sums
 
     inside: tuple[list[Tensor], list[int]] = ([], [])
     outside: tuple[list[Tensor], list[int]] = ([], [])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ConfigurationError
+from ..core.errors import ConfigurationError
 
 Parameters = nn.Module | Tensor | Iterable[Tensor] | Iterable[nn.Module]
 

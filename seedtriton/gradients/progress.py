@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import StateDictError
+from ..core.evidence import Sample
+from ..core.state import check_state
 from . import ops
-from ._state import check_state
-from .errors import StateDictError
-from .evidence import Sample
 
 # Root mean square below which weights count as this large, when their relative change is computed: a
 # layer that starts at zero would otherwise have moved infinitely far after one step.

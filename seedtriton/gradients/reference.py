@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._tensor_sums import constant, segment_sum, tensor_sumsq
+from .tensor_sums import constant, segment_sum, tensor_sumsq
 
 # A value at which torch.nn.utils.clip_grad_norm_ keeps a zero norm from dividing by zero.
 CLIP_EPS = 1e-6

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ._loss_scale import LossScale, mixed, read_scaler
-from .errors import WiringError
+from ..core.errors import WiringError
+from .loss_scale import LossScale, mixed, read_scaler
 
 
 class StepHook:

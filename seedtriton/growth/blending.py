@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError, WiringError
+from ..core.errors import ConfigurationError, WiringError
 
 ADD = "add"
 MULTIPLY = "multiply"

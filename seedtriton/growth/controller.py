@@ -17,19 +17,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._groups import SeedGroups, own_value
-from ._state import check_state
+from ..core.errors import ConfigurationError, SeedtritonError, StateDictError, WiringError
+from ..core.evidence import BlendProbe, SeedEvidence
+from ..core.gates import QualityGates
+from ..core.lifecycle import FORWARD, RESTING, Lifecycle, Stage, stage_named
+from ..core.schedules import HOLD, AlphaController, AlphaSchedule
+from ..core.state import check_state
+from ..core.thresholds import GateThresholds
+from ..core.verdict import STRICT, Gate, SeedStatus, Verdict
+from ..gradients.monitor import WINDOW, GradientMonitor, Gradients
+from ..report.events import Event, evidence_fields, gate_fields
+from ..report.sinks import LogSink, Sink, Telemetry
 from .blending import ADD
-from .errors import ConfigurationError, SeedtritonError, StateDictError, WiringError
-from .evidence import BlendProbe, SeedEvidence
-from .gates import STRICT, Gate, GateThresholds, QualityGates, SeedStatus, Verdict
+from .groups import SeedGroups, own_value
 from .isolation import Isolation
-from .lifecycle import FORWARD, RESTING, Lifecycle, Stage, stage_named
-from .monitor import WINDOW, GradientMonitor, Gradients
 from .probing import PROBE_AT, Evaluate, probe
-from .schedules import HOLD, AlphaController, AlphaSchedule
 from .slot import SeedSlot, seed_module
-from .telemetry import Event, LogSink, Sink, Telemetry, gate_fields
 
 logger = logging.getLogger("seedtriton")
 
@@ -672,12 +675,12 @@ class GrowthController:
         )
 
     def _emit_gate(self, life: _Life, verdict: Verdict) -> None:
-        self._emit("gate", life.name, **gate_fields(verdict), **_numbers(life.evidence))
+        self._emit("gate", life.name, **gate_fields(verdict), **evidence_fields(life.evidence))
 
     def _emit_epoch(self, life: _Life, accuracy: float | None, loss: float | None) -> None:
         self._emit(
             "epoch", life.name, accuracy=accuracy, loss=loss, alpha=life.slot.alpha_value,
-            **_numbers(life.evidence),
+            **evidence_fields(life.evidence),
         )
 
 
@@ -691,14 +694,6 @@ def _holds_seed(entry: Mapping[str, Any]) -> bool:
 
 def _is_fossil(entry: Mapping[str, Any]) -> bool:
     return _saved_stage(entry) is Stage.FOSSILIZED
-
-
-def _numbers(evidence: SeedEvidence | None) -> Event:
-    names = (
-        "ratio", "rms_ratio", "host_norm", "seed_norm", "blend_gain", "blend_gain_t", "samples", "dropped",
-        "displacement", "live_share", "vanishing_share", "exploding_share", "health", "plateau_share",
-    )
-    return {name: getattr(evidence, name, None) for name in names}
 
 
 def _points(before: float | None, now: float | None) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigurationError, WiringError
+from ..core.errors import ConfigurationError, WiringError
 from .slot import SeedSlot
 
 # Lists with one entry per parameter group that torch's schedulers keep; a new group needs an entry in each.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import ConfigurationError
 from .blending import slope
-from .errors import ConfigurationError
 
 
 @dataclass(frozen=True)

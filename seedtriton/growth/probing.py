@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError
-from .evidence import BlendProbe
+from ..core.errors import ConfigurationError
+from ..core.evidence import BlendProbe
 from .slot import SeedSlot
 
 Evaluate = Callable[[nn.Module], "float | Tensor"]

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import ConfigurationError, StateDictError, WiringError
+from ..core.lifecycle import RESTING, Lifecycle, Stage
+from ..core.state import check_state
 from . import blending
-from ._state import check_state
-from .errors import ConfigurationError, StateDictError, WiringError
 from .isolation import Isolation, StraightThrough, TrustRegion, behind, leaks
-from .lifecycle import RESTING, Lifecycle, Stage
 
 # Forward passes that are looked at for leaks after entering TRAINING and after each epoch: more than a gate
 # forgives, and few enough to cost nothing (a walk over the seed's graph each).

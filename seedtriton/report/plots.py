@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .lifecycle import Stage
+from ..core.lifecycle import Stage
 
 # Colour-blind safe (Okabe and Ito); the stages before and after a life stay white.
 STAGE_COLOURS = {

@@ -1,4 +1,4 @@
-"""What happens, as flat dicts, and where they go: logging, JSON lines, a callable.
+"""Where events go: logging, JSON lines, a callable.
 
 A sink that raises never stops training: it is reported once and then left out.
 """
@@ -12,11 +12,9 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from .gates import Verdict
+from .events import Event
 
 logger = logging.getLogger("seedtriton")
-
-Event = dict[str, Any]
 
 
 class Sink(Protocol):
@@ -80,23 +78,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def gate_fields(verdict: Verdict) -> Event:
-    """The fields of a verdict in a "gate" event: names and numbers apart."""
-    return {
-        "gate": str(verdict.gate),
-        "target": str(verdict.target),
-        "passed": verdict.passed,
-        "checks": [
-            {
-                "question": check.question,
-                "name": check.name,
-                "passed": check.passed,
-                "value": check.value,
-                "limit": check.limit,
-                "reason": check.reason,
-            }
-            for check in verdict.checks
-        ],
-    }

@@ -11,12 +11,13 @@ import sys
 import pytest
 import torch
 
-from bench import growth, growth_report
+from bench.growth import run as growth
+from bench.growth import tables as growth_report
 from bench.tasks import TASKS
 from seedtriton import Stage
-from seedtriton.schedules import AlphaSchedule
+from seedtriton.core.schedules import AlphaSchedule
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHORT = growth.Phases(warm=30, training=20, ramp=AlphaSchedule(steps=20), after=20)
 
 

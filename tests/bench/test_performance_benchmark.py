@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import contenders, gpu, performance_report, shapes
-from bench.contenders import TASKS, Call, Contender, Work, WrongAnswer
+from bench.performance import contenders, shapes
+from bench.performance import run as gpu
+from bench.performance import tables as performance_report
+from bench.performance.contenders import TASKS, Call, Contender, Work, WrongAnswer
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = [(task, one) for task, found in TASKS.items() for one in found if "cpu" in one.devices and not one.missing()]
 CPU = torch.device("cpu")
 SIZES = [(3, 5), (64,), (7,), (1025,), (0,), (2, 3, 4)]
@@ -205,7 +207,7 @@ def test_the_nemo_style_kernel_compiles_for_sm_90_and_loads_element_by_element()
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from bench import nemo_style
+    from bench.performance import nemo_style
 
     if not isinstance(nemo_style.partial_sums, triton.runtime.JITFunction):
         pytest.skip("this process interprets")
@@ -221,8 +223,8 @@ def test_the_nemo_style_kernel_compiles_for_sm_90_and_loads_element_by_element()
 
 
 INTERPRETED = """
-from bench import gpu, shapes
-from bench.contenders import TASKS
+from bench.performance import run as gpu, shapes
+from bench.performance.contenders import TASKS
 bench = gpu.Bench("cpu", 1e-3, 2)
 for task in TASKS:
     number, coefficient = 2 if task == "telemetry" else 1, 0.5 if task == "clip" else 1.0
@@ -257,7 +259,7 @@ def record(tmp_path_factory):
     """Two parts, one after the other into one file; the first as a user runs it."""
     output = tmp_path_factory.mktemp("report")
     arguments = f"--device cpu --scale tiny --repeats 2 --output {output} --part".split()
-    run("-m", "bench.gpu", *arguments, "clip")
+    run("-m", "bench.performance", *arguments, "clip")
     assert gpu.main([*arguments, "step"]) == 0
     (path,) = output.glob("cpu-*.json")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,35 +1,22 @@
 """The readiness benchmark in its quick form, and its arithmetic: who is right, and against what."""
 
-import importlib
 import json
 import math
-import pathlib
-import sys
 
 import pytest
 
+from bench.readiness import run as readiness
 from seedtriton import Check, Gate, Stage, Verdict
 
-BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
-
 
 @pytest.fixture(scope="module")
-def readiness():
-    sys.path.insert(0, BENCH)
-    try:
-        yield importlib.import_module("readiness")
-    finally:
-        sys.path.remove(BENCH)
-
-
-@pytest.fixture(scope="module")
-def quick(readiness, tmp_path_factory):
+def quick(tmp_path_factory):
     path = tmp_path_factory.mktemp("readiness") / "quick.json"
     code = readiness.main(["--quick", "--output", str(path)])
     return code, json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_our_gate_makes_no_mistake_and_the_bare_ratios_make_many(readiness, quick):
+def test_our_gate_makes_no_mistake_and_the_bare_ratios_make_many(quick):
     code, found = quick
     assert code == 0
     wrong = {judge: len(readiness.wrong(found["runs"], judge)) for judge in readiness.JUDGES}
@@ -50,7 +37,7 @@ def test_every_refusal_of_a_planted_cause_names_it(quick):
     assert [run["scenario"] for run in refused if not run["verdicts"]["G2"]["cause_named"]] == []
 
 
-def test_the_output_says_what_it_was_measured_with_and_holds_every_scenario(readiness, quick):
+def test_the_output_says_what_it_was_measured_with_and_holds_every_scenario(quick):
     found = quick[1]
     assert {"command", "date", "python", "torch", "threads", "machine", "commit", "runs"} <= found.keys()
     assert {run["scenario"] for run in found["runs"]} == {make().name for make in readiness.SCENARIOS}
@@ -73,11 +60,11 @@ def test_the_output_says_what_it_was_measured_with_and_holds_every_scenario(read
         ((math.nan, -0.1), (0.01, 0.01), "not ready"),
     ],
 )
-def test_truth_is_what_blending_does_to_the_loss_beyond_the_noise(readiness, changes, errors, label):
+def test_truth_is_what_blending_does_to_the_loss_beyond_the_noise(changes, errors, label):
     assert readiness.truth(2.0, changes, errors) == label
 
 
-def test_the_other_judges_are_what_they_are_said_to_be(readiness):
+def test_the_other_judges_are_what_they_are_said_to_be():
     def sample(host, seed):
         return readiness.Sample(host_sumsq=host**2, seed_sumsq=seed**2, host_elements=400, seed_elements=100)
 
@@ -97,7 +84,7 @@ def test_the_other_judges_are_what_they_are_said_to_be(readiness):
 
 
 @pytest.mark.parametrize("t, alone", [(4.0, True), (3.9, False), (None, False)])
-def test_without_its_probe_the_gate_holds_the_gain_against_its_own_limit(readiness, t, alone):
+def test_without_its_probe_the_gate_holds_the_gain_against_its_own_limit(t, alone):
     """With a probe the verdict itself holds t against 0, which says nothing of a gate without one."""
     gain, harm = Check("blend_gain", "significant", True, t), Check("probe_harm", "blend_would_harm", False)
     verdict = Verdict(Gate.G2, Stage.BLENDING, "s", False, (gain, harm))
@@ -105,7 +92,7 @@ def test_without_its_probe_the_gate_holds_the_gain_against_its_own_limit(readine
     assert (found["G2 without probe"], found["G2"]) == (alone, False)
 
 
-def test_a_verdict_is_the_first_pass_or_the_refusal_at_the_end(readiness):
+def test_a_verdict_is_the_first_pass_or_the_refusal_at_the_end():
     def row(epoch, passes, truth, refused_for=()):
         return {
             "epoch": epoch, "truth": truth, "refused_for": list(refused_for),

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seedtriton.errors import ConfigurationError
-from seedtriton.evidence import (
+from seedtriton.core.errors import ConfigurationError
+from seedtriton.core.evidence import (
     EXPLODING_WEIGHT,
     GAIN_SAMPLES,
     HOST_FLOOR,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seedtriton.errors import ConfigurationError
-from seedtriton.evidence import (
+from seedtriton.core.errors import ConfigurationError
+from seedtriton.core.evidence import (
     FALL_ERRORS,
     HOST_UNDEFINED,
     MEASURED,
@@ -23,18 +23,11 @@ from seedtriton.evidence import (
     SeedEvidence,
     collect_evidence,
 )
-from seedtriton.gates import (
-    GATE_OF,
-    PERMISSIVE,
-    STRICT,
-    Check,
-    Gate,
-    GateThresholds,
-    QualityGates,
-    SeedStatus,
-)
-from seedtriton.lifecycle import Stage
-from seedtriton.schedules import ProgressThreshold
+from seedtriton.core.gates import GATE_OF, QualityGates
+from seedtriton.core.lifecycle import Stage
+from seedtriton.core.schedules import ProgressThreshold
+from seedtriton.core.thresholds import GateThresholds
+from seedtriton.core.verdict import PERMISSIVE, STRICT, Check, Gate, SeedStatus
 
 NAN, INF = math.nan, math.inf
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from seedtriton.errors import ConfigurationError, StateDictError
-from seedtriton.schedules import CURVES, AlphaController, AlphaSchedule, ProgressThreshold, cosine, linear, sigmoid
+from seedtriton.core.errors import ConfigurationError, StateDictError
+from seedtriton.core.schedules import CURVES, AlphaController, AlphaSchedule, ProgressThreshold, cosine, linear, sigmoid
 
 shares = st.floats(0.0, 1.0)
 curves = st.sampled_from(["linear", "cosine", "sigmoid"])

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from seedtriton.errors import ConfigurationError, StateDictError
-from seedtriton.evidence import NEVER_MEASURED, Sample, SeedEvidence, collect_evidence
-from seedtriton.gates import Check, GateThresholds, QualityGates, SeedStatus, Verdict
-from seedtriton.lifecycle import Lifecycle, Stage
-from seedtriton.schedules import AlphaSchedule, ProgressThreshold
+from seedtriton.core import Check, GateThresholds, QualityGates, SeedStatus, Verdict
+from seedtriton.core.errors import ConfigurationError, StateDictError
+from seedtriton.core.evidence import NEVER_MEASURED, Sample, SeedEvidence, collect_evidence
+from seedtriton.core.lifecycle import Lifecycle, Stage
+from seedtriton.core.schedules import AlphaSchedule, ProgressThreshold
 
 
 def some_life():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seedtriton import ConfigurationError, GradientMonitor, WiringError
-from seedtriton.flat import FlatGradients, flat_buffer_of
+from seedtriton.gradients.flat import FlatGradients, flat_buffer_of
 
 
 class Net(nn.Module):

@@ -13,11 +13,10 @@ from seedtriton import (
     GradientMonitor,
     StateDictError,
     WiringError,
-    _loss_scale,
-    reference,
     step_if_grads,
 )
-from seedtriton.evidence import NEVER_MEASURED, NO_GRADIENT
+from seedtriton.core.evidence import NEVER_MEASURED, NO_GRADIENT
+from seedtriton.gradients import loss_scale, reference
 
 OVERFLOW = 5  # the step whose loss is made infinite
 
@@ -104,7 +103,7 @@ def test_we_never_touch_the_scaler():
 
 
 def test_one_optimizer_unscaled_and_the_other_not_is_dropped_and_told_once(caplog, monkeypatch):
-    monkeypatch.setattr(_loss_scale, "_warned", False)
+    monkeypatch.setattr(loss_scale, "_warned", False)
     with caplog.at_level(logging.WARNING, logger="seedtriton"):
         found = Loop(optimizers=2).run("after", unscale=(0,))
     assert found.samples == 0
@@ -294,7 +293,7 @@ def test_the_latest_evidence_never_waits_for_a_copy_under_way(monkeypatch):
     loop = Loop(scaled=False)
     loop.run("after", steps=2, overflow=None)
     arrived = [False]
-    monkeypatch.setattr("seedtriton.monitor._Transit.arrived", lambda self: arrived[0])
+    monkeypatch.setattr("seedtriton.gradients.monitor._Transit.arrived", lambda self: arrived[0])
     assert loop.monitor.latest() == ({}, None)
     under_way = loop.monitor._transit
     loop.run("after", steps=3, overflow=None)
@@ -310,7 +309,7 @@ def test_evidence_of_other_seeds_than_the_present_ones_is_not_handed_out(monkeyp
     loop = Loop(scaled=False)
     loop.run("after", steps=2, overflow=None)
     loop.monitor.latest()
-    monkeypatch.setattr("seedtriton.monitor._Transit.arrived", lambda self: False)
+    monkeypatch.setattr("seedtriton.gradients.monitor._Transit.arrived", lambda self: False)
     loop.monitor.add_seed("b", nn.Linear(2, 2))
     assert loop.monitor.latest() == ({}, None)
 

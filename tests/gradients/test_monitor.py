@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seedtriton import ConfigurationError, GradientMonitor, StateDictError, WiringError, ops
-from seedtriton.evidence import (
+from seedtriton.core.evidence import (
     GAIN_SAMPLES,
     HOST_UNDEFINED,
     MEASURED,

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from seedtriton import ConfigurationError, ops, reference
-from seedtriton._tensor_sums import ALONE, BLOCK, COPY, ROW, SMALL, SMALL_CONVERTED, TILE, _plan, constant
+from seedtriton import ConfigurationError
+from seedtriton.gradients import ops, reference
+from seedtriton.gradients.tensor_sums import ALONE, BLOCK, COPY, ROW, SMALL, SMALL_CONVERTED, TILE, _plan, constant
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from seedtriton import _tensor_sums, ops, reference
-from seedtriton.reference import (
+from seedtriton.gradients import ops, reference, tensor_sums
+from seedtriton.gradients.reference import (
     CLIP_COEFFICIENT,
     ELEMENTS,
     EXPLODING,
@@ -102,7 +102,7 @@ def test_sums_taken_elsewhere_give_the_same_row():
     scale = torch.tensor([4.0])
     right = Record().write(tensors, segments, grad_scale=scale)
     ours = Record()
-    sums = _tensor_sums.tensor_sumsq(tensors, torch.float32, torch.device("cpu"))
+    sums = tensor_sums.tensor_sumsq(tensors, torch.float32, torch.device("cpu"))
     ops.record_sums_(
         sums, [t.numel() for t in tensors], segments, [], [], ours.ring, ours.count, ours.summary, math.inf, EPS, scale
     )
@@ -229,11 +229,11 @@ def test_segmented_sumsq_puts_its_result_where_told():
 def test_tensors_of_several_devices_keep_their_places(monkeypatch):
     torch.manual_seed(0)
     tensors = [torch.randn(size, dtype=dtype) for size in (5, 30_000, 600) for dtype in (torch.float32, torch.float16)]
-    here = _tensor_sums.tensor_sumsq(tensors, torch.float32, torch.device("cpu"))
+    here = tensor_sums.tensor_sumsq(tensors, torch.float32, torch.device("cpu"))
     places = {id(t): torch.device("cpu", 0) if n in (0, 3, 4) else torch.device("cpu") for n, t in enumerate(tensors)}
     assert len(set(places.values())) == 2
-    monkeypatch.setattr(_tensor_sums, "_device_of", lambda tensor: places[id(tensor)])
-    assert torch.equal(_tensor_sums.tensor_sumsq(tensors, torch.float32, torch.device("cpu")), here)
+    monkeypatch.setattr(tensor_sums, "_device_of", lambda tensor: places[id(tensor)])
+    assert torch.equal(tensor_sums.tensor_sumsq(tensors, torch.float32, torch.device("cpu")), here)
     assert here.unique().numel() == len(tensors)
 
 
@@ -257,7 +257,7 @@ def test_tensors_of_several_devices_keep_their_places(monkeypatch):
     ],
 )
 def test_dense_view_has_every_element_once_or_is_refused(tensor, viewable):
-    view = _tensor_sums.dense_view(tensor)
+    view = tensor_sums.dense_view(tensor)
     assert (view is not None) == viewable
     if view is not None:
         assert view.is_contiguous()

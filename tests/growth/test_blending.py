@@ -6,7 +6,7 @@ from networks import Cnn, Mlp, Residual, TransformerBlock
 from torch import nn
 
 from seedtriton import ConfigurationError, GrowthController, SeedSlot, Stage, WiringError
-from seedtriton.blending import BLENDS, GateNetwork, blend, candidate
+from seedtriton.growth.blending import BLENDS, GateNetwork, blend, candidate
 from seedtriton.testing import assert_isolated
 
 NETWORKS = [Mlp, Cnn, TransformerBlock]

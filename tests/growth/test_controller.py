@@ -19,7 +19,7 @@ from seedtriton import (
     TrustRegion,
     WiringError,
 )
-from seedtriton.slot import ISOLATION_CHECKS
+from seedtriton.growth.slot import ISOLATION_CHECKS
 
 
 def test_a_healthy_seed_lives_from_germinated_to_fossilized_on_measurements_alone():

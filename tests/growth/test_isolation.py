@@ -6,8 +6,8 @@ from networks import Cnn, Mlp, Residual, TransformerBlock
 from torch import nn
 
 from seedtriton import ConfigurationError, GateThresholds, SeedSlot, Stage, StraightThrough, TrustRegion
-from seedtriton.isolation import behind, leaks
-from seedtriton.slot import ISOLATION_CHECKS
+from seedtriton.growth.isolation import behind, leaks
+from seedtriton.growth.slot import ISOLATION_CHECKS
 from seedtriton.testing import assert_isolated
 
 ISOLATIONS = [StraightThrough(), TrustRegion(0.1), TrustRegion(1.0)]

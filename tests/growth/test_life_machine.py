@@ -15,7 +15,7 @@ from networks import Residual
 from torch import nn
 
 from seedtriton import AlphaSchedule, Gate, GateThresholds, GrowthController, SeedSlot, SeedtritonError, Stage
-from seedtriton.lifecycle import TRANSITIONS
+from seedtriton.core.lifecycle import TRANSITIONS
 
 SLOTS = ("one", "two")
 WIDTH = 5

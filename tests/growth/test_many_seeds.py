@@ -8,7 +8,7 @@ from networks import Residual
 from torch import nn
 
 from seedtriton import GrowthController, SeedSlot, Stage
-from seedtriton import monitor as monitor_room
+from seedtriton.gradients import monitor as monitor_room
 
 NAMES = ["a", "b", "c", "d"]
 

@@ -9,7 +9,7 @@ from networks import Cnn, Mlp, Residual
 from torch import nn
 
 from seedtriton import AlphaSchedule, ConfigurationError, GateThresholds, GrowthController, Stage
-from seedtriton.probing import probe, twin_of
+from seedtriton.growth.probing import probe, twin_of
 
 ONLY_THE_PROBE = GateThresholds(
     min_training_improvement=None, max_isolation_violations=None, min_training_epochs=None, min_gradient_ratio=None,

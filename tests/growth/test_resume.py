@@ -10,24 +10,12 @@ import sys
 import pytest
 import torch
 from resuming import STEPS, Run, Seed
+from same import same
 from torch import nn
 
 from seedtriton import ConfigurationError, GrowthController, SeedSlot, Stage, StateDictError, WiringError
 
-HERE = pathlib.Path(__file__).resolve().parent
-
-
-def same(left, right):
-    """Equal in every bit, NaN included."""
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(
-            left.nan_to_num(nan=12345.0), right.nan_to_num(nan=12345.0)
-        )
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(same(*pair) for pair in zip(left, right))
-    return left == right or (isinstance(left, float) and math.isnan(left) and math.isnan(right))
+TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +30,9 @@ def folder(tmp_path_factory):
         stages.append((str(run.model.early.stage), str(run.model.late.stage), run.model.late.frozen is not None))
         run.one()
     torch.save({**run.finish(), "lengths": lengths, "stages": stages}, folder / "whole.pt")
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(HERE / "resuming.py"), str(folder)], env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, str(TESTS / "resuming.py"), str(folder)], env={**os.environ, "PYTHONPATH": path},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from networks import Cnn, Mlp, Residual
 from torch import nn
 
 from seedtriton import ConfigurationError, SeedSlot, Stage, StateDictError, TransitionError, WiringError
-from seedtriton.slot import ISOLATION_CHECKS
+from seedtriton.growth.slot import ISOLATION_CHECKS
 
 LIFE = [Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED]
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seedtriton import reference
+from seedtriton.gradients import reference
 from seedtriton.kernels import _launch, gradient_scale, gradient_sums
 
 EPSILON = 1e-6

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 
-from seedtriton.telemetry import JsonLinesSink, LogSink, Telemetry
+from seedtriton.report.sinks import JsonLinesSink, LogSink, Telemetry
 
 
 def test_a_sink_that_raises_is_reported_once_and_the_others_go_on(caplog):

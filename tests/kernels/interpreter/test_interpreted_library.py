@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from seedtriton import FlatGradients, GradientMonitor, GrowthController, SeedSlot, WiringError, ops, reference
+from seedtriton import FlatGradients, GradientMonitor, GrowthController, SeedSlot, WiringError
+from seedtriton.gradients import ops, reference
 from seedtriton.kernels import _launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

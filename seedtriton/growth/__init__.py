@@ -1,0 +1,6 @@
+"""What acts: the slot in the model, how a seed trains behind the host, and its life from germination to the end."""
+
+from .controller import GrowthController as GrowthController
+from .isolation import StraightThrough as StraightThrough
+from .isolation import TrustRegion as TrustRegion
+from .slot import SeedSlot as SeedSlot
