@@ -2,22 +2,25 @@
 
 Each byte is read once. Programs write partial sums; the last one of a segment adds them in index order, the
 last one of all finishes the sample. Equal input at equal alignment gives equal bits, on any grid. What a row
-means is defined in seedtriton/gradients/reference.py; nothing here decides anything.
+means is defined in seedtriton/gradients/row.py and reference.py; nothing here decides anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from seedtriton.kernels import _launch, _plan
+from seedtriton.kernels import _launch, _row
 from seedtriton.kernels._launch import Unsupported, release, unsupported
+
+if TYPE_CHECKING:
+    from seedtriton.gradients.row import Flat, Listed, LossScale, Outside, RowLayout, Rules, Window
 
 __all__ = ["Unsupported", "record_", "release", "segmented_sumsq", "unsupported"]
 
@@ -33,16 +36,10 @@ BLOCK_BYTES = {
 LANES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Partial sums read at a time by whoever closes a segment: 4 loads per thread in flight, times the unrolling.
 SUM_BLOCK = 1024
-# The same for the items of one tensor, many programs at a time.
-TENSOR_BLOCK = tl.constexpr(256)
-# A tensor's mark is 1 when it is live, plus these: one sum counts all three.
-VANISHING_MARK = tl.constexpr(_plan.MOST_TENSORS + 1)
-EXPLODING_MARK = tl.constexpr((_plan.MOST_TENSORS + 1) ** 2)
 # Smallest block of segments; larger ones are powers of two, so that few variants are ever compiled.
 MIN_SEGMENTS = 32
 # ``layout`` of ``segmented_sumsq``: ``outside`` has one column, and there is no row.
-Layout = tuple[int, int, int, int, int, int, int, int, int, int, int, int]
-SUMS_LAYOUT: Layout = (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0)
+SUMS_LAYOUT = (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0)
 
 
 @triton.jit
@@ -84,139 +81,6 @@ def _sum_squares(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_range(values, first, last, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum of fp64 or int64 ``values[first:last]``, in an order that depends on the range alone."""
-    lane = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], values.dtype.element_ty)
-    for block in range(first, last, BLOCK):
-        # .cg reads in L2, where the other programs' stores are; L1 may hold what was there before.
-        total += tl.load(values + block + lane, mask=block + lane < last, other=0, cache_modifier=".cg")
-    return tl.sum(total)
-
-
-@triton.jit
-def _scalar_or(address, default):  # type: ignore[no-untyped-def]
-    """The fp32 number at ``address`` (int64) as fp64, or ``default`` when the address is 0."""
-    return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=default).to(tl.float64)
-
-
-@triton.jit
-def _marks(work, items, num_segments):  # type: ignore[no-untyped-def]
-    """Where the marks of the tensors are."""
-    return (work + items + 4 * num_segments).to(tl.pointer_type(tl.int64))
-
-
-@triton.jit
-def _judge_tensor(  # type: ignore[no-untyped-def]
-    item, sumsq, meta, marks, items, chunk, grad_scale, vanishing_rms, exploding_rms
-):
-    """Mark a tensor, of which ``item`` is any, as live, vanishing or exploding; as ``reference.columns_of_sums``."""
-    final = item - tl.load(meta + 4 * items + item) + tl.load(meta + 5 * items + item) - 1
-    elements = tl.load(meta + 4 * items + final).to(tl.float64) * chunk + tl.load(meta + final)
-    # The sum still holds the loss scale, so the limits take it as well.
-    scale = _scalar_or(grad_scale, 1.0)
-    low = vanishing_rms * scale
-    high = exploding_rms * scale
-    live = sumsq != 0.0
-    vanishing = live & (sumsq < low * low * elements)
-    # Not below infinity: infinite or NaN.
-    exploding = (sumsq > high * high * elements) | ~(sumsq < float("inf"))
-    mark = live.to(tl.int64) + vanishing.to(tl.int64) * VANISHING_MARK + exploding.to(tl.int64) * EXPLODING_MARK
-    tl.store(marks + tl.load(meta + 3 * items + item), mark)
-
-
-@triton.jit
-def _close_segment(segment, work, item_starts, items, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add up a segment whose items are all done."""
-    sumsq = _sum_range(work, tl.load(item_starts + segment), tl.load(item_starts + segment + 1), BLOCK)
-    tl.store(work + items + segment, sumsq)
-
-
-# Not inlined, for the reason given below.
-@triton.jit(noinline=True)
-def _close_row_segment(  # type: ignore[no-untyped-def]
-    segment, work, item_starts, items, num_segments, BLOCK: tl.constexpr
-):
-    """The same for a row, with the marks of the segment's tensors."""
-    _close_segment(segment, work, item_starts, items, BLOCK)
-    slot_starts = item_starts + num_segments + 1
-    marks = _marks(work, items, num_segments)
-    total = _sum_range(marks, tl.load(slot_starts + segment), tl.load(slot_starts + segment + 1), BLOCK)
-    tl.store((work + items + num_segments).to(tl.pointer_type(tl.int64)) + segment, total)
-
-
-# Not inlined: the compiler would compute the addresses below at the start of every program and keep them in
-# registers across the loads, 128 of them on sm_90 instead of 48.
-@triton.jit(noinline=True)
-def _finish(  # type: ignore[no-untyped-def]
-    work, item_starts, places, items, num_segments, summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps,
-    CLIP_EPS: tl.constexpr, EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
-    VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr, TENSORS: tl.constexpr,
-    ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
-    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
-):  # fmt: skip
-    """By the last program: the row of the ring, the gains, the summary, the count; or the sums alone."""
-    segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
-    inside = segment < num_segments
-    # An empty segment never closes, so its cells hold nothing of this sample.
-    first = tl.load(item_starts + segment, mask=inside, other=0)
-    busy = inside & (tl.load(item_starts + segment + 1, mask=inside, other=0) > first)
-    closed = work + items + segment
-    sumsq = tl.load(closed, mask=busy, other=0.0, cache_modifier=".cg")
-    added = outside.to(tl.pointer_type(tl.float64)) + segment * MEASURED
-    has_added = inside & (outside != 0)
-    sumsq += tl.load(added + SUMSQ, mask=has_added, other=0.0)
-    summary_cell = summary.to(tl.pointer_type(tl.float64))
-    if EPILOGUE:
-        # Addresses that stay are read here: as arguments they would take registers from the start.
-        fixed = places + num_segments
-        samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
-        samples = tl.load(samples_cell)
-        tl.store(samples_cell, samples + 1)
-        ring = tl.load(fixed).to(tl.pointer_type(tl.float64))
-        row = ring + (samples % tl.load(fixed + 2)) * num_segments * QUANTITIES
-        cell = row + segment * QUANTITIES
-        # Each fp64 division is a call, so there is one per scalar and a product per lane.
-        scale = _scalar_or(grad_scale, 1.0)
-        sumsq *= 1.0 / (scale * scale)
-        tl.store(cell + SUMSQ, sumsq, mask=inside)
-        marked = (closed + num_segments).to(tl.pointer_type(tl.int64))
-        marks = tl.load(marked, mask=busy, other=0, cache_modifier=".cg")
-        live = (marks & (VANISHING_MARK - 1)).to(tl.float64)
-        live += tl.load(added + LIVE, mask=has_added, other=0.0)
-        tl.store(cell + LIVE, live, mask=inside)
-        vanishing = ((marks & (EXPLODING_MARK - 1)) // VANISHING_MARK).to(tl.float64)
-        vanishing += tl.load(added + VANISHING, mask=has_added, other=0.0)
-        tl.store(cell + VANISHING, vanishing, mask=inside)
-        exploding = (marks // EXPLODING_MARK).to(tl.float64)
-        exploding += tl.load(added + EXPLODING, mask=has_added, other=0.0)
-        tl.store(cell + EXPLODING, exploding, mask=inside)
-        counts = work + items + 2 * num_segments
-        tl.store(cell + TENSORS, tl.load(counts + segment, mask=inside, other=0.0), mask=inside)
-        tl.store(cell + ELEMENTS, tl.load(counts + num_segments + segment, mask=inside, other=0.0), mask=inside)
-
-        address = tl.load(places + segment, mask=inside, other=0)
-        present = address != 0
-        gain_cell = address.to(tl.pointer_type(tl.float32))
-        gain = tl.load(gain_cell, mask=present, other=0.0).to(tl.float64) * (-1.0 / _scalar_or(gain_scale, 1.0))
-        tl.store(gain_cell, 0.0, mask=present)
-        skipped = tl.where(_scalar_or(found_inf, 0.0) != 0.0, 1.0, 0.0)
-        absent = tl.where(segment == 0, skipped, float("nan"))
-        tl.store(cell + EXTRA, tl.where(present, gain, absent), mask=inside)
-
-        norms = tl.sqrt(sumsq)
-        host = tl.sum(tl.where(segment == 0, norms, 0.0))
-        tl.store(summary_cell + SUMMARY_HEAD + segment, norms * (1.0 / (host + eps)), mask=inside)
-        total = tl.sqrt(tl.sum(sumsq))
-        coefficient = max_norm / (total + CLIP_EPS)
-        tl.store(summary_cell + TOTAL_NORM, total)
-        # Comparing and not minimum(): IEEE's minimum drops NaN, and a NaN norm has to make NaN gradients.
-        tl.store(summary_cell + CLIP_COEFFICIENT, tl.where(coefficient > 1.0, 1.0, coefficient))
-    else:
-        tl.store(summary_cell + segment, sumsq, mask=inside)
-
-
-@triton.jit
 def _sum_item(  # type: ignore[no-untyped-def]
     item, addresses, meta, work, items, chunk, base, LANES: tl.constexpr, BYTES: tl.constexpr
 ):
@@ -239,29 +103,6 @@ def _sum_item(  # type: ignore[no-untyped-def]
     return segment, partial
 
 
-# Not inlined, like the two above: their registers are needed one after the other and not beside the main loop's.
-@triton.jit(noinline=True)
-def _complete_tensor(  # type: ignore[no-untyped-def]
-    item, partial, meta, work, arrivals, items, num_segments, chunk, grad_scale, vanishing_rms, exploding_rms
-):
-    """Report an item of which ``partial`` is the sum; whether its tensor is complete, which is then marked."""
-    parts = tl.load(meta + 5 * items + item)
-    whole = parts == 1
-    sumsq = partial
-    if parts > 1:
-        arrived = arrivals + tl.load(meta + 3 * items + item)
-        whole = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == parts - 1
-        if whole:
-            tl.store(arrived, 0)
-            first = item - tl.load(meta + 4 * items + item)
-            sumsq = _sum_range(work, first, first + parts, TENSOR_BLOCK)
-    if whole:
-        _judge_tensor(
-            item, sumsq, meta, _marks(work, items, num_segments), items, chunk, grad_scale, vanishing_rms, exploding_rms
-        )
-    return whole
-
-
 @triton.jit
 def _run_item(  # type: ignore[no-untyped-def]
     item, addresses, meta, work, counters, items, slots, num_segments, busy_segments, chunk, base,
@@ -279,7 +120,7 @@ def _run_item(  # type: ignore[no-untyped-def]
         # For a row, items report to their tensor and tensors to their segment: still one atomic for most items.
         if EPILOGUE:
             reporting = item_starts + num_segments + 1
-            whole = _complete_tensor(
+            whole = _row.complete_tensor(
                 item, partial, meta, work, counters + num_segments + 1, items, num_segments, chunk, grad_scale,
                 vanishing_rms, exploding_rms,
             )  # fmt: skip
@@ -295,14 +136,14 @@ def _run_item(  # type: ignore[no-untyped-def]
             if done >= expected - 1:
                 tl.store(counters + segment, 0)
                 if EPILOGUE:
-                    _close_row_segment(segment, work, item_starts, items, num_segments, SUM_BLOCK)
+                    _row.close_row_segment(segment, work, item_starts, items, num_segments, SUM_BLOCK)
                 else:
-                    _close_segment(segment, work, item_starts, items, SUM_BLOCK)
+                    _row.close_segment(segment, work, item_starts, items, SUM_BLOCK)
                 closed = tl.atomic_add(counters + num_segments, 1, sem="acq_rel", scope="gpu")
                 # Only segments that have items ever close, so only those are counted.
                 if closed == busy_segments - 1:
                     tl.store(counters + num_segments, 0)
-                    _finish(
+                    _row.finish(
                         work, item_starts, addresses + slots, items, num_segments, summary, outside, grad_scale,
                         gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
                         EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT,
@@ -384,20 +225,20 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         for item in range(items):
             if tl.load(meta_table + 4 * items + item) == 0:
                 parts = tl.load(meta_table + 5 * items + item)
-                sumsq = _sum_range(work_table, item, item + parts, TENSOR_BLOCK)
-                _judge_tensor(
-                    item, sumsq, meta_table, _marks(work_table, items, num_segments), items, chunk,
+                sumsq = _row.sum_range(work_table, item, item + parts, _row.TENSOR_BLOCK)
+                _row.judge_tensor(
+                    item, sumsq, meta_table, _row.marks_of(work_table, items, num_segments), items, chunk,
                     grad_scale.to(tl.int64), vanishing_rms, exploding_rms,
                 )  # fmt: skip
         # Different threads read below what one thread stored above.
         tl.debug_barrier()
     for segment in range(num_segments):
         if EPILOGUE:
-            _close_row_segment(segment, work_table, meta_table + 6 * items, items, num_segments, SUM_BLOCK)
+            _row.close_row_segment(segment, work_table, meta_table + 6 * items, items, num_segments, SUM_BLOCK)
         else:
-            _close_segment(segment, work_table, meta_table + 6 * items, items, SUM_BLOCK)
+            _row.close_segment(segment, work_table, meta_table + 6 * items, items, SUM_BLOCK)
     tl.debug_barrier()
-    _finish(
+    _row.finish(
         work_table, meta_table + 6 * items, address_table + slots, items, num_segments, summary.to(tl.int64),
         outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps,
         CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA,
@@ -429,7 +270,7 @@ def _constants(
     counters: bool,
     persistent: bool,
     clip_eps: float,
-    layout: Layout,
+    layout: tuple[int, ...],
     warp_size: int,
 ) -> tuple[Any, ...]:
     """The compile-time arguments of both kernels."""
@@ -446,7 +287,7 @@ def _launch_sums(
     lanes: torch.dtype,
     epilogue: bool,
     clip_eps: float,
-    layout: Layout,
+    layout: tuple[int, ...],
     programs: int | None,
     two_launches: bool,
 ) -> None:
@@ -503,56 +344,33 @@ def segmented_sumsq(
 
 
 def record_(
-    gradients: Sequence[Tensor],
-    segments: Sequence[int],
-    gains: Sequence[Tensor],
-    gain_segments: Sequence[int],
-    ring: Tensor,
-    count: Tensor,
-    summary: Tensor,
-    max_norm: float,
-    eps: float,
-    grad_scale: Tensor | None = None,
-    gain_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    lanes: torch.dtype = torch.float32,
-    outside: Tensor | None = None,
-    outside_counts: Sequence[tuple[int, int]] | None = None,
-    flat: Tensor | None = None,
+    gradients: Listed,
+    gains: Listed,
+    window: Window,
+    rules: Rules,
+    scale: LossScale,
     *,
-    layout: Layout,
+    layout: RowLayout,
     clip_eps: float,
-    vanishing_rms: float,
-    exploding_rms: float,
-    settled: bool = True,
+    outside: Outside | None = None,
+    flat: Flat | None = None,
     programs: int | None = None,
     two_launches: bool = False,
 ) -> None:
     """``seedtriton.gradients.reference.record_`` in one launch: a row of the ring, the summary, ``count`` + 1.
 
+    What is passed together is described in seedtriton/gradients/row.py.
+
     Args:
         gradients: on the ring's device, float32, bfloat16 or float16, dense.
-        segments: the segment of each.
-        gains: float32 with one element each, on the ring's device; read and set to zero.
-        gain_segments: the segment of each, all different.
-        ring: float64 [window, segments, quantities], contiguous like ``count`` and ``summary``.
-        count: int64, one element.
-        summary: float64 [SUMMARY_HEAD + segments].
-        max_norm: for the clip coefficient.
-        eps: added to the host's norm.
-        grad_scale: one element; anything but float32 on the ring's device is converted first.
-        gain_scale: the same.
-        found_inf: the same.
-        lanes: float32 or float64.
-        outside: float64 [segments, MEASURED], the first columns of gradients that went elsewhere.
-        outside_counts: (tensors, elements) of those, for every segment.
+        gains: float32 with one element each, on the ring's device, all of different segments; read and set to zero.
+        window: contiguous.
+        rules: by what the sample is summed and judged.
+        scale: numbers of one element; anything but float32 on the ring's device is converted first.
+        layout: the columns of a row and the places in the summary.
+        clip_eps: CLIP_EPS of ``row``.
+        outside: what of the sample was summed elsewhere.
         flat: a buffer of which all gradients are views.
-        layout: SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM,
-            CLIP_COEFFICIENT and SUMMARY_HEAD of ``reference``.
-        clip_eps: CLIP_EPS of ``reference``.
-        vanishing_rms: root mean square below which a live tensor is vanishing; 0 counts none.
-        exploding_rms: above which it is exploding; inf counts only what is not finite.
-        settled: the gradients never move within ``flat``, and no address is looked at.
         programs: size of the grid; the result does not depend on it.
         two_launches: without counters, the oracle of the single launch; the same bits.
 
@@ -561,26 +379,26 @@ def record_(
         ValueError: a gain that it cannot take, two gains for one segment, ``outside`` of another shape.
         Uncapturable: a new address while a CUDA graph is captured.
     """
-    device = ring.device
-    num_segments = ring.shape[1]
-    outside = _outside(outside, (num_segments, layout[4]), device)
+    ring, count, summary = window
+    device, num_segments = ring.device, ring.shape[1]
+    columns = _outside(None if outside is None else outside.columns, (num_segments, layout.measured), device)
     # Held until the launch: a converted number lives in memory that nobody else refers to.
-    scalars = [None if n is None else _number(n, device) for n in (grad_scale, gain_scale, found_inf)]
-    _check_gains(gains, gain_segments, device)
-    gain_pointers = tuple(map(Tensor.data_ptr, gains))
+    scalars = [None if number is None else _number(number, device) for number in scale]
+    _check_gains(*gains, device)
+    gain_pointers = tuple(map(Tensor.data_ptr, gains.tensors))
     gain_table = [0] * num_segments
-    for segment, pointer in zip(gain_segments, gain_pointers):
+    for segment, pointer in zip(gains.segments, gain_pointers):
         gain_table[segment] = pointer
-    window, row = ring.shape[0], (ring.data_ptr(), count.data_ptr())
-    domain = ("record", window, *row, tuple(gain_segments))
+    size, row = ring.shape[0], (ring.data_ptr(), count.data_ptr())
+    buffer, settled = (None, True) if flat is None else flat
     with _launch.guard(device), _launch.lock():
         tables = _launch.find_tables(
-            gradients, segments, num_segments, device, domain, gain_pointers, (*gain_table, *row, window),
-            outside_counts or (), flat, settled,
+            *gradients, num_segments, device, ("record", size, *row, tuple(gains.segments)), gain_pointers,
+            (*gain_table, *row, size), () if outside is None else outside.counts, buffer, settled,
         )  # fmt: skip
-        numbers = (max_norm, eps, vanishing_rms, exploding_rms)
-        arguments = _arguments(tables, flat, summary, outside, tuple(map(_address, scalars)), numbers)
-        _launch_sums(tables, arguments, lanes, True, clip_eps, layout, programs, two_launches)
+        numbers = (rules.max_norm, rules.eps, rules.vanishing_rms, rules.exploding_rms)
+        arguments = _arguments(tables, buffer, summary, columns, tuple(map(_address, scalars)), numbers)
+        _launch_sums(tables, arguments, rules.lanes, True, clip_eps, layout, programs, two_launches)
 
 
 def _address(tensor: Tensor | None) -> int:

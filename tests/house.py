@@ -34,23 +34,26 @@ OUTSIDE = {"core": set(), "gradients": {"torch"}, "parallel": {"torch"}, "report
 # Wings and files at the top that may import any library inside a function.
 SHOWING = ("report", "integrations", "")
 KERNELS_FOR = "gradients.ops"
+# What a measurement is given, by name: for their annotations alone the kernels look up to it.
+TYPES_FOR_KERNELS = "seedtriton.gradients.row."
 
 
 class Import(NamedTuple):
-    """One name that a file imports, in full, and whether only when a function runs."""
+    """One name that a file imports, in full; whether only when a function runs, and whether only for its types."""
 
     name: str
     inside: bool
+    typing: bool
 
 
 def imports(source: str, package: str) -> list[Import]:
     """Every import of a file in ``package``, "seedtriton.core" say; relative ones in full."""
     found: list[Import] = []
 
-    def walk(node: ast.AST, inside: bool) -> None:
+    def walk(node: ast.AST, inside: bool, typing: bool) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
-                found.extend(Import(alias.name, inside) for alias in child.names)
+                found.extend(Import(alias.name, inside, typing) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 base = child.module or ""
                 if child.level:
@@ -58,10 +61,12 @@ def imports(source: str, package: str) -> list[Import]:
                     above = ".".join(parts[: len(parts) - child.level + 1])
                     base = f"{above}.{base}" if base else above
                 # ``from .core import gates`` may name a module or something in it: both are looked up.
-                found.extend(Import(f"{base}.{alias.name}", inside) for alias in child.names)
-            walk(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+                found.extend(Import(f"{base}.{alias.name}", inside, typing) for alias in child.names)
+            function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            types = isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"
+            walk(child, inside or function, typing or types)
 
-    walk(ast.parse(source), False)
+    walk(ast.parse(source), False, False)
     return found
 
 
@@ -95,7 +100,7 @@ def package_of(module: str, is_init: bool) -> str:
 def violations(module: str, source: str, *, is_init: bool = False) -> list[str]:
     """The imports of a file of seedtriton/ that the rule does not allow, in words."""
     wing, bad = wing_of(module), []
-    for name, inside in imports(source, package_of(module, is_init)):
+    for name, inside, _ in imports(source, package_of(module, is_init)):
         root, _, rest = name.partition(".")
         target = rest.partition(".")[0]
         if root in sys.stdlib_module_names:
@@ -119,9 +124,10 @@ def kernel_violations(source: str) -> list[str]:
         return [f"a relative import in line {line}" for line in relative]
     return [
         name
-        for name, _ in imports(source, f"{PACKAGE}.kernels")
+        for name, _, typing in imports(source, f"{PACKAGE}.kernels")
         if name.partition(".")[0] not in {"torch", "triton", *sys.stdlib_module_names}
         and not (name + ".").startswith(f"{PACKAGE}.kernels.")
+        and not (typing and name.startswith(TYPES_FOR_KERNELS))
     ]
 
 
@@ -131,7 +137,7 @@ def graph(modules: dict[str, pathlib.Path] | None = None) -> dict[str, set[str]]
     found: dict[str, set[str]] = {}
     for module, path in modules.items():
         found[module] = set()
-        for name, _ in imports(path.read_text("utf-8"), package_of(module, path.name == "__init__.py")):
+        for name, *_ in imports(path.read_text("utf-8"), package_of(module, path.name == "__init__.py")):
             inner = name.removeprefix(f"{PACKAGE}.")
             while inner and inner != PACKAGE and inner not in modules:
                 inner = inner.rpartition(".")[0]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from seedtriton import FlatGradients, GradientMonitor
-from seedtriton.gradients import ops, reference
+from seedtriton.gradients import ops
+from seedtriton.gradients.row import CLIP_COEFFICIENT, CLIP_EPS, SUMMARY_HEAD, SUMSQ, TOTAL_NORM
 
 WINDOW = 128
 EPS = 1e-8
@@ -112,10 +113,10 @@ def _monitor(work: Work, flat: bool = False) -> tuple[GradientMonitor, list[nn.P
 def _read(monitor: GradientMonitor) -> dict[str, Any]:
     row = monitor.ring[(int(monitor.count) - 1) % WINDOW]
     return {
-        "sums": row[:, reference.SUMSQ],
-        "total": monitor.summary[reference.TOTAL_NORM],
-        "coefficient": monitor.summary[reference.CLIP_COEFFICIENT],
-        "ratio": monitor.summary[reference.SUMMARY_HEAD + 1 :],
+        "sums": row[:, SUMSQ],
+        "total": monitor.summary[TOTAL_NORM],
+        "coefficient": monitor.summary[CLIP_COEFFICIENT],
+        "ratio": monitor.summary[SUMMARY_HEAD + 1 :],
     }
 
 
@@ -210,7 +211,7 @@ def epilogue(
     norms = by_segment.sqrt()
     ratio = norms[1:] / (norms[0] + EPS)
     total = by_segment.sum().sqrt()
-    coefficient = (max_norm / (total + reference.CLIP_EPS)).clamp(max=1.0)
+    coefficient = (max_norm / (total + CLIP_EPS)).clamp(max=1.0)
     row = torch.stack([by_segment, by_segment.isfinite().double()], dim=1)
     ring.index_copy_(0, count.remainder(ring.shape[0]).view(1), row.unsqueeze(0))
     count.add_(1)
@@ -287,7 +288,7 @@ def _item_clip(work: Work) -> Call:
     def run() -> float:
         total = _items(work.gradients)
         if total > work.max_norm:
-            torch._foreach_mul_(work.gradients, work.max_norm / (total + reference.CLIP_EPS))
+            torch._foreach_mul_(work.gradients, work.max_norm / (total + CLIP_EPS))
         return total
 
     return Call(run, clips=work.gradients)
@@ -420,7 +421,7 @@ def truth_of(work: Work) -> dict[str, Any]:
             sums[segment] += piece.double().square().sum().item()
     norms = sums.sqrt()
     total = float(sums.sum().sqrt())
-    coefficient = min(1.0, work.max_norm / (total + reference.CLIP_EPS))
+    coefficient = min(1.0, work.max_norm / (total + CLIP_EPS))
     return {"sums": sums, "total": total, "ratio": norms[1:] / (norms[0] + EPS), "coefficient": coefficient}
 
 

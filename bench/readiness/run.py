@@ -26,7 +26,7 @@ from bench.readiness.scenarios import BROKEN, SCENARIOS, Run, Scenario
 from bench.readiness.tables import table
 from bench.tasks import TASKS, Task
 from seedtriton import GateThresholds, GrowthController, Verdict
-from seedtriton.gradients import reference
+from seedtriton.gradients.row import ELEMENTS, SUMSQ
 from seedtriton.growth.probing import probe, twin_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -104,8 +104,8 @@ class Sample:
     def last_of(cls, growth: GrowthController) -> Sample:
         monitor = growth.monitor
         row = monitor.ring[(int(monitor.count) - 1) % monitor.window].tolist()
-        sums = [segment[reference.SUMSQ] for segment in row]
-        elements = [segment[reference.ELEMENTS] for segment in row]
+        sums = [segment[SUMSQ] for segment in row]
+        elements = [segment[ELEMENTS] for segment in row]
         return cls(sums[0], sums[1], elements[0], elements[1])
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
+from .ops import backend_of
 from .parameters import CallOnLoad, Parameters, ParameterSource
+from .row import Flat
 from .tensor_sums import is_dense
 
 # Bytes to which every view is aligned: the kernel reads 128 bits at a time only from such addresses.
@@ -248,6 +250,33 @@ class FlatGradients:
                         "call refresh(), and give the optimizer the new parameters"
                     )
         self._stale = False
+
+
+def flat_place(
+    flat: FlatGradients | Literal["auto"] | None, gradients: Sequence[Tensor], watched: Mapping[int, object]
+) -> Flat | None:
+    """The buffer in which all of ``gradients`` lie, if they do and somebody is going to use it.
+
+    With "auto" whether they do, and where, is looked at in every call, because DDP moves them. That look costs more
+    time on the CPU than comparing addresses does without it (0.37 against 0.07 ms for 300 tensors): it is for buffers
+    that are another one in most steps, where it saves the upload.
+
+    Args:
+        flat: where they may lie; None: nowhere.
+        gradients: those that exist.
+        watched: all parameters that are measured, by ``id``.
+    """
+    if flat is None or not gradients or torch.compiler.is_compiling():
+        return None
+    if backend_of(gradients[0].device).name == "torch":
+        return None
+    if not isinstance(flat, FlatGradients):
+        buffer = flat_buffer_of(gradients)
+        return None if buffer is None else Flat(buffer, settled=False)
+    # Our own: every gradient exists, and each has its place.
+    if len(flat.buffers) != 1 or len(gradients) != len(watched):
+        return None
+    return Flat(flat.buffer) if flat.places() == watched.keys() else None
 
 
 def flat_buffer_of(tensors: Iterable[Tensor]) -> Tensor | None:

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from ..core.errors import WiringError
+from .row import UNSCALED, LossScale
 
 logger = logging.getLogger("seedtriton")
-
-
-class LossScale(NamedTuple):
-    """By what to divide, and whether the step will be skipped; None: by nothing, nobody knows."""
-
-    gradients: Tensor | None = None
-    gains: Tensor | None = None  # of the blend factors, which no optimizer holds and nobody unscales
-    found_inf: Tensor | None = None
 
 
 def read_scaler(
@@ -43,7 +35,7 @@ def read_scaler(
     # A scaler that is switched off has none of them.
     scale: Tensor | None = scaler._scale if scaler.is_enabled() else None
     if scale is None:
-        return LossScale()
+        return UNSCALED
     if not optimizers:
         raise WiringError(
             "a scaler says for each optimizer whether its gradients are still scaled: give the monitor its optimizers"

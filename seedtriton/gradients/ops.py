@@ -15,6 +15,21 @@ from torch import Tensor
 
 from ..core.errors import ConfigurationError, WiringError
 from . import backend, reference
+from .row import (
+    CLIP_COEFFICIENT,
+    CLIP_EPS,
+    EXPLODING_RMS,
+    LAYOUT,
+    TOTAL_NORM,
+    UNSCALED,
+    VANISHING_RMS,
+    Flat,
+    Listed,
+    LossScale,
+    Outside,
+    Rules,
+    Window,
+)
 
 LANES = (torch.float32, torch.float64)
 
@@ -106,63 +121,48 @@ def clip_(gradients: Sequence[Tensor], summary: Tensor, names: Callable[[Tensor]
     Returns:
         A copy of its total norm, float32 0-dim: the next measurement overwrites the summary.
     """
-    coefficient = summary[reference.CLIP_COEFFICIENT]
+    coefficient = summary[CLIP_COEFFICIENT]
     if not _traced((summary,)) and backend_of(summary.device).name == "triton" and any(map(Tensor.numel, gradients)):
         from ..kernels import _launch, gradient_scale
 
         total = torch.empty((), dtype=torch.float32, device=summary.device)
         try:
-            gradient_scale.scale_(gradients, coefficient, copy=(summary[reference.TOTAL_NORM], total))
+            gradient_scale.scale_(gradients, coefficient, copy=(summary[TOTAL_NORM], total))
         except gradient_scale.Unsupported:
             pass  # below, in parts
         except _launch.Uncapturable as error:
             raise _named(error, gradients, (), names) from error
         else:
             return total
-    total = summary[reference.TOTAL_NORM].float()
+    total = summary[TOTAL_NORM].float()
     scale_(gradients, coefficient)
     return total
 
 
 def record_(
-    gradients: Sequence[Tensor],
-    segments: Sequence[int],
-    gains: Sequence[Tensor],
-    gain_segments: Sequence[int],
-    ring: Tensor,
-    count: Tensor,
-    summary: Tensor,
-    max_norm: float,
-    eps: float,
-    grad_scale: Tensor | None = None,
-    gain_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    lanes: torch.dtype = torch.float32,
-    flat: Tensor | None = None,
-    settled: bool = True,
+    gradients: Listed,
+    gains: Listed,
+    window: Window,
+    rules: Rules,
+    scale: LossScale = UNSCALED,
+    *,
+    flat: Flat | None = None,
     names: Callable[[Tensor], str] | None = None,
-    vanishing_rms: float = reference.VANISHING_RMS,
-    exploding_rms: float = reference.EXPLODING_RMS,
 ) -> None:
     """Measure one sample; arguments as ``reference.record_``. For the monitor: it checks nothing again.
 
-    ``flat`` is a buffer of which all gradients are views: no address is uploaded while it moves as a whole. When it
-    is ``settled``, they never move within it, and on a GPU nobody looks at their addresses; otherwise their places
-    are compared in every call. ``names`` says what to call a gradient or a gain in an error.
+    ``flat`` is a buffer of which all gradients are views; ``names`` says what to call a gradient or a gain in an error.
 
     Raises:
         WiringError: an address that a CUDA graph, while it is captured, cannot take up.
     """
-    if _traced((*gradients[:1], ring)):
+    if _traced((*gradients.tensors[:1], window.ring)):
         torch.ops.seedtriton.record_(
-            list(gradients), list(segments), list(gains), list(gain_segments), ring, count, summary,
-            max_norm, eps, grad_scale, gain_scale, found_inf, lanes == torch.float64, vanishing_rms, exploding_rms,
-        )
+            *map(list, gradients), *map(list, gains), *window, rules.max_norm, rules.eps, *scale,
+            rules.lanes == torch.float64, rules.vanishing_rms, rules.exploding_rms,
+        )  # fmt: skip
     else:
-        _record_(
-            gradients, segments, gains, gain_segments, ring, count, summary,
-            max_norm, eps, grad_scale, gain_scale, found_inf, lanes, flat, settled, names, vanishing_rms, exploding_rms,
-        )
+        _record_(gradients, gains, window, rules, scale, flat, names)
 
 
 def _traced(tensors: Sequence[Tensor]) -> bool:
@@ -171,13 +171,6 @@ def _traced(tensors: Sequence[Tensor]) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-# The layout of a row and of the summary, in the order in which the kernels take it; defined in reference.py.
-_LAYOUT = (
-    reference.SUMSQ, reference.LIVE, reference.VANISHING, reference.EXPLODING, reference.MEASURED,
-    reference.TENSORS, reference.ELEMENTS, reference.EXTRA, reference.QUANTITIES,
-    reference.TOTAL_NORM, reference.CLIP_COEFFICIENT, reference.SUMMARY_HEAD,
-)
 
 
 def _segmented_sumsq(
@@ -225,97 +218,70 @@ def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
 
 def _record_(
-    gradients: Sequence[Tensor],
-    segments: Sequence[int],
-    gains: Sequence[Tensor],
-    gain_segments: Sequence[int],
-    ring: Tensor,
-    count: Tensor,
-    summary: Tensor,
-    max_norm: float,
-    eps: float,
-    grad_scale: Tensor | None,
-    gain_scale: Tensor | None,
-    found_inf: Tensor | None,
-    lanes: torch.dtype,
-    flat: Tensor | None,
-    settled: bool,
+    gradients: Listed,
+    gains: Listed,
+    window: Window,
+    rules: Rules,
+    scale: LossScale,
+    flat: Flat | None,
     names: Callable[[Tensor], str] | None,
-    vanishing_rms: float,
-    exploding_rms: float,
 ) -> None:
-    if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
-        reference.record_(
-            gradients, segments, gains, gain_segments, ring, count, summary,
-            max_norm, eps, grad_scale, gain_scale, found_inf, lanes, vanishing_rms, exploding_rms,
-        )
+    device, num_segments = window.ring.device, window.ring.shape[1]
+    if backend_of(device).name == "torch" or not _plain(gains.tensors, device):
+        reference.record_(gradients, gains, window, rules, scale)
         return
-    from ..kernels import _launch, gradient_sums
-
-    def launch(
-        listed: _Listed,
-        flat: Tensor | None,
-        outside: Tensor | None = None,
-        counts: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
-        try:
-            gradient_sums.record_(
-                *listed, gains, gain_segments, ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf,
-                lanes, outside, counts, flat, layout=_LAYOUT, clip_eps=reference.CLIP_EPS,
-                vanishing_rms=vanishing_rms, exploding_rms=exploding_rms, settled=settled,
-            )
-        except _launch.Uncapturable as error:
-            raise _named(error, listed[0], gains, names) from error
+    from ..kernels import gradient_sums
 
     try:
-        launch((gradients, segments), flat)
+        _launch_record(gradients, gains, window, rules, scale, flat, names)
     except gradient_sums.Unsupported:
-        num_segments = ring.shape[1]
-        inside, outside = _split(gradients, segments, ring.device)
-        columns = reference.measured_columns(
-            *outside, num_segments, lanes, ring.device, vanishing_rms, exploding_rms, grad_scale
+        inside, rest = _split(*gradients, device)
+        columns = reference.measured_columns(rest, num_segments, device, rules, scale.gradients)
+        counts = reference.count_by_segment(list(map(Tensor.numel, rest.tensors)), rest.segments, num_segments)
+        _launch_record(inside, gains, window, rules, scale, None, names, Outside(columns, counts))
+
+
+def _launch_record(
+    gradients: Listed,
+    gains: Listed,
+    window: Window,
+    rules: Rules,
+    scale: LossScale,
+    flat: Flat | None,
+    names: Callable[[Tensor], str] | None,
+    outside: Outside | None = None,
+) -> None:
+    from ..kernels import _launch, gradient_sums
+
+    try:
+        gradient_sums.record_(
+            gradients, gains, window, rules, scale, layout=LAYOUT, clip_eps=CLIP_EPS, outside=outside, flat=flat
         )
-        elements = [tensor.numel() for tensor in outside[0]]
-        launch(inside, None, columns, reference.count_by_segment(elements, outside[1], num_segments))
+    except _launch.Uncapturable as error:
+        raise _named(error, gradients.tensors, gains.tensors, names) from error
 
 
 def record_sums_(
     sums: Tensor,
-    elements: Sequence[int],
-    segments: Sequence[int],
-    gains: Sequence[Tensor],
-    gain_segments: Sequence[int],
-    ring: Tensor,
-    count: Tensor,
-    summary: Tensor,
-    max_norm: float,
-    eps: float,
-    grad_scale: Tensor | None = None,
-    gain_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    vanishing_rms: float = reference.VANISHING_RMS,
-    exploding_rms: float = reference.EXPLODING_RMS,
+    listed: tuple[Sequence[int], Sequence[int]],
+    gains: Listed,
+    window: Window,
+    rules: Rules,
+    scale: LossScale = UNSCALED,
 ) -> None:
     """``record_`` for sums that were taken elsewhere. Eager only.
 
-    ``sums`` is float64 [n] on the ring's device, the sum of squares of each tensor, and ``elements`` its size; the
-    other arguments are ``reference.record_``'s.
+    ``sums`` is float64 [n] on the ring's device, the sum of squares of each tensor, ``listed`` the size and the segment
+    of each; the other arguments are ``reference.record_``'s.
     """
-    num_segments = ring.shape[1]
-    columns = reference.columns_of_sums(
-        sums, elements, segments, num_segments, vanishing_rms, exploding_rms, grad_scale
-    )
-    counts = reference.count_by_segment(elements, segments, num_segments)
-    rest = (ring, count, summary, max_norm, eps, grad_scale, gain_scale, found_inf)
-    if backend_of(ring.device).name == "torch" or not _plain(gains, ring.device):
-        reference.finish_(columns, counts, gains, gain_segments, *rest)
+    elements, segments = listed
+    num_segments = window.ring.shape[1]
+    columns = reference.columns_of_sums(sums, elements, segments, num_segments, rules, scale.gradients)
+    outside = Outside(columns, reference.count_by_segment(elements, segments, num_segments))
+    if backend_of(window.ring.device).name == "torch" or not _plain(gains.tensors, window.ring.device):
+        reference.finish_(outside, gains, window, rules, scale)
         return
-    from ..kernels import gradient_sums
-
-    gradient_sums.record_(
-        [], [], gains, gain_segments, *rest, outside=columns, outside_counts=counts, layout=_LAYOUT,
-        clip_eps=reference.CLIP_EPS, vanishing_rms=vanishing_rms, exploding_rms=exploding_rms,
-    )
+    _launch_record(Listed((), ()), gains, window, rules, scale, None, None, outside)
 
 
 def _named(
@@ -327,20 +293,17 @@ def _named(
     return WiringError(f"{names((gains if error.gain else tensors)[error.index])} {error.fate}")
 
 
-_Listed = tuple[Sequence[Tensor], Sequence[int]]
-
-
-def _split(tensors: Sequence[Tensor], segments: Sequence[int], device: torch.device) -> tuple[_Listed, _Listed]:
+def _split(tensors: Sequence[Tensor], segments: Sequence[int], device: torch.device) -> tuple[Listed, Listed]:
     """What the kernel can take on ``device``, and the rest, each with its segments."""
     from ..kernels import gradient_sums
 
-    inside: tuple[list[Tensor], list[int]] = ([], [])
-    outside: tuple[list[Tensor], list[int]] = ([], [])
-    for tensor, segment in zip(tensors, segments):
-        chosen = inside if gradient_sums.unsupported(tensor, device) is None else outside
-        chosen[0].append(tensor)
-        chosen[1].append(segment)
-    return inside, outside
+    fits = [gradient_sums.unsupported(tensor, device) is None for tensor in tensors]
+
+    def those(wanted: bool) -> Listed:
+        chosen = [index for index, fit in enumerate(fits) if fit is wanted]
+        return Listed([tensors[index] for index in chosen], [segments[index] for index in chosen])
+
+    return those(True), those(False)
 
 
 def _plain(gains: Sequence[Tensor], device: torch.device) -> bool:
@@ -417,7 +380,7 @@ _library.define(
     "record_(Tensor[] gradients, int[] segments, Tensor(a!)[] gains, int[] gain_segments, Tensor(b!) ring, "
     "Tensor(c!) count, Tensor(d!) summary, float max_norm, float eps, Tensor? grad_scale=None, "
     "Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False, "
-    f"float vanishing_rms={reference.VANISHING_RMS}, float exploding_rms={reference.EXPLODING_RMS}) -> ()"
+    f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}) -> ()"
 )
 
 
@@ -441,14 +404,14 @@ def _record_impl(
     gain_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     wide: bool = False,
-    vanishing_rms: float = reference.VANISHING_RMS,
-    exploding_rms: float = reference.EXPLODING_RMS,
+    vanishing_rms: float = VANISHING_RMS,
+    exploding_rms: float = EXPLODING_RMS,
 ) -> None:
     _record_(
-        gradients, segments, gains, gain_segments, ring, count, summary,
-        max_norm, eps, grad_scale, gain_scale, found_inf, _lanes(wide), None, True, None,
-        vanishing_rms, exploding_rms,
-    )
+        Listed(gradients, segments), Listed(gains, gain_segments), Window(ring, count, summary),
+        Rules(max_norm, eps, vanishing_rms, exploding_rms, _lanes(wide)), LossScale(grad_scale, gain_scale, found_inf),
+        None, None,
+    )  # fmt: skip
 
 
 # CompositeExplicitAutograd: one implementation for every device, sparse ones too; it picks the backend itself.

@@ -1,15 +1,23 @@
-"""Where a monitor finds parameters and blend factors, and how it notices that they were replaced."""
+"""Who is watched: parameters and blend factors, their segments, and how it is noticed that they were replaced."""
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigurationError
+from ..core.errors import ConfigurationError, WiringError
+from .in_backward import BackwardCollector
+from .row import Listed
 
+logger = logging.getLogger("seedtriton")
+
+# A parameter and its gradient; None: autograd.grad(allow_unused=True) found none.
+Gradients = Mapping[Tensor, Tensor | None] | Iterable[tuple[Tensor, Tensor | None]]
 Parameters = nn.Module | Tensor | Iterable[Tensor] | Iterable[nn.Module]
 
 
@@ -91,3 +99,209 @@ class CallOnLoad:
     def __reduce__(self) -> tuple[type[CallOnLoad], tuple[None]]:
         # The hook lives in the user's modules, which must stay copyable and picklable.
         return CallOnLoad, (None,)
+
+
+class Watched:
+    """The parameters of a host and its seeds, each with its segment: 0 is the host, 1..N the seeds in their order.
+
+    Seeds found inside the host are taken out of it by identity.
+
+    Attributes:
+        stale: parameters may have been replaced since ``refresh()``.
+        tracked: every parameter once, the host's first; those that need no gradient too.
+        segments: the segment of each.
+        segment_by_id: the same by ``id``.
+        of_seed: the parameters of every seed.
+        gains: the blend factors, each with the segment of its seed.
+
+    Raises:
+        ConfigurationError: an alpha for an unknown seed, or something that is no parameter.
+        WiringError: no parameters on a side, or a parameter in two seeds.
+    """
+
+    tracked: list[Tensor]
+    segments: list[int]
+    segment_by_id: dict[int, int]
+    of_seed: dict[str, list[Tensor]]
+    gains: list[tuple[int, Alpha]]
+
+    def __init__(self, host: Parameters, seeds: Mapping[str, Parameters], alphas: Mapping[str, Any]) -> None:
+        unknown = sorted(set(alphas) - set(seeds))
+        if unknown:
+            raise ConfigurationError(f"alphas for unknown seeds {unknown}; seeds are {sorted(seeds)}")
+        self._host = ParameterSource(host)
+        self._seeds = {name: ParameterSource(seed) for name, seed in seeds.items()}
+        self._alphas = {name: Alpha.of(alpha) for name, alpha in alphas.items()}
+        self._handles: list[Any] = []
+        self._warned = False
+        self._collector: BackwardCollector | None = None
+        self.refresh()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the seeds, in the order of their segments."""
+        return tuple(self._seeds)
+
+    def known(self, name: str) -> str:
+        """The name, if it is a seed's; ConfigurationError otherwise."""
+        if name not in self._seeds:
+            raise ConfigurationError(f"no seed is called {name!r}; seeds are {list(self._seeds)}")
+        return name
+
+    def segment_of(self, parameter: Tensor) -> int | None:
+        """Its segment; None for a parameter that is not watched."""
+        return self.segment_by_id.get(id(parameter))
+
+    @property
+    def collecting(self) -> BackwardCollector | None:
+        """What takes the sums while backward runs; None when nobody asked for it, or after its ``remove()``."""
+        return self._collector if self._collector is not None and self._collector.active else None
+
+    def collect_in_backward(self, lanes: torch.dtype) -> BackwardCollector:
+        """Put a hook on every parameter, and on those that ``refresh()`` finds later."""
+        self._collector = BackwardCollector(self.segment_of, lanes)
+        self._collector.watch(self.tracked)
+        return self._collector
+
+    def add(self, name: str, seed: Parameters, alpha: Any) -> None:
+        """Watch one more seed; whatever is raised, nothing has changed."""
+        if name in self._seeds:
+            raise ConfigurationError(f"a seed is already called {name!r}; seeds are {list(self._seeds)}")
+        source, blend = ParameterSource(seed), None if alpha is None else Alpha.of(alpha)
+        self._seeds[name] = source
+        if blend is not None:
+            self._alphas[name] = blend
+        try:
+            self.refresh()
+        except Exception:
+            self.remove(name)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Forget a seed: what is left of it in the host counts as host from now on."""
+        del self._seeds[name]
+        self._alphas.pop(name, None)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look all parameters up again; WiringError as from the constructor."""
+        owner: dict[int, str] = {}
+        found: dict[str, list[Tensor]] = {}
+        for name, source in self._seeds.items():
+            found[name] = source.parameters()
+            if not sum(parameter.numel() for parameter in found[name]):
+                raise WiringError(f"seed {name!r} has no parameters: there is nothing to measure")
+            for parameter in found[name]:
+                other = owner.setdefault(id(parameter), name)
+                if other != name:
+                    raise WiringError(
+                        f"seeds {other!r} and {name!r} share a parameter of shape {tuple(parameter.shape)}; "
+                        "a parameter belongs to one seed"
+                    )
+        host = [parameter for parameter in self._host.parameters() if id(parameter) not in owner]
+        if not sum(parameter.numel() for parameter in host):
+            raise WiringError("the host has no parameters outside the seeds: there is nothing to compare with")
+        self.of_seed = found
+        self.tracked = host + [parameter for parameters in found.values() for parameter in parameters]
+        self.segments = [0] * len(host)
+        for segment, parameters in enumerate(found.values(), start=1):
+            self.segments += [segment] * len(parameters)
+        self.segment_by_id = {id(p): segment for p, segment in zip(self.tracked, self.segments)}
+        self.gains = [
+            (segment, self._alphas[name]) for segment, name in enumerate(self._seeds, start=1) if name in self._alphas
+        ]
+        self._hook_loads()
+        if self.collecting is not None:
+            self.collecting.watch(self.tracked)
+        self.stale = False
+
+    def _hook_loads(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        hook = CallOnLoad(self._mark_stale)
+        self._handles = [
+            module.register_load_state_dict_post_hook(hook)
+            for source in (self._host, *self._seeds.values())
+            for module in source.modules()
+        ]
+
+    def _mark_stale(self) -> None:
+        self.stale = True
+
+    def gradients_of(self, given: dict[int, Tensor] | None) -> Listed:
+        """The gradients that exist now, or those given by ``id`` of their parameter."""
+        found = [p.grad if given is None else given.get(id(p)) for p in self.tracked]
+        gradients = [gradient for gradient in found if gradient is not None]
+        if len(gradients) == len(found):
+            return Listed(gradients, self.segments)
+        return Listed(gradients, [s for s, gradient in zip(self.segments, found) if gradient is not None])
+
+    def gains_of(self, given: dict[int, Tensor] | None) -> Listed:
+        """The same of the blend factors. A slope is zeroed once it is measured: not the one that was given."""
+        gains, segments = [], []
+        for segment, alpha in self.gains:
+            slope = alpha.gradient() if given is None else given.get(id(alpha.holder.alpha))
+            if slope is not None:
+                gains.append(slope if given is None else slope.clone())
+                segments.append(segment)
+        return Listed(gains, segments)
+
+    def warn_of_nothing(self) -> None:
+        """Say once that there was no gradient at all, and where the call belongs."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "measure() found no gradient at all: it belongs after backward() and before "
+                "zero_grad(set_to_none=True), and loops with torch.autograd.grad pass measure(gradients=...); "
+                "such samples count as empty"
+            )
+
+    def check(self, gradients: Gradients) -> dict[int, Tensor]:
+        """Explicit gradients by ``id`` of their parameter or blend factor; refuses what does not fit."""
+        pairs = gradients.items() if isinstance(gradients, Mapping) else gradients
+        known = self.segment_by_id.keys() | {id(alpha.holder.alpha) for _, alpha in self.gains}
+        seen: set[int] = set()
+        given: dict[int, Tensor] = {}
+        for pair in pairs:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], Tensor):
+                raise ConfigurationError(
+                    "gradients are pairs of a parameter and its gradient, zip(parameters, grads), or a dict by "
+                    f"parameter, got {type(pair).__name__} inside"
+                )
+            parameter, gradient = pair
+            if id(parameter) not in known:
+                raise WiringError(
+                    f"gradients has one for a tensor of shape {tuple(parameter.shape)} that is in neither host nor "
+                    "seeds: list parameters of the monitor only, or call refresh() after they were replaced"
+                )
+            if id(parameter) in seen:
+                raise ConfigurationError(f"gradients has two for {self.name_of(parameter)}: add them up first")
+            seen.add(id(parameter))
+            if gradient is None:
+                continue
+            if not isinstance(gradient, Tensor) or gradient.shape != parameter.shape:
+                found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else type(gradient).__name__
+                raise ConfigurationError(f"the gradient given for {self.name_of(parameter)} has {found}")
+            given[id(parameter)] = gradient
+        return given
+
+    def name_of(self, parameter: Tensor) -> str:
+        """A parameter or blend factor in words: a seed's name for what a seed and the host both hold."""
+        for name, alpha in self._alphas.items():
+            if alpha.holder.alpha is parameter:
+                return f"the blend factor of seed {name!r}"
+        owners = [*((f"seed {name!r}", source) for name, source in self._seeds.items()), ("the host", self._host)]
+        for owner, source in owners:
+            for name, known in source.named():
+                if known is parameter:
+                    return f"{name} of {owner} (shape {tuple(parameter.shape)})"
+        return f"a parameter of shape {tuple(parameter.shape)}"
+
+    def name_of_gradient(self, given: dict[int, Tensor] | None, gradient: Tensor) -> str:
+        """The same of a gradient: one of those given, or of those that the parameters hold."""
+        owners = [*self.tracked, *(alpha.holder.alpha for _, alpha in self.gains)]
+        for parameter in owners:
+            held = parameter.grad if given is None else given.get(id(parameter))
+            if held is gradient:
+                return f"the gradient of {self.name_of(parameter)}"
+        return "a gradient"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,58 @@ class StepCounter:
                 begun = mark.by_optimizer[index] if index < len(mark.by_optimizer) else 0
                 found.append(steps[0] - begun)
         return min(found, default=None)
+
+
+class Progress:
+    """How far every seed has come: the steps of the optimizers, and a mark for each seed where its window began."""
+
+    def __init__(self) -> None:
+        self.steps = StepCounter()
+        self.marks: dict[str, Mark] = {}
+
+    def begin(self, name: str, parameters: Sequence[Tensor], by_optimizer: Sequence[int] | None = None) -> None:
+        """Begin the window of a seed here; ``by_optimizer`` steps do not count, all so far unless told."""
+        taken = self.steps.by_optimizer() if by_optimizer is None else by_optimizer
+        self.marks[name] = Mark.of(parameters, self.steps.total, taken)
+
+    def displacements(self, parameters: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
+        """How far the weights of every seed have moved since its mark, float64 [1] each."""
+        return [self.marks[name].displacement(found).view(1) for name, found in parameters.items()]
+
+    def facts(
+        self, name: str, parameters: Sequence[Tensor], samples: Sequence[Sample], first: int
+    ) -> dict[str, Any]:
+        """What ``collect_evidence`` is told of optimizers and steps; ``first`` is the number of the first sample."""
+        steps, mark = self.steps, self.marks[name]
+        return {
+            "age": mark.age(samples, first, steps.total) if steps.optimizers() else None,
+            "in_optimizer": steps.hold(parameters),
+            "optimizer_steps": steps.since(mark, parameters),
+        }
+
+
+    def state_dict(self, names: Iterable[str]) -> dict[str, Any]:
+        """Steps by optimizer, and the mark of each of these seeds."""
+        return {
+            "steps": self.steps.by_optimizer(),
+            "marks": {name: self.marks[name].state_dict() for name in names},
+        }
+
+    def check_state(self, state: Mapping[str, Any], kind: str, parameters: Mapping[str, Sequence[Tensor]]) -> None:
+        """StateDictError, naming ``kind``, unless the state fits these optimizers and the parameters of these seeds."""
+        steps, marks, watched = state["steps"], state["marks"], len(self.steps.by_optimizer())
+        if not isinstance(steps, list) or len(steps) != watched:
+            raise StateDictError(f"{kind}: the state counts steps {steps!r}, the monitor {watched} optimizers")
+        if not isinstance(marks, dict) or marks.keys() != parameters.keys():
+            raise StateDictError(f"{kind}: the state does not hold one mark for each of {list(parameters)}")
+        for name, found in parameters.items():
+            Mark.check_state(marks[name], f"{kind}: seed {name!r}", found)
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take over ``state_dict``, which was checked."""
+        self.steps.restore(state["steps"])
+        for name, mark in state["marks"].items():
+            self.marks[name] = Mark.from_state_dict(mark, parameters[name])
 
 
 class Mark:

@@ -9,32 +9,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .row import (
+    CLIP_EPS,
+    EXTRA,
+    MEASURED,
+    SUMSQ,
+    UNSCALED,
+    Listed,
+    LossScale,
+    Outside,
+    Rules,
+    Window,
+)
 from .tensor_sums import constant, segment_sum, tensor_sumsq
-
-# A value at which torch.nn.utils.clip_grad_norm_ keeps a zero norm from dividing by zero.
-CLIP_EPS = 1e-6
-
-# The ring holds one row per sample, fp64 [window, segments, QUANTITIES]; segment 0 is the host.
-SUMSQ = 0  # sum of squares of the segment's gradients
-LIVE = 1  # gradient tensors of the segment that are not all zero
-VANISHING = 2  # live ones whose root mean square is below VANISHING_RMS
-EXPLODING = 3  # those whose root mean square is above EXPLODING_RMS, or not finite
-MEASURED = 4  # so many columns come from the values of the gradients, and may be added to
-TENSORS = 4  # gradient tensors of the segment
-ELEMENTS = 5  # their elements
-EXTRA = 6  # seeds: the blend gain (NaN: none); host: 1.0 when the optimizer will skip this step
-QUANTITIES = 7
-
-# Root mean squares, norm / sqrt(elements), so that a tensor's size does not matter; of true gradients, without the
-# loss scale; exactly at a limit is neither. The first is Adam's usual eps, below which the optimizer's steps shrink
-# with the gradient; at the second, a step of SGD at a rate of 0.01 is as large as a weight usually is.
-VANISHING_RMS = 1e-8
-EXPLODING_RMS = 10.0
-
-# The summary holds what the training step itself can use, fp64 [SUMMARY_HEAD + segments].
-TOTAL_NORM = 0  # root of the sum over all segments
-CLIP_COEFFICIENT = 1  # min(1, max_norm / (total norm + CLIP_EPS))
-SUMMARY_HEAD = 2  # then the ratio of each segment to the host, of this sample alone
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -80,19 +67,13 @@ def segmented_sumsq(
 
 @torch.no_grad()
 def measured_columns(
-    tensors: Sequence[Tensor],
-    segments: Sequence[int],
-    num_segments: int,
-    lanes: torch.dtype,
-    device: torch.device,
-    vanishing_rms: float = VANISHING_RMS,
-    exploding_rms: float = EXPLODING_RMS,
-    grad_scale: Tensor | None = None,
+    listed: Listed, num_segments: int, device: torch.device, rules: Rules, grad_scale: Tensor | None = None
 ) -> Tensor:
     """The first MEASURED columns of one row of the ring, the sums still with their loss scale."""
-    sums = tensor_sumsq(tensors, lanes, device) if tensors else torch.empty(0, dtype=torch.float64, device=device)
-    elements = tuple(map(Tensor.numel, tensors))
-    return columns_of_sums(sums, elements, segments, num_segments, vanishing_rms, exploding_rms, grad_scale)
+    tensors, segments = listed
+    none = torch.empty(0, dtype=torch.float64, device=device)
+    sums = tensor_sumsq(tensors, rules.lanes, device) if tensors else none
+    return columns_of_sums(sums, tuple(map(Tensor.numel, tensors)), segments, num_segments, rules, grad_scale)
 
 
 @torch.no_grad()
@@ -101,8 +82,7 @@ def columns_of_sums(
     elements: Sequence[int],
     segments: Sequence[int],
     num_segments: int,
-    vanishing_rms: float,
-    exploding_rms: float,
+    rules: Rules,
     grad_scale: Tensor | None,
 ) -> Tensor:
     """SUMSQ, LIVE, VANISHING and EXPLODING by segment, from what each tensor adds: float64 [num_segments, MEASURED].
@@ -118,9 +98,7 @@ def columns_of_sums(
         elements: of each tensor.
         segments: of each tensor.
         num_segments: rows of the result.
-        vanishing_rms: a live tensor is vanishing when its root mean square is below this; 0 counts none.
-        exploding_rms: a tensor is exploding when its root mean square is above this or not finite; inf counts
-            only what is not finite.
+        rules: its limits for vanishing and exploding tensors.
         grad_scale: 0-dim or [1], on whatever device; None is 1.
     """
     if not len(elements):
@@ -128,7 +106,7 @@ def columns_of_sums(
     scale = 1.0 if grad_scale is None else grad_scale.to(sums.device).double().reshape(())
     sizes = constant(tuple(elements), torch.float64, sums.device)
     # Squares are compared, in the order of operations of the kernel: no root, and no other rounding.
-    low, high = vanishing_rms * scale, exploding_rms * scale
+    low, high = rules.vanishing_rms * scale, rules.exploding_rms * scale
     live = sums.ne(0.0)
     vanishing = sums.lt(low * low * sizes).logical_and_(live)
     # At most the largest number, so that infinity is above it and inf times no elements is not NaN.
@@ -175,52 +153,23 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
 @torch.no_grad()
 def record_(
-    gradients: Sequence[Tensor],
-    segments: Sequence[int],
-    gains: Sequence[Tensor],
-    gain_segments: Sequence[int],
-    ring: Tensor,
-    count: Tensor,
-    summary: Tensor,
-    max_norm: float,
-    eps: float,
-    grad_scale: Tensor | None = None,
-    gain_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    lanes: torch.dtype = torch.float32,
-    vanishing_rms: float = VANISHING_RMS,
-    exploding_rms: float = EXPLODING_RMS,
+    gradients: Listed, gains: Listed, window: Window, rules: Rules, scale: LossScale = UNSCALED
 ) -> None:
-    """Measure one sample: write row ``count % window`` of the ring, the summary, and add 1 to ``count``.
+    """Measure one sample: write its row of the ring, the summary, and add 1 to the count.
 
     Args:
-        gradients: the gradients that exist in this step, any shapes and floating dtypes.
-        segments: the segment of each; 0 is the host.
-        gains: gradients of the blend factors alpha (0-dim). The blend gain is -alpha.grad; each is set to
-            zero once read, so that the next step starts afresh.
-        gain_segments: the seed segment of each of them.
-        ring: float64 [window, segments, QUANTITIES], one row overwritten.
-        count: int64 0-dim, samples ever written.
-        summary: float64 [SUMMARY_HEAD + segments], overwritten.
-        max_norm: for the clip coefficient; inf leaves it at 1.
-        eps: added to the host's norm in the ratio of this sample.
-        grad_scale: 0-dim or [1]; the gradients are this many times too large (loss scaling).
-        gain_scale: the same for ``gains``, which ``GradScaler.unscale_`` never reaches.
-        found_inf: 0-dim or [1]; not zero means the optimizer will skip this step.
-        lanes: dtype in which squares are summed inside a row: float32, or float64 for magnitudes
-            outside 1e-19 .. 1e17.
-        vanishing_rms: see ``columns_of_sums``.
-        exploding_rms: see ``columns_of_sums``.
+        gradients: those that exist in this step, any shapes and floating dtypes; segment 0 is the host.
+        gains: gradients of the blend factors alpha. The blend gain is -alpha.grad; each is set to zero once read, so
+            that the next step starts afresh.
+        window: where it is written.
+        rules: by what it is summed and judged.
+        scale: what is divided out of gradients and gains.
     """
-    num_segments = ring.shape[1]
-    elements = tuple(map(Tensor.numel, gradients))
-    columns = measured_columns(
-        gradients, segments, num_segments, lanes, ring.device, vanishing_rms, exploding_rms, grad_scale
-    )
-    finish_(
-        columns, count_by_segment(elements, segments, num_segments), gains, gain_segments, ring, count, summary,
-        max_norm, eps, grad_scale, gain_scale, found_inf,
-    )
+    num_segments = window.ring.shape[1]
+    elements = tuple(map(Tensor.numel, gradients.tensors))
+    columns = measured_columns(gradients, num_segments, window.ring.device, rules, scale.gradients)
+    counts = count_by_segment(elements, gradients.segments, num_segments)
+    finish_(Outside(columns, counts), gains, window, rules, scale)
 
 
 def count_by_segment(
@@ -240,41 +189,28 @@ def _counts(elements: tuple[int, ...], segments: tuple[int, ...], num_segments: 
 
 
 @torch.no_grad()
-def finish_(
-    columns: Tensor,
-    counts: Sequence[tuple[int, int]],
-    gains: Sequence[Tensor],
-    gain_segments: Sequence[int],
-    ring: Tensor,
-    count: Tensor,
-    summary: Tensor,
-    max_norm: float,
-    eps: float,
-    grad_scale: Tensor | None,
-    gain_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """The epilogue: from the first columns (float64 [segments, MEASURED]) to the row and the summary.
-
-    ``counts`` has the tensors and elements of every segment; the other arguments are ``record_``'s.
-    """
+def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: LossScale = UNSCALED) -> None:
+    """The epilogue: from the first columns to the row and the summary; arguments as ``record_``'s."""
+    columns, counts = sums
+    ring, count, summary = window
     device = ring.device
-    if grad_scale is not None:
+    if scale.gradients is not None:
         columns = columns.clone()
-        columns[:, SUMSQ] /= grad_scale.to(device).double().reshape(()).square()
+        columns[:, SUMSQ] /= scale.gradients.to(device).double().reshape(()).square()
     known = _known_columns(tuple(counts), device)
-    if gains or found_inf is not None:
+    slopes, slope_segments = gains
+    if slopes or scale.found_inf is not None:
         known = known.clone()
         extra = known[:, EXTRA - MEASURED]
-        if found_inf is not None:
-            extra[0] = found_inf.to(device).reshape(()).ne(0)
-        if gains:
-            slopes = torch.stack([gain.to(device).reshape(()) for gain in gains]).double().neg_()
-            if gain_scale is not None:
-                slopes /= gain_scale.to(device).double().reshape(())
-            extra.index_copy_(0, constant(tuple(gain_segments), torch.int64, device), slopes)
-            for gain in gains:
-                gain.zero_()
+        if scale.found_inf is not None:
+            extra[0] = scale.found_inf.to(device).reshape(()).ne(0)
+        if slopes:
+            negated = torch.stack([slope.to(device).reshape(()) for slope in slopes]).double().neg_()
+            if scale.gains is not None:
+                negated /= scale.gains.to(device).double().reshape(())
+            extra.index_copy_(0, constant(tuple(slope_segments), torch.int64, device), negated)
+            for slope in slopes:
+                slope.zero_()
     row = torch.cat([columns, known], dim=1)
     ring.index_copy_(0, count.remainder(ring.shape[0]).view(1), row.unsqueeze(0))
     count.add_(1)
@@ -282,8 +218,8 @@ def finish_(
     norms = row[:, SUMSQ].sqrt()
     total = row[:, SUMSQ].sum(dim=0, keepdim=True).sqrt_()
     # As torch.nn.utils.clip_grad_norm_: clamp keeps NaN, so a NaN norm makes NaN gradients, not silence.
-    coefficient = (max_norm / (total + CLIP_EPS)).clamp_(max=1.0)
-    torch.cat([total, coefficient, norms / (norms[0] + eps)], out=summary)
+    coefficient = (rules.max_norm / (total + CLIP_EPS)).clamp_(max=1.0)
+    torch.cat([total, coefficient, norms / (norms[0] + rules.eps)], out=summary)
 
 
 @lru_cache(maxsize=256)

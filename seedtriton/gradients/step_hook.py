@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..core.errors import WiringError
-from .loss_scale import LossScale, mixed, read_scaler
+from .loss_scale import mixed, read_scaler
+from .row import UNSCALED, LossScale
 
 
 class StepHook:
@@ -60,4 +61,4 @@ class StepHook:
         elif optimizer is last and scale is not None:
             measure(mixed(scale))
         elif optimizer is last:
-            measure(LossScale() if self._scaler is None else read_scaler(self._scaler, self._optimizers, in_step=True))
+            measure(UNSCALED if self._scaler is None else read_scaler(self._scaler, self._optimizers, in_step=True))

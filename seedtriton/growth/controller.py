@@ -25,7 +25,8 @@ from ..core.schedules import HOLD, AlphaController, AlphaSchedule
 from ..core.state import check_state
 from ..core.thresholds import GateThresholds
 from ..core.verdict import STRICT, Gate, SeedStatus, Verdict
-from ..gradients.monitor import WINDOW, GradientMonitor, Gradients
+from ..gradients.monitor import WINDOW, GradientMonitor
+from ..gradients.parameters import Gradients
 from ..report.events import Event, evidence_fields, gate_fields
 from ..report.sinks import LogSink, Sink, Telemetry
 from .blending import ADD

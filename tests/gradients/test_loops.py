@@ -16,7 +16,8 @@ from seedtriton import (
     step_if_grads,
 )
 from seedtriton.core.evidence import NEVER_MEASURED, NO_GRADIENT
-from seedtriton.gradients import loss_scale, reference
+from seedtriton.gradients import loss_scale
+from seedtriton.gradients.row import EXTRA, LIVE, SUMSQ, TENSORS
 
 OVERFLOW = 5  # the step whose loss is made infinite
 
@@ -293,7 +294,7 @@ def test_the_latest_evidence_never_waits_for_a_copy_under_way(monkeypatch):
     loop = Loop(scaled=False)
     loop.run("after", steps=2, overflow=None)
     arrived = [False]
-    monkeypatch.setattr("seedtriton.gradients.monitor._Transit.arrived", lambda self: arrived[0])
+    monkeypatch.setattr("seedtriton.gradients.reading.Transit.arrived", lambda self: arrived[0])
     assert loop.monitor.latest() == ({}, None)
     under_way = loop.monitor._transit
     loop.run("after", steps=3, overflow=None)
@@ -309,7 +310,7 @@ def test_evidence_of_other_seeds_than_the_present_ones_is_not_handed_out(monkeyp
     loop = Loop(scaled=False)
     loop.run("after", steps=2, overflow=None)
     loop.monitor.latest()
-    monkeypatch.setattr("seedtriton.gradients.monitor._Transit.arrived", lambda self: False)
+    monkeypatch.setattr("seedtriton.gradients.reading.Transit.arrived", lambda self: False)
     loop.monitor.add_seed("b", nn.Linear(2, 2))
     assert loop.monitor.latest() == ({}, None)
 
@@ -365,7 +366,7 @@ def test_optimizers_that_step_in_backward_are_measured_while_it_runs():
         assert all(parameter.grad is None for parameter in inside.host.parameters())
         inside.monitor.measure()
     torch.testing.assert_close(inside.monitor.ring[:5], plain.monitor.ring[:5], rtol=1e-6, atol=0, equal_nan=True)
-    kinds = plain.monitor.ring[:5, :, reference.LIVE : reference.TENSORS].sum(dim=(0, 1)).tolist()
+    kinds = plain.monitor.ring[:5, :, LIVE : TENSORS].sum(dim=(0, 1)).tolist()
     assert kinds[0] > kinds[1] + kinds[2] > kinds[1] > 0.0
     assert inside.monitor.read()["a"].samples == 5
     handle.remove()
@@ -387,8 +388,8 @@ def test_what_is_collected_twice_is_one_tensor_with_the_squares_of_both():
         torch.random.set_rng_state(state)
         loop.monitor.measure()
     once, twice = loop.monitor.ring[:2]
-    torch.testing.assert_close(twice[:, reference.SUMSQ], 2 * once[:, reference.SUMSQ])
-    assert torch.equal(twice[:, reference.LIVE : reference.EXTRA], once[:, reference.LIVE : reference.EXTRA])
+    torch.testing.assert_close(twice[:, SUMSQ], 2 * once[:, SUMSQ])
+    assert torch.equal(twice[:, LIVE : EXTRA], once[:, LIVE : EXTRA])
 
 
 def test_collecting_after_the_hooks_that_free_is_refused_with_the_way_out():
@@ -498,8 +499,8 @@ def test_parameters_that_are_not_listed_or_unused_have_no_gradient(caplog):
     assert loop.monitor.read()["a"].status == NO_GRADIENT
     loop.monitor.measure(gradients=zip(host[:1], grads))
     row = loop.monitor.ring[1, 0]
-    assert row[reference.SUMSQ].item() == pytest.approx(grads[0].square().sum().item())
-    assert row[reference.TENSORS] == 1
+    assert row[SUMSQ].item() == pytest.approx(grads[0].square().sum().item())
+    assert row[TENSORS] == 1
     loop.monitor.measure(gradients=())
     assert loop.monitor.read()["a"].empty == 1
     assert not caplog.records  # zero_grad has nothing to do with it
@@ -577,7 +578,7 @@ def test_explicit_gradients_leave_flat_ones_and_collected_sums_alone():
     monitor.measure(gradients=[(p, torch.full_like(p, 2.0)) for p in parameters(loop)])
     assert all(p.grad is grad for p, grad in zip(parameters(loop), elsewhere))
     monitor.measure()
-    norms = monitor.ring[:2, 1, reference.SUMSQ].sqrt().tolist()
+    norms = monitor.ring[:2, 1, SUMSQ].sqrt().tolist()
     assert norms == pytest.approx([(4.0 * 20) ** 0.5, expected])
 
 
@@ -769,7 +770,7 @@ def test_channels_last_sparse_and_tied_gradients_are_measured_as_dense_ones():
     found = monitor.read()["a"]
     assert found.host_norm == pytest.approx(torch.cat([g.flatten() for g in host]).norm().item(), rel=1e-6)
     assert found.seed_norm == pytest.approx(out.weight.grad.norm().item(), rel=1e-6)
-    assert monitor.ring[0, 1, reference.TENSORS] == 1
+    assert monitor.ring[0, 1, TENSORS] == 1
 
 
 def test_reduce_overhead_gives_the_numbers_of_eager():
@@ -804,7 +805,7 @@ def test_freezing_under_a_compiled_measurement_is_seen():
         loop.seed.zero_grad()
         loop.loss().backward()
         compiled()
-        return loop.monitor.ring[int(loop.monitor.count) - 1, 1, reference.TENSORS].item()
+        return loop.monitor.ring[int(loop.monitor.count) - 1, 1, TENSORS].item()
 
     assert tensors() == 2
     loop.seed.bias.requires_grad_(False)

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from seedtriton import ConfigurationError
 from seedtriton.gradients import ops, reference
+from seedtriton.gradients.row import QUANTITIES, SUMMARY_HEAD
 from seedtriton.gradients.tensor_sums import ALONE, BLOCK, COPY, ROW, SMALL, SMALL_CONVERTED, TILE, _plan, constant
 
 pytestmark = [
@@ -430,9 +431,9 @@ def test_opcheck_record():
         [0, 1],
         [torch.randn(())],
         [1],
-        torch.zeros(4, 2, reference.QUANTITIES, dtype=torch.float64),
+        torch.zeros(4, 2, QUANTITIES, dtype=torch.float64),
         torch.zeros((), dtype=torch.int64),
-        torch.zeros(reference.SUMMARY_HEAD + 2, dtype=torch.float64),
+        torch.zeros(SUMMARY_HEAD + 2, dtype=torch.float64),
         1.0,
         1e-8,
     )

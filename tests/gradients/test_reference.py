@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seedtriton.gradients import ops, reference, tensor_sums
-from seedtriton.gradients.reference import (
+from seedtriton.gradients.row import (
     CLIP_COEFFICIENT,
     ELEMENTS,
     EXPLODING,
@@ -14,6 +14,7 @@ from seedtriton.gradients.reference import (
     EXTRA,
     LIVE,
     MEASURED,
+    NO_GAINS,
     QUANTITIES,
     SUMMARY_HEAD,
     SUMSQ,
@@ -21,6 +22,10 @@ from seedtriton.gradients.reference import (
     TOTAL_NORM,
     VANISHING,
     VANISHING_RMS,
+    Listed,
+    LossScale,
+    Rules,
+    Window,
 )
 
 WINDOW, SEGMENTS = 3, 3
@@ -34,12 +39,13 @@ class Record:
         self.ring = torch.full((WINDOW, SEGMENTS, QUANTITIES), -7.0, dtype=torch.float64)
         self.count = torch.zeros((), dtype=torch.int64)
         self.summary = torch.full((SUMMARY_HEAD + SEGMENTS,), -7.0, dtype=torch.float64)
+        self.window = Window(self.ring, self.count, self.summary)
 
     def write(self, gradients, segments, gains=(), gain_segments=(), max_norm=math.inf, **options):
         tensors = [g if isinstance(g, torch.Tensor) else torch.tensor(g) for g in gradients]
-        reference.record_(
-            tensors, segments, gains, gain_segments, self.ring, self.count, self.summary, max_norm, EPS, **options
-        )
+        scale = LossScale(*(options.pop(name, None) for name in ("grad_scale", "gain_scale", "found_inf")))
+        rules = Rules(max_norm, EPS, **options)
+        reference.record_(Listed(tensors, segments), Listed(gains, gain_segments), self.window, rules, scale)
         return self
 
 
@@ -103,9 +109,8 @@ def test_sums_taken_elsewhere_give_the_same_row():
     right = Record().write(tensors, segments, grad_scale=scale)
     ours = Record()
     sums = tensor_sums.tensor_sumsq(tensors, torch.float32, torch.device("cpu"))
-    ops.record_sums_(
-        sums, [t.numel() for t in tensors], segments, [], [], ours.ring, ours.count, ours.summary, math.inf, EPS, scale
-    )
+    listed = [t.numel() for t in tensors], segments
+    ops.record_sums_(sums, listed, NO_GAINS, ours.window, Rules(math.inf, EPS), LossScale(scale))
     assert torch.equal(ours.ring.nan_to_num(-1.0), right.ring.nan_to_num(-1.0))
     assert torch.equal(ours.summary, right.summary)
     assert right.ring[0, :, VANISHING:MEASURED].sum(0).tolist() == [1.0, 1.0]

@@ -216,7 +216,7 @@ def test_a_gate_is_in_the_optimizer_in_the_seeds_segment_and_out_again(named):
     growth.germinate("slot", Residual(7), probe=torch.randn(3, 7), blend="gate")
     gate = {id(p) for p in model.slot.gate.parameters()}
     assert gate <= {id(p) for p in optimizer.param_groups[1]["params"]}
-    segment_of = {id(p): s for p, s in zip(growth.monitor._tracked, growth.monitor._segments)}
+    segment_of = {id(p): s for p, s in zip(growth.monitor._watched.tracked, growth.monitor._watched.segments)}
     assert {segment_of[p] for p in gate} == {1}
     model(torch.randn(Mlp.shape)).square().sum().backward()
     growth.measure()

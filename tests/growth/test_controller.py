@@ -329,7 +329,8 @@ def test_a_fossil_cannot_be_pruned_and_belongs_to_the_host():
         script.growth.prune("early")
     script.growth.germinate("late", Residual(6), probe=torch.randn(2, 6))
     seeds = {id(p) for p in script.model.late.seed.parameters()}
-    host = [p for p, segment in zip(script.growth.monitor._tracked, script.growth.monitor._segments) if segment == 0]
+    watched = script.growth.monitor._watched
+    host = [p for p, segment in zip(watched.tracked, watched.segments) if segment == 0]
     assert {id(p) for p in script.model.early.seed.parameters()} <= {id(p) for p in host}
     assert not seeds & {id(p) for p in host}
 

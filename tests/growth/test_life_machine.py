@@ -194,7 +194,7 @@ class Life(RuleBasedStateMachine):
     def the_monitor_watches_the_living_and_counts_everything_once(self):
         occupied = [n for n, s in self.growth.slots.items() if s.seed is not None and s.stage is not Stage.FOSSILIZED]
         assert sorted(self.growth.monitor.seeds) == sorted(occupied)
-        assert len(self.growth.monitor._tracked) == len(list(self.model.parameters()))
+        assert len(self.growth.monitor._watched.tracked) == len(list(self.model.parameters()))
         assert self.growth.monitor.ring.shape[1] == 1 + len(occupied)
 
     @invariant()

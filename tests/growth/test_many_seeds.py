@@ -54,10 +54,15 @@ def test_all_seeds_are_one_measurement_with_a_segment_each(monkeypatch):
     model, growth = grown()
     calls = []
     record = monitor_room.ops.record_
-    monkeypatch.setattr(monitor_room.ops, "record_", lambda *args: (calls.append(args), record(*args)))
+
+    def noted(*args, **options):
+        calls.append(args)
+        record(*args, **options)
+
+    monkeypatch.setattr(monitor_room.ops, "record_", noted)
     step(model, growth)
     assert len(calls) == 1
-    segments, gain_segments = calls[0][1], calls[0][3]
+    segments, gain_segments = calls[0][0].segments, calls[0][1].segments
     assert set(segments) == {0, 1, 2, 3, 4}
     assert gain_segments == [1, 2, 3, 4]
     assert growth.monitor.ring.shape[1] == 5

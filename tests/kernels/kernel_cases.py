@@ -17,15 +17,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seedtriton.gradients import reference
+from seedtriton.gradients.row import (
+    CLIP_COEFFICIENT,
+    CLIP_EPS,
+    EXTRA,
+    LAYOUT,
+    LIVE,
+    NO_GAINS,
+    QUANTITIES,
+    SUMMARY_HEAD,
+    TENSORS,
+    TOTAL_NORM,
+    UNSCALED,
+    Flat,
+    Listed,
+    LossScale,
+    Outside,
+    Rules,
+    Window,
+)
 from seedtriton.kernels import _launch, gradient_scale, gradient_sums
 
 EPSILON = 1e-6
-LAYOUT = (
-    reference.SUMSQ, reference.LIVE, reference.VANISHING, reference.EXPLODING, reference.MEASURED,
-    reference.TENSORS, reference.ELEMENTS, reference.EXTRA, reference.QUANTITIES, reference.TOTAL_NORM,
-    reference.CLIP_COEFFICIENT, reference.SUMMARY_HEAD,
-)  # fmt: skip
-LIMITS = {"vanishing_rms": reference.VANISHING_RMS, "exploding_rms": reference.EXPLODING_RMS}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 3, 63, 127, 1000, 4097, 65537)
 NAN = float("nan")
@@ -75,15 +88,28 @@ def assert_sums(found, tensors, segments, num_segments):
     assert bool((error <= allowed).all()), f"error {error.tolist()} where {allowed.tolist()} is allowed"
 
 
+def rules_and_scale(grad_scale=None, gain_scale=None, found_inf=None, **rules):
+    return Rules(**rules), LossScale(grad_scale, gain_scale, found_inf)
+
+
+def kernel_record(state, gradients, gains=NO_GAINS, rules=Rules(1.0), scale=UNSCALED, **options):  # noqa: B008
+    """The kernel's own ``record_``; ``flat`` may be a bare buffer, and ``settled`` beside it."""
+    if "flat" in options:
+        options["flat"] = Flat(options["flat"], options.pop("settled", True))
+    gradient_sums.record_(
+        gradients, gains, Window(*state), rules, scale, layout=LAYOUT, clip_eps=CLIP_EPS, **options
+    )
+
+
 class Sample:
     """A ring, a count and a summary, poisoned, for the kernel and once more for the reference."""
 
     def __init__(self, num_segments, device, window=4, count=0):
         def state():
             return (
-                torch.full((window, num_segments, reference.QUANTITIES), NAN, dtype=torch.float64, device=device),
+                torch.full((window, num_segments, QUANTITIES), NAN, dtype=torch.float64, device=device),
                 torch.tensor(count, device=device),
-                torch.full((reference.SUMMARY_HEAD + num_segments,), NAN, dtype=torch.float64, device=device),
+                torch.full((SUMMARY_HEAD + num_segments,), NAN, dtype=torch.float64, device=device),
             )
 
         self.num_segments = num_segments
@@ -101,13 +127,10 @@ class Sample:
 
     def record(self, gradients, segments, gains=(), gain_segments=(), max_norm=1.0, eps=1e-8, more=None, **options):
         """One measurement by both; ``more`` is only for the kernel."""
-        options = {**LIMITS, **options}
         twins = [gain.clone() for gain in gains]
-        gradient_sums.record_(
-            gradients, segments, gains, gain_segments, *self.ours, max_norm, eps,
-            layout=LAYOUT, clip_eps=reference.CLIP_EPS, **options, **(more or {}),
-        )  # fmt: skip
-        reference.record_(gradients, segments, twins, gain_segments, *self.theirs, max_norm, eps, **options)
+        gradients, rules, scale = Listed(gradients, segments), *rules_and_scale(max_norm=max_norm, eps=eps, **options)
+        kernel_record(self.ours, gradients, Listed(gains, gain_segments), rules, scale, **(more or {}))
+        reference.record_(gradients, Listed(twins, gain_segments), Window(*self.theirs), rules, scale)
         for gain in gains:
             assert gain.item() == 0.0
 
@@ -283,7 +306,7 @@ def test_live_counts_tensors_that_are_not_all_zero(device):
             gradients[index][where] = value
         sample.record(gradients, segments)
         sample.assert_same()
-    assert sample.ring[:5, :, reference.LIVE].sum(1).tolist() == [0.0, 1.0, 2.0, 1.0, 0.0]
+    assert sample.ring[:5, :, LIVE].sum(1).tolist() == [0.0, 1.0, 2.0, 1.0, 0.0]
 
 
 # Mean squares of tensors, by the kind that they are of with limits of 2**-10 and 2**6.
@@ -399,7 +422,7 @@ def test_gains_are_read_negated_and_set_to_zero(device):
         values = [gain.item() for gain in gains]
         sample.record(gradients, [0], gains, segments)
         sample.assert_same()
-        row = sample.ring[sample.ours[1].item() - 1, :, reference.EXTRA]
+        row = sample.ring[sample.ours[1].item() - 1, :, EXTRA]
         assert row[segments].tolist() == [-value for value in values]
 
 
@@ -416,7 +439,7 @@ def test_scales_and_found_inf(dtype, device):
         found_inf = torch.tensor([skip], dtype=dtype, device=device)
         sample.record(gradients, [0, 1, 2], found_inf=found_inf)
     sample.assert_same()
-    assert sample.ring[9:12, 0, reference.EXTRA].tolist() == [0.0, 1.0, 1.0]
+    assert sample.ring[9:12, 0, EXTRA].tolist() == [0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1e-3, 1.0, 1e9, INF])
@@ -428,12 +451,12 @@ def test_clip_coefficient_is_that_of_clip_grad_norm(max_norm, device):
     before = [parameter.grad.clone() for parameter in parameters]
     sample.record([parameter.grad for parameter in parameters], [0, 1], max_norm=max_norm)
     sample.assert_same()
-    gradient_scale.scale_([p.grad for p in parameters], sample.summary[reference.CLIP_COEFFICIENT])
+    gradient_scale.scale_([p.grad for p in parameters], sample.summary[CLIP_COEFFICIENT])
     scaled = [parameter.grad.clone() for parameter in parameters]
     for parameter, gradient in zip(parameters, before):
         parameter.grad = gradient
     total = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    torch.testing.assert_close(sample.summary[reference.TOTAL_NORM].float(), total)
+    torch.testing.assert_close(sample.summary[TOTAL_NORM].float(), total)
     for ours, parameter in zip(scaled, parameters):
         torch.testing.assert_close(ours, parameter.grad)
 
@@ -445,16 +468,15 @@ def test_outside_sums_meet_the_kernels(device):
     other += [torch.full((n,), x, dtype=torch.float64, device=device) for n, x in ((3, 1e-12), (9, 1e3))]
     segments = [0, 2, 1, 0]
     scale = torch.tensor(4.0, device=device)
-    outside = reference.measured_columns(
-        other, segments, 3, torch.float32, torch.device(device), grad_scale=scale, **LIMITS
-    )
-    gradient_sums.record_(
-        inside, [0, 1], [], [], *sample.ours, 1.0, 1e-8, layout=LAYOUT, clip_eps=reference.CLIP_EPS, **LIMITS,
-        grad_scale=scale, outside=outside, outside_counts=[(2, 59), (1, 3), (1, 4)],
+    outside = reference.measured_columns(Listed(other, segments), 3, torch.device(device), Rules(), scale)
+    kernel_record(
+        sample.ours, Listed(inside, [0, 1]), scale=LossScale(scale),
+        outside=Outside(outside, [(2, 59), (1, 3), (1, 4)]),
     )  # fmt: skip
-    reference.record_(inside + other, [0, 1, *segments], [], [], *sample.theirs, 1.0, 1e-8, scale)
+    every = Listed(inside + other, [0, 1, *segments])
+    reference.record_(every, NO_GAINS, Window(*sample.theirs), Rules(1.0), LossScale(scale))
     sample.assert_same()
-    assert sample.ring[0, :, reference.LIVE : reference.TENSORS].tolist() == [[3, 0, 1], [2, 1, 0], [0, 0, 0]]
+    assert sample.ring[0, :, LIVE : TENSORS].tolist() == [[3, 0, 1], [2, 1, 0], [0, 0, 0]]
     found = gradient_sums.segmented_sumsq(inside, [0, 1], 3, outside=outside[:, :1])
     assert_sums(found, inside + other, [0, 1, *segments], 3)
     for wrong in (outside, outside[:2, :1]):

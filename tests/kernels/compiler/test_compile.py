@@ -15,7 +15,8 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from seedtriton.kernels import _launch, gradient_scale, gradient_sums  # noqa: E402
+from seedtriton.gradients.row import LAYOUT  # noqa: E402
+from seedtriton.kernels import _launch, _row, gradient_scale, gradient_sums  # noqa: E402
 
 REGISTERS = 64  # 4 programs of 256 threads fill the 65 536 registers of a multiprocessor
 TARGETS = {
@@ -24,7 +25,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-LAYOUT = (0, 1, 2, 3, 4, 4, 5, 6, 7, 0, 1, 2)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -172,15 +172,18 @@ def test_squares_are_fused_multiply_adds_by_request():
 
 
 def broken(tmp_path, old, new):
-    """The sums kernel with one thing changed, from a copy of its source."""
-    source = Path(gradient_sums.__file__).read_text()
-    assert old in source
-    path = tmp_path / "broken.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("broken", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module._sums_kernel
+    """The sums kernel with one thing changed, from copies of its sources."""
+    copies = []
+    for original in (_row, gradient_sums):
+        path = tmp_path / f"broken_{Path(original.__file__).name}"
+        path.write_text(Path(original.__file__).read_text().replace(old, new))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        copies.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(copies[-1])
+    assert any(old in Path(original.__file__).read_text() for original in (_row, gradient_sums))
+    row, sums_of = copies
+    sums_of._row = row
+    return sums_of._sums_kernel
 
 
 @pytest.mark.parametrize("target", [TARGETS["sm_90"], TARGETS["gfx942"]], ids=["sm_90", "gfx942"])

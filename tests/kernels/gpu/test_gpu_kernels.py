@@ -8,16 +8,17 @@ pytest.importorskip("triton")
 from kernel_cases import *  # noqa: F403
 from kernel_cases import (
     DTYPES,
-    LAYOUT,
-    LIMITS,
+    Listed,
     Sample,
     _launch,
     gradient_scale,
     gradient_sums,
+    kernel_record,
     random,
-    reference,
     tables,
 )
+
+from seedtriton.gradients.row import CLIP_COEFFICIENT, SUMSQ
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,10 +39,7 @@ def gradients(device, misaligned=0):
 
 
 def record(sample, tensors, segments=SEGMENTS, gains=(), gain_segments=(), **options):
-    gradient_sums.record_(
-        tensors, segments, gains, gain_segments, *sample.ours, 1.0, 1e-8,
-        layout=LAYOUT, clip_eps=reference.CLIP_EPS, **LIMITS, **options,
-    )  # fmt: skip
+    kernel_record(sample.ours, Listed(tensors, segments), Listed(gains, gain_segments), **options)
 
 
 def test_the_device_really_runs_compiled_kernels(device):
@@ -75,7 +73,7 @@ def test_eager_equals_cuda_graph(device):
     tensors = gradients(device)
     gains = [torch.zeros((), device=device)]
     eager, graphed = Sample(3, device), Sample(3, device)
-    coefficient = graphed.summary[reference.CLIP_COEFFICIENT]
+    coefficient = graphed.summary[CLIP_COEFFICIENT]
     for tensor in tensors:
         tensor.mul_(1e-6)  # so that nothing is clipped, and scaling leaves the gradients alone
     record(graphed, tensors, gains=gains, gain_segments=[2])
@@ -276,7 +274,7 @@ def test_what_moved_inside_a_capture_is_named_by_its_parameter(device):
     seed.weight.grad.fill_(3.0)
     graph.replay()
     assert monitor.read()["a"].samples == 2
-    assert monitor.ring[1, 1, reference.SUMSQ].item() == 9.0 * 64 * 64 + 64
+    assert monitor.ring[1, 1, SUMSQ].item() == 9.0 * 64 * 64 + 64
 
 
 def test_a_buffer_that_somebody_else_keeps_is_found_and_followed(device):
@@ -290,7 +288,7 @@ def test_a_buffer_that_somebody_else_keeps_is_found_and_followed(device):
             model[index].weight.grad = buffer[1024 * place : 1024 * place + 1024].view(32, 32)
         monitor.measure()
         expected = model[1].weight.grad.double().square().sum().item()
-        assert monitor.ring[step, 1, reference.SUMSQ].item() == pytest.approx(expected, rel=1e-6)
+        assert monitor.ring[step, 1, SUMSQ].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_gradients_on_another_device_are_measured_too(device):

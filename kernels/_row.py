@@ -1,0 +1,191 @@
+"""Device code from partial sums to a row of the ring: tensors are judged, segments closed, the sample finished.
+
+Called by the kernels of gradient_sums.py. What a row means is defined in seedtriton/gradients/row.py and
+reference.py; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seedtriton.kernels import _plan
+
+# Items of one tensor read at a time, many programs at a time.
+TENSOR_BLOCK = tl.constexpr(256)
+# A tensor's mark is 1 when it is live, plus these: one sum counts all three.
+VANISHING_MARK = tl.constexpr(_plan.MOST_TENSORS + 1)
+EXPLODING_MARK = tl.constexpr((_plan.MOST_TENSORS + 1) ** 2)
+
+
+@triton.jit
+def sum_range(values, first, last, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum of fp64 or int64 ``values[first:last]``, in an order that depends on the range alone."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], values.dtype.element_ty)
+    for block in range(first, last, BLOCK):
+        # .cg reads in L2, where the other programs' stores are; L1 may hold what was there before.
+        total += tl.load(values + block + lane, mask=block + lane < last, other=0, cache_modifier=".cg")
+    return tl.sum(total)
+
+
+@triton.jit
+def _scalar_or(address, default):  # type: ignore[no-untyped-def]
+    """The fp32 number at ``address`` (int64) as fp64, or ``default`` when the address is 0."""
+    return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=default).to(tl.float64)
+
+
+@triton.jit
+def marks_of(work, items, num_segments):  # type: ignore[no-untyped-def]
+    """Where the marks of the tensors are."""
+    return (work + items + 4 * num_segments).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def judge_tensor(  # type: ignore[no-untyped-def]
+    item, sumsq, meta, marks, items, chunk, grad_scale, vanishing_rms, exploding_rms
+):
+    """Mark a tensor, of which ``item`` is any, as live, vanishing or exploding; as ``reference.columns_of_sums``."""
+    final = item - tl.load(meta + 4 * items + item) + tl.load(meta + 5 * items + item) - 1
+    elements = tl.load(meta + 4 * items + final).to(tl.float64) * chunk + tl.load(meta + final)
+    # The sum still holds the loss scale, so the limits take it as well.
+    scale = _scalar_or(grad_scale, 1.0)
+    low = vanishing_rms * scale
+    high = exploding_rms * scale
+    live = sumsq != 0.0
+    vanishing = live & (sumsq < low * low * elements)
+    # Not below infinity: infinite or NaN.
+    exploding = (sumsq > high * high * elements) | ~(sumsq < float("inf"))
+    mark = live.to(tl.int64) + vanishing.to(tl.int64) * VANISHING_MARK + exploding.to(tl.int64) * EXPLODING_MARK
+    tl.store(marks + tl.load(meta + 3 * items + item), mark)
+
+
+@triton.jit
+def close_segment(segment, work, item_starts, items, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add up a segment whose items are all done."""
+    sumsq = sum_range(work, tl.load(item_starts + segment), tl.load(item_starts + segment + 1), BLOCK)
+    tl.store(work + items + segment, sumsq)
+
+
+# Not inlined, for the reason given below.
+@triton.jit(noinline=True)
+def close_row_segment(  # type: ignore[no-untyped-def]
+    segment, work, item_starts, items, num_segments, BLOCK: tl.constexpr
+):
+    """The same for a row, with the marks of the segment's tensors."""
+    close_segment(segment, work, item_starts, items, BLOCK)
+    slot_starts = item_starts + num_segments + 1
+    marks = marks_of(work, items, num_segments)
+    total = sum_range(marks, tl.load(slot_starts + segment), tl.load(slot_starts + segment + 1), BLOCK)
+    tl.store((work + items + num_segments).to(tl.pointer_type(tl.int64)) + segment, total)
+
+
+@triton.jit
+def _write_gains(  # type: ignore[no-untyped-def]
+    cell, places, segment, inside, gain_scale, found_inf, EXTRA: tl.constexpr
+):
+    """The blend gain of every seed, read, negated and set to zero; of the host, whether the step will be skipped."""
+    address = tl.load(places + segment, mask=inside, other=0)
+    present = address != 0
+    gain_cell = address.to(tl.pointer_type(tl.float32))
+    gain = tl.load(gain_cell, mask=present, other=0.0).to(tl.float64) * (-1.0 / _scalar_or(gain_scale, 1.0))
+    tl.store(gain_cell, 0.0, mask=present)
+    skipped = tl.where(_scalar_or(found_inf, 0.0) != 0.0, 1.0, 0.0)
+    absent = tl.where(segment == 0, skipped, float("nan"))
+    tl.store(cell + EXTRA, tl.where(present, gain, absent), mask=inside)
+
+
+@triton.jit
+def _write_summary(  # type: ignore[no-untyped-def]
+    summary_cell, sumsq, segment, inside, max_norm, eps, CLIP_EPS: tl.constexpr, TOTAL_NORM: tl.constexpr,
+    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Total norm, clip coefficient and the ratios of this sample."""
+    norms = tl.sqrt(sumsq)
+    host = tl.sum(tl.where(segment == 0, norms, 0.0))
+    tl.store(summary_cell + SUMMARY_HEAD + segment, norms * (1.0 / (host + eps)), mask=inside)
+    total = tl.sqrt(tl.sum(sumsq))
+    coefficient = max_norm / (total + CLIP_EPS)
+    tl.store(summary_cell + TOTAL_NORM, total)
+    # Comparing and not minimum(): IEEE's minimum drops NaN, and a NaN norm has to make NaN gradients.
+    tl.store(summary_cell + CLIP_COEFFICIENT, tl.where(coefficient > 1.0, 1.0, coefficient))
+
+
+# Not inlined: the compiler would compute the addresses below at the start of every program and keep them in
+# registers across the loads, 128 of them on sm_90 instead of 48.
+@triton.jit(noinline=True)
+def finish(  # type: ignore[no-untyped-def]
+    work, item_starts, places, items, num_segments, summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps,
+    CLIP_EPS: tl.constexpr, EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
+    VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr, TENSORS: tl.constexpr,
+    ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
+    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """By the last program: the row of the ring, the gains, the summary, the count; or the sums alone."""
+    segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
+    inside = segment < num_segments
+    # An empty segment never closes, so its cells hold nothing of this sample.
+    first = tl.load(item_starts + segment, mask=inside, other=0)
+    busy = inside & (tl.load(item_starts + segment + 1, mask=inside, other=0) > first)
+    closed = work + items + segment
+    sumsq = tl.load(closed, mask=busy, other=0.0, cache_modifier=".cg")
+    added = outside.to(tl.pointer_type(tl.float64)) + segment * MEASURED
+    has_added = inside & (outside != 0)
+    sumsq += tl.load(added + SUMSQ, mask=has_added, other=0.0)
+    summary_cell = summary.to(tl.pointer_type(tl.float64))
+    if EPILOGUE:
+        # Addresses that stay are read here: as arguments they would take registers from the start.
+        fixed = places + num_segments
+        samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
+        samples = tl.load(samples_cell)
+        tl.store(samples_cell, samples + 1)
+        ring = tl.load(fixed).to(tl.pointer_type(tl.float64))
+        row = ring + (samples % tl.load(fixed + 2)) * num_segments * QUANTITIES
+        cell = row + segment * QUANTITIES
+        # Each fp64 division is a call, so there is one per scalar and a product per lane.
+        scale = _scalar_or(grad_scale, 1.0)
+        sumsq *= 1.0 / (scale * scale)
+        tl.store(cell + SUMSQ, sumsq, mask=inside)
+        marked = (closed + num_segments).to(tl.pointer_type(tl.int64))
+        marks = tl.load(marked, mask=busy, other=0, cache_modifier=".cg")
+        live = (marks & (VANISHING_MARK - 1)).to(tl.float64)
+        live += tl.load(added + LIVE, mask=has_added, other=0.0)
+        tl.store(cell + LIVE, live, mask=inside)
+        vanishing = ((marks & (EXPLODING_MARK - 1)) // VANISHING_MARK).to(tl.float64)
+        vanishing += tl.load(added + VANISHING, mask=has_added, other=0.0)
+        tl.store(cell + VANISHING, vanishing, mask=inside)
+        exploding = (marks // EXPLODING_MARK).to(tl.float64)
+        exploding += tl.load(added + EXPLODING, mask=has_added, other=0.0)
+        tl.store(cell + EXPLODING, exploding, mask=inside)
+        counts = work + items + 2 * num_segments
+        tl.store(cell + TENSORS, tl.load(counts + segment, mask=inside, other=0.0), mask=inside)
+        tl.store(cell + ELEMENTS, tl.load(counts + num_segments + segment, mask=inside, other=0.0), mask=inside)
+
+        _write_gains(cell, places, segment, inside, gain_scale, found_inf, EXTRA)
+        _write_summary(
+            summary_cell, sumsq, segment, inside, max_norm, eps, CLIP_EPS, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD
+        )
+    else:
+        tl.store(summary_cell + segment, sumsq, mask=inside)
+
+
+# Not inlined, like the two above: their registers are needed one after the other and not beside the main loop's.
+@triton.jit(noinline=True)
+def complete_tensor(  # type: ignore[no-untyped-def]
+    item, partial, meta, work, arrivals, items, num_segments, chunk, grad_scale, vanishing_rms, exploding_rms
+):
+    """Report an item of which ``partial`` is the sum; whether its tensor is complete, which is then marked."""
+    parts = tl.load(meta + 5 * items + item)
+    whole = parts == 1
+    sumsq = partial
+    if parts > 1:
+        arrived = arrivals + tl.load(meta + 3 * items + item)
+        whole = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == parts - 1
+        if whole:
+            tl.store(arrived, 0)
+            first = item - tl.load(meta + 4 * items + item)
+            sumsq = sum_range(work, first, first + parts, TENSOR_BLOCK)
+    if whole:
+        marks = marks_of(work, items, num_segments)
+        judge_tensor(item, sumsq, meta, marks, items, chunk, grad_scale, vanishing_rms, exploding_rms)
+    return whole

@@ -1,0 +1,77 @@
+"""Clipping by the norm of a measurement, as long as the gradients are still those that were measured."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigurationError
+from . import ops
+from .row import CLIP_COEFFICIENT, CLIP_EPS, TOTAL_NORM
+
+_version_of = attrgetter("_version")
+
+
+class MeasuredGradients:
+    """Which gradients the last measurement was of, so that clipping knows whether its sums are still true."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """After an optimizer step or clipping: what was measured is gone."""
+        self._measured = False
+        # Emptied, because even a weak reference to a gradient stands in the way of torch.utils.swap_tensors.
+        self._witnesses: list[weakref.ref[Tensor]] = []
+        self._versions = 0
+
+    def remember(self, gradients: Sequence[Tensor]) -> None:
+        """Note what was measured."""
+        self._measured = True
+        # Weak: no gradient may live longer because it was measured. Not while compiling: what is set there is
+        # set for good, and clipping then makes its own pass.
+        self._witnesses = [] if torch.compiler.is_compiling() else list(map(weakref.ref, gradients))
+        self._versions = 0 if torch.compiler.is_compiling() else sum(map(_version_of, gradients))
+
+    def are(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether the last measurement was of these very gradients, in their present state."""
+        return (
+            self._measured
+            and len(gradients) == len(self._witnesses) > 0
+            and all(seen() is gradient for seen, gradient in zip(self._witnesses, gradients))
+            and sum(map(_version_of, gradients)) == self._versions
+        )
+
+
+def check_max_norm(max_norm: float) -> None:
+    """ConfigurationError unless ``max_norm`` is above 0."""
+    if not max_norm > 0.0:
+        raise ConfigurationError(f"max_norm must be above 0, got {max_norm!r}")
+
+
+@torch.no_grad()
+def summary_of(gradients: Sequence[Tensor], like: Tensor, lanes: torch.dtype) -> Tensor:
+    """A summary with the total norm of these gradients: a pass of its own; like the one of a measurement."""
+    summary = torch.zeros_like(like)
+    sums = ops.segmented_sumsq(gradients, [0] * len(gradients), 1, lanes=lanes)
+    summary[TOTAL_NORM] = sums[0].sqrt()
+    return summary
+
+
+@torch.no_grad()
+def limit_(summary: Tensor, max_norm: float) -> None:
+    """Set the clip coefficient of a summary to that of ``max_norm``."""
+    summary[CLIP_COEFFICIENT] = (max_norm / (summary[TOTAL_NORM] + CLIP_EPS)).clamp(max=1.0)
+
+
+def refuse_nonfinite(summary: Tensor) -> None:
+    """RuntimeError, before anything is scaled, when the total norm is NaN or infinite; waits for the device."""
+    if not bool(torch.isfinite(summary[TOTAL_NORM])):
+        raise RuntimeError(
+            f"the total norm of the gradients is {float(summary[TOTAL_NORM])}, so it cannot be "
+            "clipped; set error_if_nonfinite=False to scale them all the same"
+        )

@@ -1,0 +1,84 @@
+"""The window on the device: the buffers that a measurement writes and a read copies, with one column per segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import StateDictError
+from .row import QUANTITIES, SUMMARY_HEAD, Window
+
+
+class Ring(nn.Module):
+    """Rows of samples, how many there were, and where the window of each segment begins.
+
+    Attributes:
+        ring: float64 [window, segments, QUANTITIES].
+        count: int64 0-dim, samples ever written.
+        since: int64 [segments], the number of the first sample that counts for the segment.
+        summary: float64 [SUMMARY_HEAD + segments], of the newest sample; not saved.
+    """
+
+    ring: Tensor
+    count: Tensor
+    since: Tensor
+    summary: Tensor
+
+    def __init__(self, window: int, segments: int, device: torch.device) -> None:
+        """Lay out an empty ring."""
+        super().__init__()
+        ring = torch.zeros(window, segments, QUANTITIES, dtype=torch.float64, device=device)
+        self.register_buffer("ring", ring)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("since", torch.zeros(segments, dtype=torch.int64, device=device))
+        self.register_buffer("summary", None, persistent=False)
+        self._resize_summary()
+
+    def _window(self) -> Window:
+        return Window(self.ring, self.count, self.summary)
+
+    def _add_column(self) -> None:
+        """A segment behind the others; samples so far do not count for it."""
+        self.ring = torch.cat([self.ring, torch.zeros_like(self.ring[:, :1])], dim=1)
+        self.since = torch.cat([self.since, self.count.view(1)])
+        self._resize_summary()
+
+    def _remove_column(self, segment: int) -> None:
+        keep = [index for index in range(self.ring.shape[1]) if index != segment]
+        self.ring = self.ring[:, keep].contiguous()
+        self.since = self.since[keep].contiguous()
+        self._resize_summary()
+
+    def _begin_window(self, segment: int) -> None:
+        """Samples so far no longer count for this segment."""
+        self.since[segment : segment + 1].copy_(self.count.view(1))
+
+    def _resize_summary(self) -> None:
+        size = SUMMARY_HEAD + self.ring.shape[1]
+        self.summary = torch.zeros(size, dtype=torch.float64, device=self.ring.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ring:
+        # .half() and .to(dtype) are meant for models: sums of squares stay float64, only the device follows.
+        device = fn(torch.empty(0, device=self.ring.device)).device
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(device)
+        return self
+
+
+def check_entries(ring: Ring, state_dict: Mapping[str, Any], prefix: str, kind: str) -> None:
+    """StateDictError unless the state has the ring's buffers, in their shapes, one extra state and nothing else."""
+    buffers = ("ring", "count", "since")
+    entries = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
+    expected = {*buffers, "_extra_state"}
+    if entries != expected:
+        raise StateDictError(
+            f"{kind}: missing {sorted(expected - entries)}, unknown {sorted(entries - expected)} entries"
+        )
+    for name in buffers:
+        saved, own = state_dict[prefix + name], getattr(ring, name)
+        if not isinstance(saved, Tensor) or saved.shape != own.shape:
+            raise StateDictError(f"{kind}: entry {name!r} is not a tensor of shape {tuple(own.shape)}")

@@ -1,0 +1,140 @@
+"""One measurement: what is listed, where its row goes, by what rules it is summed, and how its numbers are laid out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A value at which torch.nn.utils.clip_grad_norm_ keeps a zero norm from dividing by zero.
+CLIP_EPS = 1e-6
+
+# The ring holds one row per sample, fp64 [window, segments, QUANTITIES]; segment 0 is the host.
+SUMSQ = 0  # sum of squares of the segment's gradients
+LIVE = 1  # gradient tensors of the segment that are not all zero
+VANISHING = 2  # live ones whose root mean square is below VANISHING_RMS
+EXPLODING = 3  # those whose root mean square is above EXPLODING_RMS, or not finite
+MEASURED = 4  # so many columns come from the values of the gradients, and may be added to
+TENSORS = 4  # gradient tensors of the segment
+ELEMENTS = 5  # their elements
+EXTRA = 6  # seeds: the blend gain (NaN: none); host: 1.0 when the optimizer will skip this step
+QUANTITIES = 7
+
+# Root mean squares, norm / sqrt(elements), so that a tensor's size does not matter; of true gradients, without the
+# loss scale; exactly at a limit is neither. The first is Adam's usual eps, below which the optimizer's steps shrink
+# with the gradient; at the second, a step of SGD at a rate of 0.01 is as large as a weight usually is.
+VANISHING_RMS = 1e-8
+EXPLODING_RMS = 10.0
+
+# The summary holds what the training step itself can use, fp64 [SUMMARY_HEAD + segments].
+TOTAL_NORM = 0  # root of the sum over all segments
+CLIP_COEFFICIENT = 1  # min(1, max_norm / (total norm + CLIP_EPS))
+SUMMARY_HEAD = 2  # then the ratio of each segment to the host, of this sample alone
+
+
+class RowLayout(NamedTuple):
+    """The columns of a row and the places in the summary, in the order in which the kernels take them."""
+
+    sumsq: int = SUMSQ
+    live: int = LIVE
+    vanishing: int = VANISHING
+    exploding: int = EXPLODING
+    measured: int = MEASURED
+    tensors: int = TENSORS
+    elements: int = ELEMENTS
+    extra: int = EXTRA
+    quantities: int = QUANTITIES
+    total_norm: int = TOTAL_NORM
+    clip_coefficient: int = CLIP_COEFFICIENT
+    summary_head: int = SUMMARY_HEAD
+
+
+LAYOUT = RowLayout()
+
+
+class Listed(NamedTuple):
+    """Tensors and the segment of each: gradients, or the gradients of blend factors alpha (0-dim)."""
+
+    tensors: Sequence[Tensor]
+    segments: Sequence[int]
+
+
+NO_GAINS = Listed((), ())
+
+
+class Window(NamedTuple):
+    """Where a measurement writes.
+
+    Attributes:
+        ring: float64 [window, segments, QUANTITIES]; row ``count % window`` is overwritten.
+        written: int64 0-dim, samples ever written; 1 is added.
+        summary: float64 [SUMMARY_HEAD + segments], overwritten.
+    """
+
+    ring: Tensor
+    written: Tensor
+    summary: Tensor
+
+
+class Rules(NamedTuple):
+    """By what a sample is summed and judged.
+
+    Attributes:
+        max_norm: for the clip coefficient; inf leaves it at 1.
+        eps: added to the host's norm in the ratio of this sample.
+        vanishing_rms: a live tensor is vanishing when its root mean square is below this; 0 counts none.
+        exploding_rms: a tensor is exploding when its root mean square is above this or not finite; inf counts only what
+            is not finite.
+        lanes: dtype in which squares are summed inside a row: float32, or float64 for magnitudes outside 1e-19 .. 1e17.
+    """
+
+    max_norm: float = math.inf
+    eps: float = 1e-8
+    vanishing_rms: float = VANISHING_RMS
+    exploding_rms: float = EXPLODING_RMS
+    lanes: torch.dtype = torch.float32
+
+
+class LossScale(NamedTuple):
+    """By what to divide, and whether the step will be skipped; None: by nothing, nobody knows.
+
+    Attributes:
+        gradients: 0-dim or [1]; the gradients are this many times too large (loss scaling).
+        gains: the same for the gradients of the blend factors, which no optimizer holds and nobody unscales.
+        found_inf: 0-dim or [1]; not zero means the optimizer will skip this step.
+    """
+
+    gradients: Tensor | None = None
+    gains: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+UNSCALED = LossScale()
+
+
+class Outside(NamedTuple):
+    """What of a sample was summed elsewhere.
+
+    Attributes:
+        columns: float64 [segments, MEASURED], the first columns of those gradients, on the ring's device.
+        counts: (tensors, elements) of those, for every segment.
+    """
+
+    columns: Tensor
+    counts: Sequence[tuple[int, int]]
+
+
+class Flat(NamedTuple):
+    """A buffer of which all gradients are views: no address is uploaded while it moves as a whole.
+
+    Attributes:
+        buffer: one dtype, 1-D.
+        settled: they never move within it, and on a GPU nobody looks at their addresses; otherwise their places are
+            compared in every call.
+    """
+
+    buffer: Tensor
+    settled: bool = True
