@@ -7,6 +7,7 @@ operation on an accelerator.
 import logging
 import sys
 
+from . import core, gradients, growth, report
 from .core import TRANSITIONS as TRANSITIONS
 from .core import AlphaSchedule as AlphaSchedule
 from .core import BlendProbe as BlendProbe
@@ -33,12 +34,17 @@ from .growth import GrowthController as GrowthController
 from .growth import SeedSlot as SeedSlot
 from .growth import StraightThrough as StraightThrough
 from .growth import TrustRegion as TrustRegion
-from .report import sinks as telemetry
 
 __version__ = "0.1.0"
 
-# Modules that users import by these names since 0.1; inside the house they lie in their wings.
-sys.modules[f"{__name__}.ops"] = ops
-sys.modules[f"{__name__}.telemetry"] = telemetry
+# Modules that users import by these names since 0.1, ``seedtriton.ops`` say; inside the house they lie in their wings.
+_names = {
+    "errors": core.errors, "evidence": core.evidence, "gates": core, "lifecycle": core.lifecycle,
+    "schedules": core.schedules, "flat": gradients.flat, "monitor": gradients.monitor, "ops": gradients.ops,
+    "reference": gradients.reference, "blending": growth.blending, "isolation": growth.isolation,
+    "probing": growth.probing, "slot": growth.slot, "telemetry": report.sinks,
+}  # fmt: skip
+for _name, _module in _names.items():
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name] = _module
 
 logging.getLogger("seedtriton").addHandler(logging.NullHandler())

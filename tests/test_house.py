@@ -138,6 +138,33 @@ def test_that_search_can_fail(line):
     assert not BARE.search("from seedtriton.kernels import _plan\nfrom .kernels import x\nimport kernels_of_torch\n")
 
 
+# --- rooms ---
+
+LINES, FUNCTION, CLASS = 500, 60, 350
+
+
+def too_large(name, source):
+    found = [f"{name}: {source.count(chr(10))} lines"] if source.count("\n") > LINES else []
+    for node in ast.walk(ast.parse(source)):
+        limit = {ast.FunctionDef: FUNCTION, ast.AsyncFunctionDef: FUNCTION, ast.ClassDef: CLASS}.get(type(node))
+        if limit and node.end_lineno - node.lineno + 1 > limit:
+            found.append(f"{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    return found
+
+
+def test_no_room_is_a_whole_house():
+    paths = [*FILES.values(), *house.kernels()]
+    assert [words for path in paths for words in too_large(path.name, path.read_text("utf-8"))] == []
+
+
+def test_that_measure_can_fail():
+    body = "    x = 1\n"
+    assert too_large("a", "def f():\n" + body * FUNCTION) == ["a: f has 61 lines"]
+    assert too_large("a", "class C:\n" + body * CLASS) == ["a: C has 351 lines"]
+    assert too_large("a", "\n" * (LINES + 1)) == ["a: 501 lines"]
+    assert too_large("a", "def f():\n" + body * (FUNCTION - 1)) == []
+
+
 # --- doors ---
 
 
@@ -166,6 +193,19 @@ PUBLIC = {
         telemetry __version__
     """,
     "seedtriton.ops": "LANES backend_of scale_ segmented_sumsq",
+    "seedtriton.errors": "ConfigurationError SeedtritonError StateDictError TransitionError WiringError",
+    "seedtriton.evidence": "BlendProbe Sample SeedEvidence collect_evidence NEVER_MEASURED NO_GRADIENT",
+    "seedtriton.flat": "FlatGradients flat_buffer_of",
+    "seedtriton.gates": "Check Gate GateThresholds QualityGates SeedStatus Verdict",
+    "seedtriton.lifecycle": "FORWARD TRANSITIONS Lifecycle Stage diagram",
+    "seedtriton.schedules": "AlphaSchedule ProgressThreshold AlphaController",
+    "seedtriton.monitor": "GradientMonitor",
+    "seedtriton.reference": "segmented_sumsq record_",
+    "seedtriton.growth": "GrowthController SeedSlot",
+    "seedtriton.slot": "SeedSlot",
+    "seedtriton.isolation": "StraightThrough TrustRegion behind leaks",
+    "seedtriton.blending": "BLENDS GateNetwork blend candidate",
+    "seedtriton.probing": "probe twin_of",
     "seedtriton.telemetry": "JsonLinesSink LogSink Sink Telemetry Event",
     "seedtriton.testing": "assert_isolated",
     "seedtriton.report": "Event JsonLinesSink LogSink Sink",
@@ -191,4 +231,7 @@ def test_modules_that_users_import_are_found_by_a_fresh_python():
 def test_every_name_that_the_package_shows_is_on_that_list():
     shown = {name for name in vars(seedtriton) if name[0].isupper()}
     assert shown == {name for name in PUBLIC["seedtriton"].split() if name[0].isupper()}
+    for module in PUBLIC:  # also as an attribute, as after ``import seedtriton.lifecycle``
+        if module.count(".") and module not in ("seedtriton.testing", "seedtriton.cli"):
+            assert getattr(seedtriton, module.partition(".")[2]) is importlib.import_module(module)
     assert pathlib.Path(seedtriton.__file__).name == "__init__.py"

@@ -66,8 +66,7 @@ class GradientMonitor(Ring):
             so, as DDP does with ``gradient_as_bucket_view=True``; see ``flat.flat_place`` for what that costs.
         tag: the loss whose gradients count, in a loop with several backward passes per step (GAN, RL). Only
             ``measure(tag=...)`` with this very tag makes a sample; any other tag makes none, and a call without
-            one is an error. One monitor per loss, each called with the same line: no average of a discriminator's
-            ratio and a generator's means anything.
+            one is an error. One monitor per loss: an average of two losses' ratios means nothing.
 
     Raises:
         WiringError: no parameters on a side, or a parameter in two seeds.

@@ -274,15 +274,7 @@ class SeedSlot(nn.Module):
         values = check_state(state, "SeedSlot", self.VERSION, keys)
         restored = Lifecycle()
         restored.load_state_dict(values["lifecycle"])
-        occupied = restored.stage not in (Stage.DORMANT, *RESTING)
-        if self.seed is not None and (seed is not None or not occupied):
-            raise StateDictError(
-                f"SeedSlot: the saved stage is {restored.stage}, but the slot is occupied: use a fresh model"
-            )
-        if occupied and self.seed is None and seed is None:
-            raise StateDictError(
-                f"SeedSlot: the saved stage is {restored.stage}, but the slot is empty: germinate the same seed first"
-            )
+        self._check_occupation(restored.stage, seed)
         alpha, violations, due = values["alpha"], values["isolation_violations"], values["checks_due"]
         if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or type(violations) is not int or type(due) is not int:
             raise StateDictError(
@@ -337,6 +329,16 @@ class SeedSlot(nn.Module):
         self.blend = blend
         self.alpha = torch.zeros((), dtype=torch.float32, device=device).requires_grad_()
         self._alpha_value = 0.0
+
+    def _check_occupation(self, saved: Stage, seed: nn.Module | None) -> None:
+        """StateDictError unless there is one seed, in the slot or given, for a saved stage with a seed, else none."""
+        occupied = saved not in (Stage.DORMANT, *RESTING)
+        if self.seed is not None and (seed is not None or not occupied):
+            raise StateDictError(f"SeedSlot: the saved stage is {saved}, but the slot is occupied: use a fresh model")
+        if occupied and self.seed is None and seed is None:
+            raise StateDictError(
+                f"SeedSlot: the saved stage is {saved}, but the slot is empty: germinate the same seed first"
+            )
 
     def _clear(self) -> None:
         self.thaw()  # the module goes back to whoever made it
