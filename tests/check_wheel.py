@@ -1,4 +1,4 @@
-"""Build sdist -> wheel, install it into an empty environment and import it there, kernels included.
+"""Build sdist -> wheel, install it into an empty environment and import it there, every wing and the kernels included.
 
 A wheel without kernels builds green with most build recipes; only importing the installed one tells.
 Exits with 1 and says why when anything is missing.
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import venv
+
+import house
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECK = """
@@ -24,7 +26,10 @@ assert not kernels.is_symlink(), "kernels is a link in the wheel"
 for name in KERNELS:
     assert (kernels / name).is_file(), f"{name} is missing from the wheel"
     importlib.import_module(f"seedtriton.kernels.{name[:-3]}")
-print("wheel ok:", place.parent.name, seedtriton.__version__, "with kernels", ", ".join(KERNELS))
+for name in MODULES:
+    module = importlib.import_module(f"seedtriton.{name}")
+    assert pathlib.Path(module.__file__).is_relative_to(place.parent), f"{name} was imported from {module.__file__}"
+print("wheel ok:", place.parent.name, seedtriton.__version__, "with", len(MODULES), "modules and kernels", ", ".join(KERNELS))
 """
 
 
@@ -33,9 +38,10 @@ def run(*command: str, **options) -> None:
 
 
 def main() -> None:
-    modules = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
-    if not modules:
-        sys.exit("kernels/ has no modules to look for")
+    kernels = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+    modules = sorted(name for name in house.files() if name and name != "__main__")
+    if not kernels or not modules:
+        sys.exit("there are no modules to look for")
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         quiet = {"stdout": subprocess.DEVNULL}
@@ -50,8 +56,8 @@ def main() -> None:
             [sys.executable, "-c", "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)"],
             text=True,
         ).strip()
-        code = f"import sys; sys.path.append({torch_home!r}); KERNELS = {modules!r}\nimport importlib\n" + CHECK
-        run(str(python), "-I", "-c", code, cwd=folder)
+        given = f"import importlib, sys\nsys.path.append({torch_home!r})\nKERNELS, MODULES = {kernels!r}, {modules!r}\n"
+        run(str(python), "-I", "-c", given + CHECK, cwd=folder)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class TrustRegion:
 
     The default of ``rho`` is the largest of 0.1, 0.2, 0.3, 0.5 and 1.0 that did not overshoot on a host that had
     nearly converged, where 0.5 raised the loss by up to 66 % while it was blended; on hosts that still learn
-    all of these end alike (bench/growth.py).
+    all of these end alike (bench/growth).
 
     Raises:
         ConfigurationError: ``rho`` is not a finite number above 0.

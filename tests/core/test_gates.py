@@ -817,7 +817,7 @@ def test_five_targets_are_guarded_and_any_other_is_an_error():
 
 
 def test_the_defaults_are_those_of_the_original_but_for_two_that_refused_seeds_that_were_ready():
-    """Its rise of 1 point refused every second such seed, its ratio of 0.05 a few; see bench/readiness.py."""
+    """Its rise of 1 point refused every second such seed, its ratio of 0.05 a few; see bench/readiness."""
     limits, original = GateThresholds(), GateThresholds.original()
     assert (limits.min_training_improvement, original.min_training_improvement) == (None, 1.0)
     assert (limits.min_gradient_ratio, original.min_gradient_ratio) == (0.01, 0.05)
