@@ -29,7 +29,7 @@ for name in KERNELS:
 for name in MODULES:
     module = importlib.import_module(f"seedtriton.{name}")
     assert pathlib.Path(module.__file__).is_relative_to(place.parent), f"{name} was imported from {module.__file__}"
-print("wheel ok:", place.parent.name, seedtriton.__version__, "with", len(MODULES), "modules and kernels", ", ".join(KERNELS))
+print("wheel ok:", place.parent.name, seedtriton.__version__, "with", len(MODULES), "modules and", *KERNELS)
 """
 
 
