@@ -29,7 +29,8 @@ def markdown(record, name):
     said = (
         f"{head['device']}, torch {head['torch']}, commit {head['commit']}; a copy moves {copy / 1e9:.0f} GB/s, read "
         "plus written. Medians; all took turns in random order, from cold caches, and each was within its tolerance "
-        f"of float64 before it was timed ([raw output](bench/results/{name}), `python -m bench.performance --device {part}`). "
+        f"of float64 before it was timed ([raw output](bench/results/{name}), "
+        f"`python -m bench.performance --device {part}`). "
     )
     said += (
         "Cells of others are theirs / ours, GPU time and then CPU time until the call returns; *w*: eager wall time, "
