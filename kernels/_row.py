@@ -97,18 +97,27 @@ def _write_gains(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _write_summary(  # type: ignore[no-untyped-def]
-    summary_cell, sumsq, segment, inside, max_norm, eps, CLIP_EPS: tl.constexpr, TOTAL_NORM: tl.constexpr,
-    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+    summary_cell, sumsq, modes, segment, num_segments, inside, max_norm, eps, CLIP_EPS: tl.constexpr,
+    APART: tl.constexpr, GUARDED: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
+    SUMMARY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Total norm, clip coefficient and the ratios of this sample."""
+    """Total norm, and of each segment its ratio of this sample, its clip coefficient and whether it is kept."""
     norms = tl.sqrt(sumsq)
     host = tl.sum(tl.where(segment == 0, norms, 0.0))
-    tl.store(summary_cell + SUMMARY_HEAD + segment, norms * (1.0 / (host + eps)), mask=inside)
-    total = tl.sqrt(tl.sum(sumsq))
-    coefficient = max_norm / (total + CLIP_EPS)
-    tl.store(summary_cell + TOTAL_NORM, total)
+    cell = summary_cell + SUMMARY_HEAD + segment
+    tl.store(cell, norms * (1.0 / (host + eps)), mask=inside)
+    mode = tl.load(modes + segment, mask=inside, other=0)
+    kept = (sumsq < float("inf")) | ((mode & GUARDED) == 0)
+    counted = tl.where(kept, sumsq, 0.0)
+    apart = (mode & APART) != 0
+    total = tl.sqrt(tl.sum(tl.where(apart, 0.0, counted)))
+    coefficient = max_norm / (tl.where(apart, tl.sqrt(counted), total) + CLIP_EPS)
     # Comparing and not minimum(): IEEE's minimum drops NaN, and a NaN norm has to make NaN gradients.
-    tl.store(summary_cell + CLIP_COEFFICIENT, tl.where(coefficient > 1.0, 1.0, coefficient))
+    coefficient = tl.where(coefficient > 1.0, 1.0, coefficient)
+    tl.store(summary_cell + TOTAL_NORM, total)
+    tl.store(summary_cell + CLIP_COEFFICIENT + segment * 0, coefficient, mask=segment == 0)
+    tl.store(cell + num_segments, tl.where(kept, coefficient, -1.0), mask=inside)
+    tl.store(cell + 2 * num_segments, tl.where(kept, 1.0, -1.0), mask=inside)
 
 
 # Not inlined: the compiler would compute the addresses below at the start of every program and keep them in
@@ -119,7 +128,7 @@ def finish(  # type: ignore[no-untyped-def]
     CLIP_EPS: tl.constexpr, EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
     VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr, TENSORS: tl.constexpr,
     ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
-    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """By the last program: the row of the ring, the gains, the summary, the count; or the sums alone."""
     segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
@@ -135,7 +144,7 @@ def finish(  # type: ignore[no-untyped-def]
     summary_cell = summary.to(tl.pointer_type(tl.float64))
     if EPILOGUE:
         # Addresses that stay are read here: as arguments they would take registers from the start.
-        fixed = places + num_segments
+        fixed = places + 2 * num_segments
         samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
         samples = tl.load(samples_cell)
         tl.store(samples_cell, samples + 1)
@@ -163,8 +172,9 @@ def finish(  # type: ignore[no-untyped-def]
 
         _write_gains(cell, places, segment, inside, gain_scale, found_inf, EXTRA)
         _write_summary(
-            summary_cell, sumsq, segment, inside, max_norm, eps, CLIP_EPS, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD
-        )
+            summary_cell, sumsq, places + num_segments, segment, num_segments, inside, max_norm, eps, CLIP_EPS,
+            APART, GUARDED, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
+        )  # fmt: skip
     else:
         tl.store(summary_cell + segment, sumsq, mask=inside)
 

@@ -1,4 +1,4 @@
-"""In-place scaling of many tensors in one launch, which leaves at once when the coefficient is exactly 1.
+"""In-place scaling of many tensors in one launch, by segment, which leaves at once where a coefficient is exactly 1.
 
 For clipping: the coefficient stays on the device, and the common step that is not clipped costs a launch
 and no traffic, where torch's `_foreach_mul_` reads and writes every gradient.
@@ -16,14 +16,22 @@ from torch import Tensor
 from seedtriton.kernels import _launch
 from seedtriton.kernels._launch import Unsupported, release, unsupported
 
-__all__ = ["Unsupported", "release", "scale_", "unsupported"]
+__all__ = ["Unsupported", "release", "scale_", "scale_segments_", "unsupported"]
 
 # As in gradient_sums: blocks of equal bytes, two independent 128-bit loads and stores per thread.
 BLOCK_BYTES = 8192
 
 
 @triton.jit
-def _scale_run(address, length, coefficient, DTYPE: tl.constexpr, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scaled(x, coefficient, cleared):  # type: ignore[no-untyped-def]
+    """``x * coefficient`` in fp32, or zeros where ``cleared``: of what is not finite a product would make NaN."""
+    return tl.where(cleared, 0.0, x.to(tl.float32) * coefficient)
+
+
+@triton.jit
+def _scale_run(  # type: ignore[no-untyped-def]
+    address, length, coefficient, cleared, DTYPE: tl.constexpr, BYTES: tl.constexpr
+):
     """Set x to round(fp32(x) * coefficient) for ``length`` elements at ``address`` (int64); edges are masked."""
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     WORD: tl.constexpr = 16 // SIZE
@@ -35,56 +43,60 @@ def _scale_run(address, length, coefficient, DTYPE: tl.constexpr, BYTES: tl.cons
     # The promise of alignment counts only on the pointer: on the integer the compiler forgets it.
     body = tl.multiple_of((address + head * SIZE).to(tl.pointer_type(DTYPE)), 16)
     for block in range(blocks):
-        x = tl.load(body + block * BLOCK + lane).to(tl.float32) * coefficient  # [BLOCK]
+        x = _scaled(tl.load(body + block * BLOCK + lane), coefficient, cleared)  # [BLOCK]
         tl.store(body + block * BLOCK + lane, x.to(DTYPE))
     last = body + blocks * BLOCK + lane
     inside = lane < words * WORD - blocks * BLOCK
-    y = tl.load(last, mask=inside, other=0.0).to(tl.float32) * coefficient  # [BLOCK]
+    y = _scaled(tl.load(last, mask=inside, other=0.0), coefficient, cleared)  # [BLOCK]
     tl.store(last, y.to(DTYPE), mask=inside)
 
     edge = tl.arange(0, 16)
     cell = address.to(tl.pointer_type(DTYPE)) + tl.where(edge < head, edge, edge + words * WORD)
     rest = edge < length - words * WORD
-    z = tl.load(cell, mask=rest, other=0.0).to(tl.float32) * coefficient  # [16]
+    z = _scaled(tl.load(cell, mask=rest, other=0.0), coefficient, cleared)  # [16]
     tl.store(cell, z.to(DTYPE), mask=rest)
 
 
-_RUNTIME = ("addresses", "meta", "items", "chunk", "base", "coefficient", "norm", "norm_copy")
+_RUNTIME = ("addresses", "meta", "items", "chunk", "base", "coefficient", "norm", "norm_copy", "clear")
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _scale_kernel(  # type: ignore[no-untyped-def]
     addresses: tl.int64, meta: tl.int64, items: tl.int32, chunk: tl.int32, base: tl.int64,
-    coefficient: tl.int64, norm: tl.int64, norm_copy: tl.int64, WIDE: tl.constexpr, BYTES: tl.constexpr,
+    coefficient: tl.int64, norm: tl.int64, norm_copy: tl.int64, clear: tl.int32,
+    WIDE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Scale x by the coefficient, one program per item; nothing is read or written when the coefficient is 1.
+    """Scale x by its segment's coefficient, one program per item; nothing is read or written where that is 1.
 
     addresses: int64 [slots], relative to ``base``
     meta: int32, columns of the plan, 5 x [items] and more
-    coefficient: one fp32, or fp64 with WIDE, rounded to fp32
+    coefficient: [segments], fp32, or fp64 with WIDE, rounded to fp32
+    clear: unless 0, a coefficient below 0 writes zeros
     norm, norm_copy: one fp64 and, unless 0, the fp32 that becomes its copy
     """
     if (tl.program_id(0) == 0) & (norm_copy.to(tl.int64) != 0):
         value = tl.load(norm.to(tl.int64).to(tl.pointer_type(tl.float64))).to(tl.float32)
         tl.store(norm_copy.to(tl.int64).to(tl.pointer_type(tl.float32)), value)
+    item = tl.program_id(0)
+    columns = meta.to(tl.int64).to(tl.pointer_type(tl.int32)) + item
+    segment = tl.load(columns + items)
     if WIDE:
-        factor = tl.load(coefficient.to(tl.int64).to(tl.pointer_type(tl.float64))).to(tl.float32)
+        factor = tl.load(coefficient.to(tl.int64).to(tl.pointer_type(tl.float64)) + segment).to(tl.float32)
     else:
-        factor = tl.load(coefficient.to(tl.int64).to(tl.pointer_type(tl.float32)))
+        factor = tl.load(coefficient.to(tl.int64).to(tl.pointer_type(tl.float32)) + segment)
+    cleared = (clear != 0) & (factor < 0.0)
     if factor != 1.0:
-        item = tl.program_id(0)
-        columns = meta.to(tl.int64).to(tl.pointer_type(tl.int32)) + item
         length = tl.load(columns)
         dtype = tl.load(columns + 2 * items)
         slot = tl.load(columns + 3 * items)
         offset = tl.load(columns + 4 * items).to(tl.int64) * chunk
         address = base.to(tl.int64) + tl.load(addresses.to(tl.int64).to(tl.pointer_type(tl.int64)) + slot)
         if dtype == 0:
-            _scale_run(address + offset * 4, length, factor, tl.float32, BYTES)
+            _scale_run(address + offset * 4, length, factor, cleared, tl.float32, BYTES)
         elif dtype == 1:
-            _scale_run(address + offset * 2, length, factor, tl.bfloat16, BYTES)
+            _scale_run(address + offset * 2, length, factor, cleared, tl.bfloat16, BYTES)
         else:
-            _scale_run(address + offset * 2, length, factor, tl.float16, BYTES)
+            _scale_run(address + offset * 2, length, factor, cleared, tl.float16, BYTES)
 
 
 def scale_(
@@ -94,38 +106,56 @@ def scale_(
     flat: Tensor | None = None,
     copy: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Multiply every tensor in place by ``coefficient``, in fp32, rounded once to the tensor's dtype.
+    """``scale_segments_`` of one segment: ``coefficient`` has one element."""
+    if coefficient.numel() != 1:
+        raise ValueError(f"coefficient must be one number, got {list(coefficient.shape)}")
+    scale_segments_(tensors, (0,) * len(tensors), coefficient.reshape(1), flat=flat, copy=copy)
+
+
+def scale_segments_(
+    tensors: Sequence[Tensor],
+    segments: Sequence[int],
+    coefficients: Tensor,
+    *,
+    clear: bool = False,
+    flat: Tensor | None = None,
+    copy: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Multiply every tensor in place by its segment's coefficient, in fp32, rounded once to the tensor's dtype.
 
     Args:
-        tensors: float32, bfloat16 or float16, dense, on the coefficient's device, no two sharing memory.
-        coefficient: one element, float32 or float64 (rounded to float32).
+        tensors: float32, bfloat16 or float16, dense, on the coefficients' device, no two sharing memory.
+        segments: the segment of each.
+        coefficients: [segments], contiguous, float32 or float64 (rounded to float32).
+        clear: a coefficient below 0 writes zeros, also over NaN and infinities, of which a product would make NaN.
         flat: a buffer of which all ``tensors`` are views that never move within it.
         copy: a float64 and a float32 of one element each, on the same device: the first is copied to the
             second in the same launch, for whoever clips and wants the norm. Needs a tensor with elements.
 
     Raises:
         Unsupported: a tensor that the kernel cannot take.
-        ValueError: a coefficient of another dtype or size.
+        ValueError: coefficients of another dtype or shape.
         Uncapturable: a new address while a CUDA graph is captured.
     """
-    if coefficient.dtype not in (torch.float32, torch.float64) or coefficient.numel() != 1:
+    if coefficients.dtype not in (torch.float32, torch.float64) or coefficients.dim() != 1:
         raise ValueError(
-            f"coefficient must be one float32 or float64, got {coefficient.dtype} {list(coefficient.shape)}"
+            f"coefficients must be float32 or float64 of one dimension, got {coefficients.dtype} "
+            f"{list(coefficients.shape)}"
         )
     if not any(map(Tensor.numel, tensors)):
         return
-    device = coefficient.device
+    device, num_segments = coefficients.device, coefficients.shape[0]
     with _launch.guard(device), _launch.lock():
-        tables = _launch.find_tables(tensors, (0,) * len(tensors), 1, device, ("scale",), distinct=True, flat=flat)
+        tables = _launch.find_tables(tensors, segments, num_segments, device, ("scale",), distinct=True, flat=flat)
         tables.launch(
             _scale_kernel,
             tables.items,
             (
                 tables.addresses, tables.meta, tables.items, tables.plan.chunk,
-                0 if flat is None else flat.data_ptr(), coefficient.data_ptr(),
-                0 if copy is None else copy[0].data_ptr(), 0 if copy is None else copy[1].data_ptr(),
+                0 if flat is None else flat.data_ptr(), coefficients.data_ptr(),
+                0 if copy is None else copy[0].data_ptr(), 0 if copy is None else copy[1].data_ptr(), int(clear),
             ),
-            (coefficient.dtype == torch.float64, BLOCK_BYTES),
+            (coefficients.dtype == torch.float64, BLOCK_BYTES),
         )  # fmt: skip
     # The kernel writes behind autograd's back; whoever saved one of these for a backward has to hear of it.
     torch.autograd.graph.increment_version(tensors)

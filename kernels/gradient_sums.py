@@ -39,7 +39,7 @@ SUM_BLOCK = 1024
 # Smallest block of segments; larger ones are powers of two, so that few variants are ever compiled.
 MIN_SEGMENTS = 32
 # ``layout`` of ``segmented_sumsq``: ``outside`` has one column, and there is no row.
-SUMS_LAYOUT = (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0)
+SUMS_LAYOUT = (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @triton.jit
@@ -112,6 +112,7 @@ def _run_item(  # type: ignore[no-untyped-def]
     LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr,
     TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
     TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
+    APART: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Sum an item; whoever completes its segment closes it, whoever closes the last segment finishes."""
     segment, partial = _sum_item(item, addresses, meta, work, items, chunk, base, LANES, BYTES)
@@ -147,7 +148,7 @@ def _run_item(  # type: ignore[no-untyped-def]
                         work, item_starts, addresses + slots, items, num_segments, summary, outside, grad_scale,
                         gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
                         EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT,
-                        SUMMARY_HEAD,
+                        SUMMARY_HEAD, APART, GUARDED,
                     )  # fmt: skip
 
 
@@ -171,12 +172,12 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
     MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
     QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
-    SUMMARY_HEAD: tl.constexpr,
+    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """sumsq[k] = sum of x² over segment k; with EPILOGUE a row of the ring and the summary, else the sums.
 
     addresses: int64 [slots], of the tensors (relative to ``base``); for a row also [num_segments] of the gains (0:
-        none), then of the ring and the count, and the window itself
+        none), then the modes [num_segments], the addresses of the ring and the count, and the window itself
     meta: int32, columns of the plan: 6 x [items], item and slot starts 2 x [num_segments + 1]
     work: 8 bytes each, partial sums [items], sums and (int64) marks of closed segments [2, num_segments], tensors and
         elements [2, num_segments], and (int64) marks of tensors [slots]
@@ -196,7 +197,8 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
             chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
             gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES, BYTES,
             SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
-            TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
+            TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD, APART,
+            GUARDED,
         )  # fmt: skip
 
 
@@ -212,7 +214,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
     MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
     QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
-    SUMMARY_HEAD: tl.constexpr,
+    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """The second of two launches, one program: closes every segment and finishes, without any counter.
 
@@ -242,7 +244,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         work_table, meta_table + 6 * items, address_table + slots, items, num_segments, summary.to(tl.int64),
         outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps,
         CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA,
-        QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
+        QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD, APART, GUARDED,
     )  # fmt: skip
 
 
@@ -391,10 +393,11 @@ def record_(
         gain_table[segment] = pointer
     size, row = ring.shape[0], (ring.data_ptr(), count.data_ptr())
     buffer, settled = (None, True) if flat is None else flat
+    modes = rules.modes or (0,) * num_segments
     with _launch.guard(device), _launch.lock():
         tables = _launch.find_tables(
-            *gradients, num_segments, device, ("record", size, *row, tuple(gains.segments)), gain_pointers,
-            (*gain_table, *row, size), () if outside is None else outside.counts, buffer, settled,
+            *gradients, num_segments, device, ("record", size, *row, tuple(gains.segments), modes), gain_pointers,
+            (*gain_table, *modes, *row, size), () if outside is None else outside.counts, buffer, settled,
         )  # fmt: skip
         numbers = (rules.max_norm, rules.eps, rules.vanishing_rms, rules.exploding_rms)
         arguments = _arguments(tables, buffer, summary, columns, tuple(map(_address, scalars)), numbers)

@@ -116,7 +116,7 @@ def _read(monitor: GradientMonitor) -> dict[str, Any]:
         "sums": row[:, SUMSQ],
         "total": monitor.summary[TOTAL_NORM],
         "coefficient": monitor.summary[CLIP_COEFFICIENT],
-        "ratio": monitor.summary[SUMMARY_HEAD + 1 :],
+        "ratio": monitor.summary[SUMMARY_HEAD + 1 : SUMMARY_HEAD + monitor.ring.shape[1]],
     }
 
 

@@ -320,9 +320,11 @@ def _finite(known: SeedEvidence, limit: float | None) -> Check:
         return _not_asked("finite", "max_dropped_share", known.dropped_share)
     if not known.samples and not known.dropped:
         return Check("finite", _missing_name(known), False, None, limit, known.reason)
+    words = f"share of the measurements dropped, {known.dropped} of {known.samples + known.dropped}"
+    if known.seed_not_finite:
+        words += f"; in {known.seed_not_finite} the seed's own gradients were not finite"
     return _at_most(
-        "finite", "max_dropped_share", known.dropped_share, limit,
-        "gradients_finite", "gradients_not_finite", "share of the measurements dropped",
+        "finite", "max_dropped_share", known.dropped_share, limit, "gradients_finite", "gradients_not_finite", words
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigurationError
-from . import ops
-from .row import CLIP_COEFFICIENT, CLIP_EPS, TOTAL_NORM
+from . import ops, reference
+from .row import SUMSQ, TOTAL_NORM, Listed, Rules, Window
 
 _version_of = attrgetter("_version")
 
@@ -54,18 +54,15 @@ def check_max_norm(max_norm: float) -> None:
 
 
 @torch.no_grad()
-def summary_of(gradients: Sequence[Tensor], like: Tensor, lanes: torch.dtype) -> Tensor:
-    """A summary with the total norm of these gradients: a pass of its own; like the one of a measurement."""
-    summary = torch.zeros_like(like)
-    sums = ops.segmented_sumsq(gradients, [0] * len(gradients), 1, lanes=lanes)
-    summary[TOTAL_NORM] = sums[0].sqrt()
-    return summary
-
-
-@torch.no_grad()
-def limit_(summary: Tensor, max_norm: float) -> None:
-    """Set the clip coefficient of a summary to that of ``max_norm``."""
-    summary[CLIP_COEFFICIENT] = (max_norm / (summary[TOTAL_NORM] + CLIP_EPS)).clamp(max=1.0)
+def summary_of(gradients: Listed, window: Window, rules: Rules, *, measured: bool) -> Tensor:
+    """The summary of these gradients by these rules: from the newest row, if it is of them, or by a pass of its own."""
+    if measured:
+        newest = (window.written - 1).remainder(window.ring.shape[0]).view(1)
+        return reference.summarize(window.ring.index_select(0, newest)[0, :, SUMSQ], rules)
+    segments = window.ring.shape[1]
+    if not gradients.tensors:
+        return reference.summarize(torch.zeros(segments, dtype=torch.float64, device=window.ring.device), rules)
+    return reference.summarize(ops.segmented_sumsq(*gradients, segments, lanes=rules.lanes), rules)
 
 
 def refuse_nonfinite(summary: Tensor) -> None:

@@ -1,47 +1,35 @@
-"""GradientMonitor: one row of the ring per measurement, one copy to the host per read.
+"""GradientMonitor: what the user calls to measure, and to clip by what was measured.
 
 Segment 0 is the host, 1..N the seeds. Measuring writes tensors only and waits for nothing; every
-statistic is computed on the host, in evidence.py, when somebody reads.
+statistic is computed on the host, in evidence.py, when somebody reads (windows.py).
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.errors import ConfigurationError, StateDictError, WiringError
-from ..core.evidence import HOST_FLOOR, NEVER_MEASURED, RATIO_EPS, SeedEvidence
-from ..core.state import check_state
+from ..core.errors import ConfigurationError
+from ..core.evidence import HOST_FLOOR, RATIO_EPS
 from . import ops
-from .clipping import MeasuredGradients, check_max_norm, limit_, refuse_nonfinite, summary_of
+from .clipping import check_max_norm, refuse_nonfinite, summary_of
 from .flat import FlatGradients, flat_place
 from .in_backward import BackwardCollector
 from .loss_scale import read_scaler
 from .parameters import Gradients, Parameters, Watched
-from .progress import Progress
-from .reading import Latest, Reader, Transit, pack
-from .ring import Ring, check_entries
-from .row import (
-    EXPLODING_RMS,
-    UNSCALED,
-    VANISHING_RMS,
-    LossScale,
-    Rules,
-)
+from .row import EXPLODING_RMS, UNSCALED, VANISHING_RMS, LossScale, Rules
 from .step_hook import StepHook
-
-logger = logging.getLogger("seedtriton")
+from .windows import Windows
 
 WINDOW = 128
 
 
-class GradientMonitor(Ring):
+class GradientMonitor(Windows):
     """Measures the gradients of a host and its seeds, and says what the last samples show.
 
     Call ``measure()`` (or the monitor itself) once per optimizer step: after backward and unscaling, before
@@ -67,13 +55,14 @@ class GradientMonitor(Ring):
         tag: the loss whose gradients count, in a loop with several backward passes per step (GAN, RL). Only
             ``measure(tag=...)`` with this very tag makes a sample; any other tag makes none, and a call without
             one is an error. One monitor per loss: an average of two losses' ratios means nothing.
+        quarantine: ``measure()`` writes zeros over the gradients of a seed if one of them is not finite, without
+            waiting, before a GradScaler, clipping or an optimizer sees them; not once the host feels the seed (its slot
+            is past TRAINING). The sample is dropped and counted. Too late for ``collect_in_backward``.
 
     Raises:
         WiringError: no parameters on a side, or a parameter in two seeds.
         ConfigurationError: an impossible window, eps, floor, limit, flat or tag, or an alpha for an unknown seed.
     """
-
-    VERSION = 2
 
     def __init__(
         self,
@@ -90,6 +79,7 @@ class GradientMonitor(Ring):
         exploding_rms: float | None = EXPLODING_RMS,
         flat: FlatGradients | Literal["auto"] | None = None,
         tag: str | None = None,
+        quarantine: bool = False,
     ) -> None:
         """Look the parameters up and lay out an empty ring on their device."""
         if type(window) is not int or window < 1:
@@ -102,23 +92,10 @@ class GradientMonitor(Ring):
         if not (tag is None or isinstance(tag, str)):
             raise ConfigurationError(f"tag must be a string or None, got {tag!r}")
         _check_rms(vanishing_rms, exploding_rms)
-        watched = Watched(host, seeds, alphas or {})
-        super().__init__(window, 1 + len(watched.names), watched.tracked[0].device)
-        self.window, self.eps, self.host_floor, self.lanes = window, eps, host_floor, lanes
-        self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
-        self.tag = tag
-        self._flat = flat
-        self._watched = watched
-        self._measured = MeasuredGradients()
-        self.max_norm = math.inf
-        self._progress = Progress()
+        super().__init__(Watched(host, seeds, alphas or {}), window, eps, host_floor, vanishing_rms, exploding_rms)
+        self.lanes, self.tag, self._flat = lanes, tag, flat
+        self.max_norm, self._apart, self.quarantine = math.inf, False, quarantine
         self.watch(*([optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers))
-        self._transit: Transit | None = None
-        self._arrived: Transit | None = None
-        for name, parameters in self._watched.of_seed.items():
-            # Steps that an optimizer took before it was watched are unknown, and count for nothing.
-            self._progress.begin(name, parameters, by_optimizer=())
-        self.register_load_state_dict_pre_hook(_check_before_load)
 
     def _rules(self) -> Rules:
         """As the ops take them: limits that no tensor, or no finite one, is beyond stand for None."""
@@ -126,12 +103,8 @@ class GradientMonitor(Ring):
         return Rules(
             self.max_norm, self.eps, 0.0 if vanishing is None else vanishing,
             math.inf if exploding is None else exploding, self.lanes,
+            self._watched.modes(apart=self._apart, guarded=self.quarantine),
         )  # fmt: skip
-
-    @property
-    def seeds(self) -> tuple[str, ...]:
-        """Names of the seeds, in the order of their segments."""
-        return self._watched.names
 
     def forward(self, *, tag: str | None = None) -> None:
         """Measure; so that ``torch.compile(monitor, fullgraph=True)`` works."""
@@ -245,153 +218,51 @@ class GradientMonitor(Ring):
             self._watched.warn_of_nothing()
         if tensors and tensors[0].device != self.ring.device:
             self.to(tensors[0].device)
-        ops.record_(
-            gradients, gains, self._window(), self._rules(), scale,
-            flat=flat_place(self._flat, tensors, self._watched.segment_by_id) if given is None else None,
-            names=partial(self._watched.name_of_gradient, given),
-        )  # fmt: skip
+        rules, names = self._rules(), partial(self._watched.name_of_gradient, given)
+        flat = flat_place(self._flat, tensors, self._watched.segment_by_id) if given is None else None
+        ops.record_(gradients, gains, self._window(), rules, scale, flat=flat, names=names)
+        if self.quarantine:
+            ops.quarantine_(self._watched.guarded_of(gradients, rules.modes), self.summary, names)
         self._measured.remember(tensors)
 
-    def read(self, *, strict: bool = False) -> dict[str, SeedEvidence]:
-        """What the window says of every seed. Copies to the host once, and waits for that copy.
-
-        Args:
-            strict: raise when a seed has no measurement at all, instead of saying so in its evidence.
-
-        Raises:
-            WiringError: with ``strict``, a seed that was never measured.
-        """
-        evidence = self._unpack(self._pack())
-        missing = [name for name, known in evidence.items() if known.status == NEVER_MEASURED]
-        if strict and missing:
-            raise WiringError(
-                f"seeds {missing} were never measured: call measure() after backward() and before optimizer.step()"
-            )
-        return evidence
-
-    def latest(self) -> Latest:
-        """The newest evidence that has already arrived on the host, and its age. Never waits.
-
-        Each call sends the ring on its way (a pinned, asynchronous copy on a GPU), unless an earlier copy is
-        still under way. On a CPU it arrives at once.
-        """
-        if self._transit is None:
-            self._transit = Transit(self._pack(), self.seeds, self._progress.steps.total)
-        if self._transit.arrived():
-            self._arrived, self._transit = self._transit, None
-        arrived = self._arrived
-        if arrived is None or arrived.names != self.seeds:
-            return Latest({}, None)
-        steps = self._progress.steps
-        age = steps.total - arrived.steps if steps.optimizers() else None
-        return Latest(self._unpack(arrived.buffer), age)
-
-    def _pack(self) -> Tensor:
-        self._refresh_if_stale()
-        return pack(self.ring, self.count, self.since, self._progress.displacements(self._watched.of_seed))
-
-    def _unpack(self, packed: Tensor) -> dict[str, SeedEvidence]:
-        counted = self.vanishing_rms is not None, self.exploding_rms is not None
-        reader = Reader(self.window, self.eps, self.host_floor, *counted)
-        return reader.evidence(packed.tolist(), self._watched.of_seed, self._progress)
-
-    def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+    def clip_grad_norm_(
+        self, max_norm: float, error_if_nonfinite: bool = False, *, apart: bool = False
+    ) -> Tensor:
         """Scale all gradients so that their total norm is at most ``max_norm``, as torch's function does.
 
-        Uses the pass of a ``measure()`` that came after the last optimizer step, and makes its own when there
-        was none. ``coefficient = min(1, max_norm / (norm + 1e-6))``; NaN propagates. At a coefficient of exactly
-        1 no gradient is written (on a GPU with Triton, and on a CPU).
+        Uses the pass of a ``measure()`` after the last optimizer step, and makes its own when there was none.
+        ``coefficient = min(1, max_norm / (norm + 1e-6))``; NaN propagates. At a coefficient of exactly 1 no gradient is
+        written (on a GPU with Triton, and on a CPU).
 
         Args:
             max_norm: the limit, above 0.
-            error_if_nonfinite: raise when the norm is NaN or infinite; the only option that waits for the
-                device.
+            error_if_nonfinite: raise when the norm is NaN or infinite; the only option that waits for the device.
+            apart: clip the host by its own norm and every seed by its own, with the same limit, in the same launch;
+                a seed whose slot is past TRAINING counts with the host. Clipped together, a seed takes from the
+                host's step.
 
         Returns:
-            The norm before clipping: float32, 0-dim, on the device.
+            The norm before clipping, the host's where seeds are apart: float32, 0-dim, on the device.
 
         Raises:
             ConfigurationError: ``max_norm`` is not above 0.
-            RuntimeError: a non-finite norm, when that was asked for; nothing was scaled.
+            RuntimeError: that norm is not finite, when that was asked for; nothing was scaled.
         """
         check_max_norm(max_norm)
         self._refresh_if_stale()
-        gradients = [p.grad for p in self._watched.tracked if p.grad is not None]
-        measured, self.max_norm, known = self._measured.are(gradients), max_norm, self.max_norm
-        summary = self.summary if measured else summary_of(gradients, self.summary, self.lanes)
-        if not measured or max_norm != known:
-            # The measurement did not know this limit; the next one computes the coefficient in its own pass.
-            limit_(summary, max_norm)
+        gradients, known = self._watched.gradients_of(None), self._rules()
+        measured = self._measured.are(gradients.tensors)
+        self.max_norm, self._apart = max_norm, apart
+        rules = self._rules()
+        # A measurement that did not know this limit has the sums; the next one has the coefficients in its own pass.
+        summary = self.summary
+        if not measured or rules != known:
+            summary = summary_of(gradients, self._window(), rules, measured=measured)
         if error_if_nonfinite:
             refuse_nonfinite(summary)
         total = ops.clip_(gradients, summary, partial(self._watched.name_of_gradient, None))
         self._mark_stepped()
         return total
-
-    def reset(self, name: str | None = None) -> None:
-        """Begin the window of one seed, or of all, anew: samples so far and weights so far no longer count.
-
-        Raises:
-            ConfigurationError: no seed has this name.
-        """
-        self._refresh_if_stale()
-        for seed in self.seeds if name is None else [self._watched.known(name)]:
-            self._begin_window(1 + self.seeds.index(seed))
-            self._progress.begin(seed, self._watched.of_seed[seed])
-
-    def add_seed(self, name: str, seed: Parameters, *, alpha: Any = None) -> None:
-        """Watch one more seed from now on; the samples of the others stay.
-
-        Raises:
-            ConfigurationError: the name is taken.
-            WiringError: no parameters, or parameters of another seed; nothing has changed.
-        """
-        self._watched.add(name, seed, alpha)
-        self._add_column()
-        self._mark_stepped()
-        self._progress.begin(name, self._watched.of_seed[name])
-
-    def remove_seed(self, name: str) -> None:
-        """Forget a seed: what is left of it in the host counts as host from now on.
-
-        Raises:
-            ConfigurationError: no seed has this name.
-        """
-        segment = 1 + self.seeds.index(self._watched.known(name))
-        self._watched.remove(name)
-        del self._progress.marks[name]
-        self._remove_column(segment)
-        self._mark_stepped()
-
-    def refresh(self) -> None:
-        """Look all parameters up again: after a change to the modules that no load hook can see.
-
-        Raises:
-            WiringError: no parameters on a side, or a parameter in two seeds.
-        """
-        self._watched.refresh()
-
-    def _refresh_if_stale(self) -> None:
-        if self._watched.stale:
-            self.refresh()
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What the buffers do not hold: names, and the weights at the beginning of each window."""
-        return {
-            "version": self.VERSION,
-            "seeds": list(self.seeds),
-            "tag": self.tag,
-            **self._progress.state_dict(self.seeds),
-        }
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over ``get_extra_state``, which the load has already checked."""
-        self._progress.load_state_dict(state, self._watched.of_seed)
-
-    def _mark_stepped(self) -> None:
-        """No optimizer step and no clipping since the last measurement: from now on there was one."""
-        self._measured.forget()
-
 
 def _check_rms(vanishing: float | None, exploding: float | None) -> None:
     for name, value in (("vanishing_rms", vanishing), ("exploding_rms", exploding)):
@@ -415,18 +286,3 @@ def _counts(own: str | None, tag: str | None) -> bool:
             f"this monitor measures the loss {own!r} alone: say which loss it is now, measure(tag=...)"
         )
     return tag == own
-
-
-def _check_before_load(monitor: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Refuse a state that does not fit before anything of it is taken over."""
-    assert isinstance(monitor, GradientMonitor)
-    kind = "GradientMonitor"
-    check_entries(monitor, state_dict, prefix, kind)
-    state = check_state(state_dict[f"{prefix}_extra_state"], kind, monitor.VERSION, ("seeds", "tag", "steps", "marks"))
-    if state["seeds"] != list(monitor.seeds):
-        raise StateDictError(
-            f"{kind}: the state is of seeds {state['seeds']}, the monitor has {list(monitor.seeds)}"
-        )
-    if state["tag"] != monitor.tag:
-        raise StateDictError(f"{kind}: the state is of the loss {state['tag']!r}, the monitor's is {monitor.tag!r}")
-    monitor._progress.check_state(state, kind, monitor._watched.of_seed)

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..core.errors import ConfigurationError, WiringError
 from . import backend, reference
 from .row import (
-    CLIP_COEFFICIENT,
     CLIP_EPS,
     EXPLODING_RMS,
     LAYOUT,
@@ -29,6 +28,8 @@ from .row import (
     Outside,
     Rules,
     Window,
+    coefficients_of,
+    kept_of,
 )
 
 LANES = (torch.float32, torch.float64)
@@ -107,36 +108,48 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor | float) -> None:
     if _traced(tensors):
         torch.ops.seedtriton.scale_(tensors, coefficient)
     else:
-        _scale_(tensors, coefficient)
+        _scale_impl(tensors, coefficient)
 
 
-def clip_(gradients: Sequence[Tensor], summary: Tensor, names: Callable[[Tensor], str] | None = None) -> Tensor:
-    """Scale by the clip coefficient of a measurement; for the monitor, in one launch.
+def clip_(gradients: Listed, summary: Tensor, names: Callable[[Tensor], str] | None = None) -> Tensor:
+    """Scale every segment by its clip coefficient; for the monitor, in one launch.
 
     Args:
-        gradients: what was measured.
-        summary: float64, as ``record_`` wrote it for these gradients.
+        gradients: what was measured. Where a guarded segment is not finite, they become zeros.
+        summary: float64, as ``record_`` or ``reference.summarize`` made it for these gradients.
         names: as ``record_``'s.
 
     Returns:
         A copy of its total norm, float32 0-dim: the next measurement overwrites the summary.
     """
-    coefficient = summary[CLIP_COEFFICIENT]
-    if not _traced((summary,)) and backend_of(summary.device).name == "triton" and any(map(Tensor.numel, gradients)):
-        from ..kernels import _launch, gradient_scale
+    if not gradients.tensors:
+        return summary[TOTAL_NORM].float()
+    copied = torch.empty((), dtype=torch.float32, device=summary.device)
+    _scale_by_segment_(gradients, coefficients_of(summary), names, copy=(summary[TOTAL_NORM], copied))
+    return copied
 
-        total = torch.empty((), dtype=torch.float32, device=summary.device)
-        try:
-            gradient_scale.scale_(gradients, coefficient, copy=(summary[TOTAL_NORM], total))
-        except gradient_scale.Unsupported:
-            pass  # below, in parts
-        except _launch.Uncapturable as error:
-            raise _named(error, gradients, (), names) from error
-        else:
-            return total
-    total = summary[TOTAL_NORM].float()
-    scale_(gradients, coefficient)
-    return total
+
+def quarantine_(gradients: Listed, summary: Tensor, names: Callable[[Tensor], str] | None = None) -> None:
+    """Write zeros into the gradients of guarded segments that are not finite; nothing is touched where all are.
+
+    Arguments as ``clip_``'s; ``gradients`` are those of the guarded segments. Waits for nothing on a GPU.
+    """
+    if gradients.tensors:
+        _scale_by_segment_(gradients, kept_of(summary), names)
+
+
+def _scale_by_segment_(
+    listed: Listed,
+    coefficients: Tensor,
+    names: Callable[[Tensor], str] | None,
+    copy: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    if _traced((coefficients,)):
+        torch.ops.seedtriton.scale_segments_(list(listed.tensors), list(listed.segments), coefficients)
+        if copy is not None:
+            copy[1].copy_(copy[0])
+    else:
+        _scale_(listed, coefficients, clear=True, names=names, copy=copy)
 
 
 def record_(
@@ -159,7 +172,7 @@ def record_(
     if _traced((*gradients.tensors[:1], window.ring)):
         torch.ops.seedtriton.record_(
             *map(list, gradients), *map(list, gains), *window, rules.max_norm, rules.eps, *scale,
-            rules.lanes == torch.float64, rules.vanishing_rms, rules.exploding_rms,
+            rules.lanes == torch.float64, rules.vanishing_rms, rules.exploding_rms, list(rules.modes),
         )  # fmt: skip
     else:
         _record_(gradients, gains, window, rules, scale, flat, names)
@@ -198,23 +211,35 @@ def _segmented_sumsq(
         raise
 
 
-def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    if backend_of(coefficient.device).name == "triton":
-        from ..kernels import gradient_scale
+def _scale_(
+    listed: Listed,
+    coefficients: Tensor,
+    clear: bool = False,
+    names: Callable[[Tensor], str] | None = None,
+    copy: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """``reference.scale_segments_``, in one launch where it can be; ``copy[0]``, float64, is copied to ``copy[1]``."""
+    if backend_of(coefficients.device).name == "triton" and any(map(Tensor.numel, listed.tensors)):
+        from ..kernels import _launch, gradient_scale
 
         try:
-            gradient_scale.scale_(tensors, coefficient)
+            gradient_scale.scale_segments_(*listed, coefficients, clear=clear, copy=copy)
         except gradient_scale.Unsupported:
-            _check_scalable(tensors)
-            (inside, _), (outside, _) = _split(tensors, [0] * len(tensors), coefficient.device)
+            _check_scalable(listed.tensors)
+            inside, outside = _split(*listed, coefficients.device)
             # A tensor that is listed twice is scaled twice, which programs side by side cannot do.
-            if len({tensor.data_ptr() for tensor in inside if tensor.numel()}) == sum(t.numel() > 0 for t in inside):
-                gradient_scale.scale_(inside, coefficient)
-                tensors = outside
+            places = [tensor.data_ptr() for tensor in inside.tensors if tensor.numel()]
+            if len(set(places)) == len(places):
+                gradient_scale.scale_segments_(*inside, coefficients, clear=clear)
+                listed = outside
+        except _launch.Uncapturable as error:
+            raise _named(error, listed.tensors, (), names) from error
         else:
             return
-    _check_scalable(tensors)
-    reference.scale_(tensors, coefficient)
+    _check_scalable(listed.tensors)
+    reference.scale_segments_(listed, coefficients, clear)
+    if copy is not None:
+        copy[1].copy_(copy[0])
 
 
 def _record_(
@@ -380,8 +405,9 @@ _library.define(
     "record_(Tensor[] gradients, int[] segments, Tensor(a!)[] gains, int[] gain_segments, Tensor(b!) ring, "
     "Tensor(c!) count, Tensor(d!) summary, float max_norm, float eps, Tensor? grad_scale=None, "
     "Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False, "
-    f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}) -> ()"
+    f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}, int[] modes=[]) -> ()"
 )
+_library.define("scale_segments_(Tensor(a!)[] tensors, int[] segments, Tensor coefficients) -> ()")
 
 
 def _segmented_sumsq_impl(
@@ -406,20 +432,31 @@ def _record_impl(
     wide: bool = False,
     vanishing_rms: float = VANISHING_RMS,
     exploding_rms: float = EXPLODING_RMS,
+    modes: Sequence[int] = (),
 ) -> None:
     _record_(
         Listed(gradients, segments), Listed(gains, gain_segments), Window(ring, count, summary),
-        Rules(max_norm, eps, vanishing_rms, exploding_rms, _lanes(wide)), LossScale(grad_scale, gain_scale, found_inf),
+        Rules(max_norm, eps, vanishing_rms, exploding_rms, _lanes(wide), tuple(modes)),
+        LossScale(grad_scale, gain_scale, found_inf),
         None, None,
     )  # fmt: skip
+
+
+def _scale_impl(tensors: list[Tensor], coefficient: Tensor) -> None:
+    _scale_(Listed(tensors, [0] * len(tensors)), coefficient.reshape(1))
+
+
+def _scale_segments_impl(tensors: list[Tensor], segments: list[int], coefficients: Tensor) -> None:
+    _scale_(Listed(tensors, segments), coefficients, clear=True)
 
 
 # CompositeExplicitAutograd: one implementation for every device, sparse ones too; it picks the backend itself.
 _library.impl("segmented_sumsq", _segmented_sumsq_impl, "CompositeExplicitAutograd")
 # Nothing flows back through a sum that is measured: without this, autograd warns when an input requires grad.
 _library.impl("segmented_sumsq", torch.library.fallthrough_kernel, "Autograd")
-_library.impl("scale_", _scale_, "CompositeExplicitAutograd")
+_library.impl("scale_", _scale_impl, "CompositeExplicitAutograd")
 _library.impl("record_", _record_impl, "CompositeExplicitAutograd")
+_library.impl("scale_segments_", _scale_segments_impl, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("seedtriton::segmented_sumsq", lib=_library)
@@ -435,4 +472,9 @@ def _(tensors: list[Tensor], coefficient: Tensor) -> None:
 
 @torch.library.register_fake("seedtriton::record_", lib=_library)
 def _(*args: object, **kwargs: object) -> None:
+    return None
+
+
+@torch.library.register_fake("seedtriton::scale_segments_", lib=_library)
+def _(*args: object) -> None:
     return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
 from .in_backward import BackwardCollector
-from .row import Listed
+from .row import APART, GUARDED, Listed
 
 logger = logging.getLogger("seedtriton")
 
@@ -245,6 +245,22 @@ class Watched:
                 gains.append(slope if given is None else slope.clone())
                 segments.append(segment)
         return Listed(gains, segments)
+
+    def modes(self, *, apart: bool, guarded: bool) -> tuple[int, ...]:
+        """How each segment is clipped, see ``Rules``: a seed is apart and guarded only while the host does not feel it.
+
+        A seed without a blend factor, or with a bare tensor for one, is never felt.
+        """
+        if not (apart or guarded):
+            return ()
+        mode = APART * apart + GUARDED * guarded
+        holders = (self._alphas.get(name) for name in self._seeds)
+        return (0, *(mode * bool(getattr(alpha and alpha.holder, "behind", True)) for alpha in holders))
+
+    def guarded_of(self, gradients: Listed, modes: tuple[int, ...]) -> Listed:
+        """Those of the gradients whose segments are guarded."""
+        chosen = [index for index, segment in enumerate(gradients.segments) if modes[segment] & GUARDED]
+        return Listed([gradients.tensors[i] for i in chosen], [gradients.segments[i] for i in chosen])
 
     def warn_of_nothing(self) -> None:
         """Say once that there was no gradient at all, and where the call belongs."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .row import (
+    APART,
     CLIP_EPS,
     EXTRA,
+    GUARDED,
     MEASURED,
     SUMSQ,
     UNSCALED,
@@ -152,6 +154,35 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
 
 @torch.no_grad()
+def scale_segments_(listed: Listed, coefficients: Tensor, clear: bool = False) -> None:
+    """``scale_`` each tensor by the coefficient of its segment, float64 [segments].
+
+    With ``clear`` a coefficient below 0 writes zeros, whatever was there: 0 * NaN is NaN.
+    """
+    if coefficients.device.type == "cpu":
+        values = coefficients.tolist()
+        if all(value == 1.0 for value in values):
+            return
+        by_segment: dict[int, list[Tensor]] = {}
+        for tensor, segment in zip(*listed):
+            if values[segment] != 1.0:
+                by_segment.setdefault(segment, []).append(tensor)
+        for segment, tensors in by_segment.items():
+            if clear and values[segment] < 0.0:
+                for tensor in tensors:
+                    tensor.zero_()
+            else:
+                scale_(tensors, coefficients[segment])
+        return
+    for tensor, segment in zip(*listed):
+        coefficient = coefficients[segment]
+        if clear:
+            gone = coefficient.lt(0.0).to(tensor.device)
+            tensor.copy_(torch.where(gone, torch.zeros_like(tensor), tensor))
+        scale_([tensor], coefficient)
+
+
+@torch.no_grad()
 def record_(
     gradients: Listed, gains: Listed, window: Window, rules: Rules, scale: LossScale = UNSCALED
 ) -> None:
@@ -215,11 +246,41 @@ def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: L
     ring.index_copy_(0, count.remainder(ring.shape[0]).view(1), row.unsqueeze(0))
     count.add_(1)
 
-    norms = row[:, SUMSQ].sqrt()
-    total = row[:, SUMSQ].sum(dim=0, keepdim=True).sqrt_()
-    # As torch.nn.utils.clip_grad_norm_: clamp keeps NaN, so a NaN norm makes NaN gradients, not silence.
-    coefficient = (rules.max_norm / (total + CLIP_EPS)).clamp_(max=1.0)
-    torch.cat([total, coefficient, norms / (norms[0] + rules.eps)], out=summary)
+    summary.copy_(summarize(row[:, SUMSQ], rules))
+
+
+@torch.no_grad()
+def summarize(sumsq: Tensor, rules: Rules) -> Tensor:
+    """The summary of a sample, float64 [SUMMARY_HEAD + 3 * segments], from the sum of squares of each segment.
+
+    ``coefficient = min(1, max_norm / (norm + CLIP_EPS))``: the norm is that of the segment where it is apart, and that
+    of all the others together where it is not. What is guarded and not finite counts as zero; its coefficient is -1.
+    """
+    norms = sumsq.sqrt()
+    ratios = norms / (norms[0] + rules.eps)
+    if not any(rules.modes):
+        total = sumsq.sum(dim=0, keepdim=True).sqrt_()
+        # As torch.nn.utils.clip_grad_norm_: clamp keeps NaN, so a NaN norm makes NaN gradients, not silence.
+        coefficient = (rules.max_norm / (total + CLIP_EPS)).clamp_(max=1.0)
+        return torch.cat([total, coefficient, ratios, coefficient.expand_as(norms), torch.ones_like(norms)])
+    apart, unguarded = _modes(rules.modes, sumsq.device)
+    kept = sumsq.isfinite().logical_or_(unguarded)
+    counted = sumsq.where(kept, sumsq.new_zeros(()))
+    total = counted.masked_fill(apart, 0.0).sum(dim=0, keepdim=True).sqrt_()
+    coefficients = (rules.max_norm / (counted.sqrt().where(apart, total) + CLIP_EPS)).clamp_(max=1.0)
+    gone = kept.logical_not()
+    by_segment = coefficients.masked_fill(gone, -1.0), torch.ones_like(norms).masked_fill_(gone, -1.0)
+    return torch.cat([total, coefficients[:1], ratios, *by_segment])
+
+
+@lru_cache(maxsize=256)
+def _modes(modes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which segments are apart, and which are not guarded: bool [segments] each."""
+    with torch.inference_mode(False):  # as in ``constant``
+        return (
+            torch.tensor([bool(mode & APART) for mode in modes], device=device),
+            torch.tensor([not mode & GUARDED for mode in modes], device=device),
+        )
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ class Ring(nn.Module):
         ring: float64 [window, segments, QUANTITIES].
         count: int64 0-dim, samples ever written.
         since: int64 [segments], the number of the first sample that counts for the segment.
-        summary: float64 [SUMMARY_HEAD + segments], of the newest sample; not saved.
+        summary: float64 [SUMMARY_HEAD + 3 * segments], of the newest sample; not saved.
     """
 
     ring: Tensor
@@ -57,7 +57,7 @@ class Ring(nn.Module):
         self.since[segment : segment + 1].copy_(self.count.view(1))
 
     def _resize_summary(self) -> None:
-        size = SUMMARY_HEAD + self.ring.shape[1]
+        size = SUMMARY_HEAD + 3 * self.ring.shape[1]
         self.summary = torch.zeros(size, dtype=torch.float64, device=self.ring.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ring:

@@ -29,10 +29,16 @@ QUANTITIES = 7
 VANISHING_RMS = 1e-8
 EXPLODING_RMS = 10.0
 
-# The summary holds what the training step itself can use, fp64 [SUMMARY_HEAD + segments].
-TOTAL_NORM = 0  # root of the sum over all segments
-CLIP_COEFFICIENT = 1  # min(1, max_norm / (total norm + CLIP_EPS))
-SUMMARY_HEAD = 2  # then the ratio of each segment to the host, of this sample alone
+# The summary holds what the training step itself can use, fp64 [SUMMARY_HEAD + 3 * segments]: behind its head three
+# numbers of each segment: the ratio to the host, of this sample alone; the clip coefficient; 1. Where a guarded segment
+# is not finite, the last two are -1, which writes zeros.
+TOTAL_NORM = 0  # root of the sum over all segments that are not apart
+CLIP_COEFFICIENT = 1  # of the host, and of whatever is not apart
+SUMMARY_HEAD = 2
+
+# How a segment is clipped, added up; 0: with the host.
+APART = 1  # by its own norm, with the same limit
+GUARDED = 2  # gradients that are not finite count as zeros, and become zeros
 
 
 class RowLayout(NamedTuple):
@@ -50,6 +56,8 @@ class RowLayout(NamedTuple):
     total_norm: int = TOTAL_NORM
     clip_coefficient: int = CLIP_COEFFICIENT
     summary_head: int = SUMMARY_HEAD
+    apart: int = APART
+    guarded: int = GUARDED
 
 
 LAYOUT = RowLayout()
@@ -71,7 +79,7 @@ class Window(NamedTuple):
     Attributes:
         ring: float64 [window, segments, QUANTITIES]; row ``count % window`` is overwritten.
         written: int64 0-dim, samples ever written; 1 is added.
-        summary: float64 [SUMMARY_HEAD + segments], overwritten.
+        summary: float64 [SUMMARY_HEAD + 3 * segments], overwritten.
     """
 
     ring: Tensor
@@ -89,6 +97,7 @@ class Rules(NamedTuple):
         exploding_rms: a tensor is exploding when its root mean square is above this or not finite; inf counts only what
             is not finite.
         lanes: dtype in which squares are summed inside a row: float32, or float64 for magnitudes outside 1e-19 .. 1e17.
+        modes: of each segment APART and GUARDED, added up, never of the host; empty: 0 for all.
     """
 
     max_norm: float = math.inf
@@ -96,6 +105,7 @@ class Rules(NamedTuple):
     vanishing_rms: float = VANISHING_RMS
     exploding_rms: float = EXPLODING_RMS
     lanes: torch.dtype = torch.float32
+    modes: tuple[int, ...] = ()
 
 
 class LossScale(NamedTuple):
@@ -113,6 +123,18 @@ class LossScale(NamedTuple):
 
 
 UNSCALED = LossScale()
+
+
+def coefficients_of(summary: Tensor) -> Tensor:
+    """The clip coefficient of each segment, or -1; float64 [segments], a view of the summary."""
+    segments = (summary.shape[0] - SUMMARY_HEAD) // 3
+    return summary[SUMMARY_HEAD + segments : SUMMARY_HEAD + 2 * segments]
+
+
+def kept_of(summary: Tensor) -> Tensor:
+    """1 for each segment, -1 for one that is guarded and not finite; float64 [segments], a view of the summary."""
+    segments = (summary.shape[0] - SUMMARY_HEAD) // 3
+    return summary[SUMMARY_HEAD + 2 * segments :]
 
 
 class Outside(NamedTuple):

@@ -52,6 +52,8 @@ class GrowthController:
         embargoed_epochs: the same in EMBARGOED.
         resetting_epochs: the same in RESETTING.
         window: samples that the monitor keeps.
+        quarantine: gradients of a seed behind the host that are not finite become zeros when they are measured, so that
+            they cost the host no step and no NaN; see ``GradientMonitor``.
         evaluate: validation loss of a model, see ``probing.probe``; with it, G2 asks what blending would do to that
             loss and G5 what the seed contributes. Called when all other questions of the gate are answered well.
         sinks: take every event; a log at level INFO unless told.
@@ -78,6 +80,7 @@ class GrowthController:
         embargoed_epochs: int = 1,
         resetting_epochs: int = 1,
         window: int = WINDOW,
+        quarantine: bool = True,
         evaluate: Evaluate | None = None,
         sinks: Iterable[Sink | Callable[[Event], None]] | None = None,
     ) -> None:
@@ -94,6 +97,7 @@ class GrowthController:
         self.evaluate = evaluate
         self._wiring = Wiring(model, self.slots, optimizer, schedulers, window)
         self.monitor: GradientMonitor = self._wiring.monitor
+        self.monitor.quarantine = quarantine
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
         self._position = Position()
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
@@ -175,9 +179,13 @@ class GrowthController:
             if life.alpha.mode != HOLD:
                 life.slot.set_alpha(life.alpha.step())
 
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """``GradientMonitor.clip_grad_norm_`` over the whole model, seeds included."""
-        return self.monitor.clip_grad_norm_(max_norm)
+    def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the host, with all that is blended, by its norm, and every seed behind it by its own; the host's norm.
+
+        Clipped together they would share one norm, and a seed that the host does not feel would take from the host's
+        step. Arguments and errors are ``GradientMonitor.clip_grad_norm_``'s.
+        """
+        return self.monitor.clip_grad_norm_(max_norm, error_if_nonfinite, apart=True)
 
     def end_epoch(
         self, accuracy: float | None = None, loss: float | None = None, *, strict: bool = False

@@ -83,6 +83,11 @@ class SeedSlot(nn.Module):
         """Alpha as a number, kept on the host: reading it never waits for the device."""
         return self._alpha_value
 
+    @property
+    def behind(self) -> bool:
+        """Whether the seed learns behind the host, which does not feel it."""
+        return self._mode == BEHIND
+
     def modules_of_seed(self) -> list[nn.Module]:
         """Everything that trains, is measured and goes as the seed: the seed, and its gate network if it has one."""
         return [module for module in (self.seed, self.gate) if module is not None]

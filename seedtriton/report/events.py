@@ -34,6 +34,7 @@ def evidence_fields(evidence: SeedEvidence | None) -> Event:
     """The numbers of a seed's evidence in a "gate" or "epoch" event; None where nothing is known."""
     names = (
         "ratio", "rms_ratio", "host_norm", "seed_norm", "blend_gain", "blend_gain_t", "samples", "dropped",
-        "displacement", "live_share", "vanishing_share", "exploding_share", "health", "plateau_share",
+        "seed_not_finite", "displacement", "live_share", "vanishing_share", "exploding_share", "health",
+        "plateau_share",
     )  # fmt: skip
     return {name: getattr(evidence, name, None) for name in names}

@@ -17,7 +17,6 @@ from seedtriton.core.evidence import (
     HOST_FLOOR,
     HOST_UNDEFINED,
     MEASURED,
-    MIN_GAIN_SAMPLES,
     NEVER_MEASURED,
     NO_GRADIENT,
     NOT_FINITE,
@@ -27,14 +26,11 @@ from seedtriton.core.evidence import (
     Sample,
     SeedEvidence,
     collect_evidence,
-    effective_sample_size,
     gradient_health,
     gradient_ratio,
-    plateau_share,
     rms_ratio,
-    root_mean,
-    t_statistic,
 )
+from seedtriton.core.series import MIN_GAIN_SAMPLES, effective_sample_size, plateau_share, root_mean, t_statistic
 
 NAN, INF = math.nan, math.inf
 

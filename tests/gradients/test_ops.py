@@ -433,7 +433,7 @@ def test_opcheck_record():
         [1],
         torch.zeros(4, 2, QUANTITIES, dtype=torch.float64),
         torch.zeros((), dtype=torch.int64),
-        torch.zeros(SUMMARY_HEAD + 2, dtype=torch.float64),
+        torch.zeros(SUMMARY_HEAD + 3 * 2, dtype=torch.float64),
         1.0,
         1e-8,
     )

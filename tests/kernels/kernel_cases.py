@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from seedtriton.gradients import reference
 from seedtriton.gradients.row import (
+    APART,
     CLIP_COEFFICIENT,
     CLIP_EPS,
     EXTRA,
+    GUARDED,
     LAYOUT,
     LIVE,
     NO_GAINS,
@@ -35,6 +37,7 @@ from seedtriton.gradients.row import (
     Outside,
     Rules,
     Window,
+    coefficients_of,
 )
 from seedtriton.kernels import _launch, gradient_scale, gradient_sums
 
@@ -109,7 +112,7 @@ class Sample:
             return (
                 torch.full((window, num_segments, QUANTITIES), NAN, dtype=torch.float64, device=device),
                 torch.tensor(count, device=device),
-                torch.full((SUMMARY_HEAD + num_segments,), NAN, dtype=torch.float64, device=device),
+                torch.full((SUMMARY_HEAD + 3 * num_segments,), NAN, dtype=torch.float64, device=device),
             )
 
         self.num_segments = num_segments
@@ -459,6 +462,56 @@ def test_clip_coefficient_is_that_of_clip_grad_norm(max_norm, device):
     torch.testing.assert_close(sample.summary[TOTAL_NORM].float(), total)
     for ours, parameter in zip(scaled, parameters):
         torch.testing.assert_close(ours, parameter.grad)
+
+
+MODES = [(0, 0, 0), (0, APART, 0), (0, APART | GUARDED, APART | GUARDED), (0, GUARDED, 0)]
+
+
+@pytest.mark.parametrize("value", [None, NAN, INF])
+@pytest.mark.parametrize("modes", MODES)
+def test_segments_apart_and_guarded_have_their_own_coefficients(modes, value, device):
+    sample = Sample(3, device)
+    gradients = [random(n, dtype, device) for n, dtype in zip((9000, 33, 8192, 5), [*DTYPES, torch.float32])]
+    gradients[1] *= 50
+    if value is not None:
+        gradients[1][7] = value
+    segments = [0, 1, 2, 1]
+    sample.record(gradients, segments, max_norm=1.0, modes=modes)
+    sample.assert_same()
+    sums = truth(gradients, segments, 3)
+    gone = [bool(mode & GUARDED) and not torch.isfinite(total) for mode, total in zip(modes, sums)]
+    found = sample.summary[SUMMARY_HEAD + 3 :].reshape(2, 3).tolist()
+    assert [number < 0 for number in found[1]] == gone
+    expected = [gradient.clone() for gradient in gradients]
+    coefficients = coefficients_of(sample.summary)
+    reference.scale_segments_(Listed(expected, segments), coefficients, clear=True)
+    gradient_scale.scale_segments_(gradients, segments, coefficients, clear=True)
+    for ours, theirs, segment in zip(gradients, expected, segments):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert not gone[segment] or (ours == 0).all()
+
+
+def test_a_segment_at_one_is_not_touched_and_only_whoever_clears_takes_a_negative_for_zeros(device):
+    tensors = [random(n, dtype, device) for n, dtype in zip((8193, 40, 17), DTYPES)]
+    tensors[0][0] = tensors[2][3] = NAN
+    before = [tensor.clone() for tensor in tensors]
+    coefficients = torch.tensor([1.0, 0.25, -1.0], dtype=torch.float64, device=device)
+    gradient_scale.scale_segments_(tensors, (0, 1, 2), coefficients)
+    torch.testing.assert_close(tensors[0], before[0], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(tensors[1], before[1] * 0.25, rtol=0, atol=0)
+    torch.testing.assert_close(tensors[2], -before[2], rtol=0, atol=0, equal_nan=True)
+    gradient_scale.scale_segments_(tensors, (0, 1, 2), coefficients, clear=True)
+    assert (tensors[2] == 0).all()
+    with pytest.raises(ValueError, match="coefficients must be float32 or float64 of one dimension"):
+        gradient_scale.scale_segments_(tensors, (0, 1, 2), coefficients.half())
+
+
+def test_modes_that_change_reach_the_device(device):
+    sample = Sample(2, device)
+    gradients = [random(10, torch.float32, device) for _ in range(2)]
+    for modes in ((0, APART), (), (0, GUARDED), (0, APART)):
+        sample.record(gradients, [0, 1], max_norm=0.5, modes=modes)
+        sample.assert_same()
 
 
 def test_outside_sums_meet_the_kernels(device):
