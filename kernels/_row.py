@@ -65,6 +65,16 @@ def close_segment(segment, work, item_starts, items, BLOCK: tl.constexpr):  # ty
     """Add up a segment whose items are all done."""
     sumsq = sum_range(work, tl.load(item_starts + segment), tl.load(item_starts + segment + 1), BLOCK)
     tl.store(work + items + segment, sumsq)
+    return sumsq
+
+
+@triton.jit
+def _clear(address, halves, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write zeros over ``halves`` times two bytes at ``address``; a zero has the same bits in every dtype."""
+    lane = tl.arange(0, BLOCK)
+    cell = address.to(tl.pointer_type(tl.int16)) + lane
+    for block in range(0, halves, BLOCK):
+        tl.store(cell + block, tl.zeros([BLOCK], tl.int16), mask=block + lane < halves)
 
 
 # Not inlined, for the reason given below.
@@ -73,11 +83,32 @@ def close_row_segment(  # type: ignore[no-untyped-def]
     segment, work, item_starts, items, num_segments, BLOCK: tl.constexpr
 ):
     """The same for a row, with the marks of the segment's tensors."""
-    close_segment(segment, work, item_starts, items, BLOCK)
+    sumsq = close_segment(segment, work, item_starts, items, BLOCK)
     slot_starts = item_starts + num_segments + 1
     marks = marks_of(work, items, num_segments)
     total = sum_range(marks, tl.load(slot_starts + segment), tl.load(slot_starts + segment + 1), BLOCK)
     tl.store((work + items + num_segments).to(tl.pointer_type(tl.int64)) + segment, total)
+    return sumsq
+
+
+# Not inlined: it runs in the rare sample that is not finite. One program writes what all have read, which takes its
+# time and saves every other sample a second launch.
+@triton.jit(noinline=True)
+def clear_segment(  # type: ignore[no-untyped-def]
+    segment, sumsq, addresses, slots, meta, items, num_segments, chunk, base, outside, GUARDED: tl.constexpr,
+    MEASURED: tl.constexpr, SUMSQ: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write zeros over the gradients of a segment that is closed, if it is guarded and not finite."""
+    if (tl.load(addresses + slots + num_segments + segment) & GUARDED) != 0:
+        elsewhere = outside.to(tl.pointer_type(tl.float64)) + segment * MEASURED + SUMSQ
+        sumsq += tl.load(elsewhere, mask=outside != 0, other=0.0)
+        if ~(sumsq < float("inf")):
+            item_starts = meta + 6 * items
+            for item in range(tl.load(item_starts + segment), tl.load(item_starts + segment + 1)):
+                halves = tl.where(tl.load(meta + 2 * items + item) == 0, 2, 1)
+                offset = tl.load(meta + 4 * items + item).to(tl.int64) * chunk * halves * 2
+                address = base + tl.load(addresses + tl.load(meta + 3 * items + item)) + offset
+                _clear(address, tl.load(meta + item) * halves, BLOCK)
 
 
 @triton.jit

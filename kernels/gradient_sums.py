@@ -137,7 +137,11 @@ def _run_item(  # type: ignore[no-untyped-def]
             if done >= expected - 1:
                 tl.store(counters + segment, 0)
                 if EPILOGUE:
-                    _row.close_row_segment(segment, work, item_starts, items, num_segments, SUM_BLOCK)
+                    sumsq = _row.close_row_segment(segment, work, item_starts, items, num_segments, SUM_BLOCK)
+                    _row.clear_segment(
+                        segment, sumsq, addresses, slots, meta, items, num_segments, chunk, base, outside, GUARDED,
+                        MEASURED, SUMSQ, SUM_BLOCK,
+                    )  # fmt: skip
                 else:
                     _row.close_segment(segment, work, item_starts, items, SUM_BLOCK)
                 closed = tl.atomic_add(counters + num_segments, 1, sem="acq_rel", scope="gpu")
@@ -236,7 +240,12 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
     for segment in range(num_segments):
         if EPILOGUE:
-            _row.close_row_segment(segment, work_table, meta_table + 6 * items, items, num_segments, SUM_BLOCK)
+            starts = meta_table + 6 * items
+            sumsq = _row.close_row_segment(segment, work_table, starts, items, num_segments, SUM_BLOCK)
+            _row.clear_segment(
+                segment, sumsq, address_table, slots, meta_table, items, num_segments, chunk, base.to(tl.int64),
+                outside.to(tl.int64), GUARDED, MEASURED, SUMSQ, SUM_BLOCK,
+            )  # fmt: skip
         else:
             _row.close_segment(segment, work_table, meta_table + 6 * items, items, SUM_BLOCK)
     tl.debug_barrier()
@@ -360,6 +369,8 @@ def record_(
     two_launches: bool = False,
 ) -> None:
     """``seedtriton.gradients.reference.record_`` in one launch: a row of the ring, the summary, ``count`` + 1.
+
+    Gradients of guarded segments that are not finite become zeros, as by ``reference.quarantine_``.
 
     What is passed together is described in seedtriton/gradients/row.py.
 

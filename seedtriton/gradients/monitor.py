@@ -221,8 +221,6 @@ class GradientMonitor(Windows):
         rules, names = self._rules(), partial(self._watched.name_of_gradient, given)
         flat = flat_place(self._flat, tensors, self._watched.segment_by_id) if given is None else None
         ops.record_(gradients, gains, self._window(), rules, scale, flat=flat, names=names)
-        if self.quarantine:
-            ops.quarantine_(self._watched.guarded_of(gradients, rules.modes), self.summary, names)
         self._measured.remember(tensors)
 
     def clip_grad_norm_(

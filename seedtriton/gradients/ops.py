@@ -29,7 +29,6 @@ from .row import (
     Rules,
     Window,
     coefficients_of,
-    kept_of,
 )
 
 LANES = (torch.float32, torch.float64)
@@ -124,32 +123,13 @@ def clip_(gradients: Listed, summary: Tensor, names: Callable[[Tensor], str] | N
     """
     if not gradients.tensors:
         return summary[TOTAL_NORM].float()
-    copied = torch.empty((), dtype=torch.float32, device=summary.device)
-    _scale_by_segment_(gradients, coefficients_of(summary), names, copy=(summary[TOTAL_NORM], copied))
-    return copied
-
-
-def quarantine_(gradients: Listed, summary: Tensor, names: Callable[[Tensor], str] | None = None) -> None:
-    """Write zeros into the gradients of guarded segments that are not finite; nothing is touched where all are.
-
-    Arguments as ``clip_``'s; ``gradients`` are those of the guarded segments. Waits for nothing on a GPU.
-    """
-    if gradients.tensors:
-        _scale_by_segment_(gradients, kept_of(summary), names)
-
-
-def _scale_by_segment_(
-    listed: Listed,
-    coefficients: Tensor,
-    names: Callable[[Tensor], str] | None,
-    copy: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    if _traced((coefficients,)):
-        torch.ops.seedtriton.scale_segments_(list(listed.tensors), list(listed.segments), coefficients)
-        if copy is not None:
-            copy[1].copy_(copy[0])
-    else:
-        _scale_(listed, coefficients, clear=True, names=names, copy=copy)
+    coefficients = coefficients_of(summary)
+    if _traced((summary,)):
+        torch.ops.seedtriton.scale_segments_(list(gradients.tensors), list(gradients.segments), coefficients)
+        return summary[TOTAL_NORM].float()
+    total = torch.empty((), dtype=torch.float32, device=summary.device)
+    _scale_(gradients, coefficients, clear=True, names=names, copy=(summary[TOTAL_NORM], total))
+    return total
 
 
 def record_(
@@ -264,6 +244,7 @@ def _record_(
         columns = reference.measured_columns(rest, num_segments, device, rules, scale.gradients)
         counts = reference.count_by_segment(list(map(Tensor.numel, rest.tensors)), rest.segments, num_segments)
         _launch_record(inside, gains, window, rules, scale, None, names, Outside(columns, counts))
+        reference.quarantine_(rest, window.summary, rules)
 
 
 def _launch_record(
@@ -402,7 +383,7 @@ _library = torch.library.Library("seedtriton", "DEF")
 _library.define("segmented_sumsq(Tensor[] tensors, int[] segments, int num_segments, bool wide=False) -> Tensor")
 _library.define("scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()")
 _library.define(
-    "record_(Tensor[] gradients, int[] segments, Tensor(a!)[] gains, int[] gain_segments, Tensor(b!) ring, "
+    "record_(Tensor(e!)[] gradients, int[] segments, Tensor(a!)[] gains, int[] gain_segments, Tensor(b!) ring, "
     "Tensor(c!) count, Tensor(d!) summary, float max_norm, float eps, Tensor? grad_scale=None, "
     "Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False, "
     f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}, int[] modes=[]) -> ()"

@@ -257,11 +257,6 @@ class Watched:
         holders = (self._alphas.get(name) for name in self._seeds)
         return (0, *(mode * bool(getattr(alpha and alpha.holder, "behind", True)) for alpha in holders))
 
-    def guarded_of(self, gradients: Listed, modes: tuple[int, ...]) -> Listed:
-        """Those of the gradients whose segments are guarded."""
-        chosen = [index for index, segment in enumerate(gradients.segments) if modes[segment] & GUARDED]
-        return Listed([gradients.tensors[i] for i in chosen], [gradients.segments[i] for i in chosen])
-
     def warn_of_nothing(self) -> None:
         """Say once that there was no gradient at all, and where the call belongs."""
         if not self._warned:

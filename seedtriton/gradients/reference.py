@@ -22,6 +22,7 @@ from .row import (
     Outside,
     Rules,
     Window,
+    kept_of,
 )
 from .tensor_sums import constant, segment_sum, tensor_sumsq
 
@@ -182,6 +183,15 @@ def scale_segments_(listed: Listed, coefficients: Tensor, clear: bool = False) -
         scale_([tensor], coefficient)
 
 
+def quarantine_(gradients: Listed, summary: Tensor, rules: Rules) -> None:
+    """Write zeros into the gradients of guarded segments that are not finite; nothing is touched where all are."""
+    guarded = [bool(mode & GUARDED) for mode in rules.modes]
+    if any(guarded):
+        chosen = [index for index, segment in enumerate(gradients.segments) if guarded[segment]]
+        listed = Listed([gradients.tensors[i] for i in chosen], [gradients.segments[i] for i in chosen])
+        scale_segments_(listed, kept_of(summary), clear=True)
+
+
 @torch.no_grad()
 def record_(
     gradients: Listed, gains: Listed, window: Window, rules: Rules, scale: LossScale = UNSCALED
@@ -189,7 +199,8 @@ def record_(
     """Measure one sample: write its row of the ring, the summary, and add 1 to the count.
 
     Args:
-        gradients: those that exist in this step, any shapes and floating dtypes; segment 0 is the host.
+        gradients: those that exist in this step, any shapes and floating dtypes; segment 0 is the host. Those of
+            guarded segments become zeros where one of the segment is not finite.
         gains: gradients of the blend factors alpha. The blend gain is -alpha.grad; each is set to zero once read, so
             that the next step starts afresh.
         window: where it is written.
@@ -201,6 +212,7 @@ def record_(
     columns = measured_columns(gradients, num_segments, window.ring.device, rules, scale.gradients)
     counts = count_by_segment(elements, gradients.segments, num_segments)
     finish_(Outside(columns, counts), gains, window, rules, scale)
+    quarantine_(gradients, window.summary, rules)
 
 
 def count_by_segment(

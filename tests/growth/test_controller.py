@@ -12,6 +12,7 @@ from torch import nn
 from seedtriton import (
     AlphaSchedule,
     ConfigurationError,
+    Gate,
     GateThresholds,
     GrowthController,
     Stage,
@@ -478,15 +479,23 @@ def test_permissive_mode_blends_without_asking_for_improvement_but_never_unmeasu
         assert script.growth.slots["early"].stage is expected
 
 
-def test_clipping_uses_the_measurement_and_clips_host_and_seed_together():
+@pytest.mark.parametrize("felt", [False, True])
+def test_clipping_uses_the_measurement_and_clips_a_seed_with_the_host_only_once_it_is_felt(felt):
     script = Script()
     script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    if felt:
+        script.growth._move(script.growth._lives["early"], Stage.BLENDING, "forced", "script")
+        script.model.early.set_alpha(0.5)
     twin = copy.deepcopy(script.model)
     for model in (script.model, twin):
         nn.functional.cross_entropy(model(script.x[:32]), script.y[:32]).backward()
     script.growth.measure()
     norm = script.growth.clip_grad_norm_(1e-3)
-    expected = nn.utils.clip_grad_norm_(twin.parameters(), 1e-3)
+    seed = {id(p) for p in twin.early.parameters()}
+    host = [p for p in twin.parameters() if felt or id(p) not in seed]
+    expected = nn.utils.clip_grad_norm_(host, 1e-3)
+    if not felt:
+        nn.utils.clip_grad_norm_(twin.early.parameters(), 1e-3)
     torch.testing.assert_close(norm, expected)
     for ours, theirs in zip(script.model.parameters(), twin.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad)
@@ -505,3 +514,64 @@ def test_explicit_gradients_are_what_is_measured():
     assert evidence.samples == 1
     assert evidence.seed_norm == pytest.approx(seed.norm().item())
     assert all(parameter.grad is None for parameter in parameters)
+
+
+# --- clipping apart and quarantine, through the controller ---
+
+
+class Spoiled(Residual):
+    """Its output is not finite in some forward passes of training."""
+
+    def __init__(self, bad, value=float("nan")):
+        super().__init__(6)
+        self.bad, self.value, self.calls = bad, value, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (self.value if self.calls in self.bad else 1.0)
+
+
+def trained(seed, steps=40, clip=None, **options):
+    torch.manual_seed(0)
+    model = TwoSlots()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    host = dict(model.named_parameters())
+    growth = GrowthController(model, optimizer, sinks=[], auto_advance=[Gate.G1], **options)
+    if seed is not None:
+        growth.germinate("late", seed)
+    data = torch.Generator().manual_seed(1)
+    norms = []
+    for _ in range(steps):
+        x, y = torch.randn(16, 8, generator=data), torch.randint(4, (16,), generator=data)
+        nn.functional.cross_entropy(model(x), y).backward()
+        growth.measure()
+        if clip is not None:
+            norms.append(growth.clip_grad_norm_(clip).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return growth, [parameter.detach().clone() for parameter in host.values()], norms
+
+
+@pytest.mark.parametrize("clip", [None, 0.05, 1e6])
+@pytest.mark.parametrize("bad", [(), range(10, 100), (3, 7, 30)], ids=["healthy", "from 10 on", "three times"])
+def test_the_host_is_bit_for_bit_that_of_the_same_script_without_the_seed(bad, clip):
+    _, alone, norms_alone = trained(None, clip=clip)
+    growth, host, norms = trained(Spoiled(bad), clip=clip)
+    assert all(map(torch.equal, alone, host))
+    assert norms == norms_alone
+    assert all(p.isfinite().all() for p in growth.model.late.seed.parameters())
+
+
+def test_a_seed_that_was_in_quarantine_is_refused_and_g2_says_how_often():
+    growth, _, _ = trained(Spoiled(range(11, 21)))
+    (verdict,) = growth.end_epoch(accuracy=0.5)
+    (check,) = [check for check in verdict.checks if check.question == "finite"]
+    assert (check.name, check.passed, check.value) == ("gradients_not_finite", False, 0.25)
+    assert "10 of 40; in 10 the seed's own gradients were not finite" in check.reason
+
+
+def test_without_quarantine_a_seed_keeps_its_nan_and_the_host_its_peace():
+    _, alone, _ = trained(None, clip=0.05)
+    growth, host, _ = trained(Spoiled([10]), clip=0.05, quarantine=False)
+    assert all(map(torch.equal, alone, host))
+    assert any(p.isnan().any() for p in growth.model.late.seed.parameters())

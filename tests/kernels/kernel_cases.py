@@ -132,8 +132,11 @@ class Sample:
         """One measurement by both; ``more`` is only for the kernel."""
         twins = [gain.clone() for gain in gains]
         gradients, rules, scale = Listed(gradients, segments), *rules_and_scale(max_norm=max_norm, eps=eps, **options)
+        copies = gradients._replace(tensors=[gradient.clone() for gradient in gradients.tensors])
         kernel_record(self.ours, gradients, Listed(gains, gain_segments), rules, scale, **(more or {}))
-        reference.record_(gradients, Listed(twins, gain_segments), Window(*self.theirs), rules, scale)
+        reference.record_(copies, Listed(twins, gain_segments), Window(*self.theirs), rules, scale)
+        for ours, theirs in zip(gradients.tensors, copies.tensors):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
         for gain in gains:
             assert gain.item() == 0.0
 
@@ -467,19 +470,22 @@ def test_clip_coefficient_is_that_of_clip_grad_norm(max_norm, device):
 MODES = [(0, 0, 0), (0, APART, 0), (0, APART | GUARDED, APART | GUARDED), (0, GUARDED, 0)]
 
 
+@pytest.mark.parametrize("more", [{}, {"programs": 2}, {"two_launches": True}], ids=str)
 @pytest.mark.parametrize("value", [None, NAN, INF])
 @pytest.mark.parametrize("modes", MODES)
-def test_segments_apart_and_guarded_have_their_own_coefficients(modes, value, device):
+def test_segments_apart_and_guarded_have_their_own_coefficients(modes, value, more, device):
     sample = Sample(3, device)
     gradients = [random(n, dtype, device) for n, dtype in zip((9000, 33, 8192, 5), [*DTYPES, torch.float32])]
     gradients[1] *= 50
     if value is not None:
         gradients[1][7] = value
     segments = [0, 1, 2, 1]
-    sample.record(gradients, segments, max_norm=1.0, modes=modes)
-    sample.assert_same()
     sums = truth(gradients, segments, 3)
+    sample.record(gradients, segments, max_norm=1.0, modes=modes, more=more)
+    sample.assert_same()
     gone = [bool(mode & GUARDED) and not torch.isfinite(total) for mode, total in zip(modes, sums)]
+    for gradient, segment in zip(gradients, segments):
+        assert not gone[segment] or (gradient == 0).all()
     found = sample.summary[SUMMARY_HEAD + 3 :].reshape(2, 3).tolist()
     assert [number < 0 for number in found[1]] == gone
     expected = [gradient.clone() for gradient in gradients]
@@ -504,6 +510,20 @@ def test_a_segment_at_one_is_not_touched_and_only_whoever_clears_takes_a_negativ
     assert (tensors[2] == 0).all()
     with pytest.raises(ValueError, match="coefficients must be float32 or float64 of one dimension"):
         gradient_scale.scale_segments_(tensors, (0, 1, 2), coefficients.half())
+
+
+def test_what_is_not_finite_elsewhere_clears_what_the_kernel_holds_of_the_segment(device):
+    gradients = [random(9000, torch.bfloat16, device), random(20, torch.float32, device)]
+    kept = gradients[0].clone()
+    columns = torch.zeros(2, LAYOUT.measured, dtype=torch.float64, device=device)
+    columns[1, 0] = NAN
+    sample = Sample(2, device)
+    kernel_record(
+        sample.ours, Listed(gradients, [0, 1]), rules=Rules(modes=(0, GUARDED)),
+        outside=Outside(columns, [(0, 0), (1, 1)]),
+    )  # fmt: skip
+    assert torch.equal(gradients[0], kept)
+    assert (gradients[1] == 0).all()
 
 
 def test_modes_that_change_reach_the_device(device):
