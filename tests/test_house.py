@@ -165,7 +165,7 @@ PUBLIC = {
     """,
     "seedtriton.ops": "LANES backend_of scale_ segmented_sumsq",
     "seedtriton.telemetry": "JsonLinesSink LogSink Sink Telemetry Event",
-    "seedtriton.testing": "assert_isolated",
+    "seedtriton.testing": "assert_invisible assert_isolated",
     "seedtriton.report": "Event JsonLinesSink LogSink Sink",
     "seedtriton.cli": "main",
 }

@@ -1,0 +1,389 @@
+"""assert_isolated: finds every way in which a seed has been known to disturb a host, names it, and leaves no trace."""
+
+import random
+
+import numpy
+import pytest
+import torch
+from networks import Mlp, Residual
+from same import same
+from torch import nn
+
+from seedtriton import ConfigurationError, GrowthController, SeedSlot, Stage, WiringError
+from seedtriton.testing import assert_invisible, assert_isolated
+
+
+class Host(nn.Module):
+    """With Dropout, whose masks follow the random numbers, and a norm with buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.norm = nn.BatchNorm1d(6, affine=False)
+        self.slot = SeedSlot()
+        self.drop = nn.Dropout(0.2)
+        self.late = SeedSlot()
+        self.last = nn.Linear(6, 3)
+        self.scale = 1.0
+
+    def forward(self, x):
+        return self.last(self.late(self.drop(self.slot(torch.tanh(self.norm(self.first(x))))))) * self.scale
+
+
+class Script:
+    def __init__(self, seed=None, optimizer=None):
+        torch.manual_seed(0)
+        self.model = Host()
+        self.optimizer = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)))(self.model.parameters())
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, gamma=0.5)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+        self.growth = GrowthController(self.model, self.optimizer, schedulers=[self.scheduler], sinks=[])
+        self.x, self.y = torch.randn(8, 12, 5), torch.randint(0, 3, (8, 12))
+        self.growth.germinate("slot", Residual(6) if seed is None else seed(self.model))
+
+    def backward(self, number):
+        loss = nn.functional.cross_entropy(self.model(self.x[number % 8]), self.y[number % 8])
+        self.scaler.scale(loss).backward()
+
+    def close(self):
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def step(self, number):
+        self.backward(number)
+        self.growth.measure(self.scaler)
+        self.close()
+
+    def check(self, step=None, **options):
+        assert_isolated(step or self.step, self.growth, self.scaler, self.scheduler, **options)
+
+    def parameters(self):
+        return list(self.model.parameters())
+
+    def everything(self):
+        return {
+            "model": self.model.state_dict(),
+            "growth": self.growth.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "gradients": [None if p.grad is None else p.grad.clone() for p in self.model.parameters()],
+            "random": (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()),
+            "calls": getattr(self.model.slot.seed, "calls", None),
+        }
+
+
+class Reaching(Residual):
+    """A seed that knows its host, and does ``what(host, seed, output)`` in every forward pass."""
+
+    def __init__(self, host, what):
+        super().__init__(6)
+        self.host, self.what, self.calls = [host], what, 0
+
+    def forward(self, x):
+        self.calls += 1
+        output = super().forward(x)
+        changed = self.what(self.host[0], self, output)
+        return output if changed is None else changed
+
+
+def reaching(what):
+    return lambda host: Reaching(host, what)
+
+
+# --- isolated ---
+
+
+@pytest.mark.parametrize("optimizer", [
+    lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
+    lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+])  # fmt: skip
+def test_a_seed_that_keeps_to_itself_passes(optimizer):
+    Script(optimizer=optimizer).check()
+
+
+def test_everything_is_afterwards_as_it_was_before_and_goes_on_as_if_nobody_had_looked():
+    """With a seed that counts its calls and draws from every generator; a check that fails leaves no trace either."""
+
+    def noisy(host, seed, output):
+        random.random()
+        numpy.random.rand()
+
+    ends = []
+    for looks in (False, True):
+        random.seed(0)
+        numpy.random.seed(0)
+        script = Script(reaching(noisy))
+        for number in range(3):
+            script.step(number)
+        script.backward(3)  # in the middle of an accumulation
+        if looks:
+            before, seed, gradients = script.everything(), script.model.slot.seed, [p.grad for p in script.parameters()]
+            script.check(steps=4)
+            with pytest.raises(AssertionError, match="clipped together"):
+                script.check(foreign_clip(script))
+            assert same(script.everything(), before)
+            assert script.model.slot.seed is seed
+            assert all(p.grad is gradient for p, gradient in zip(script.parameters(), gradients))
+        for number in range(3, 9):
+            script.step(number)
+        ends.append({**script.everything(), "evidence": repr(script.growth.evidence())})
+    assert same(*ends)
+
+
+def test_a_step_that_fails_leaves_no_trace_either():
+    script = Script()
+    before = script.everything()
+
+    def fails(number):
+        script.step(number)
+        if number == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        script.check(fails)
+    assert same(script.everything(), before)
+
+
+def test_the_second_run_has_no_seed_anywhere():
+    script, seen = Script(), []
+
+    def step(number):
+        groups, names = len(script.optimizer.param_groups), script.growth.monitor.seeds
+        seen.append((groups, names, script.model.slot.stage, len(list(script.model.parameters()))))
+        script.step(number)
+
+    script.check(step, steps=2)
+    assert seen == [(2, ("slot",), Stage.TRAINING, 8), (1, (), Stage.DORMANT, 4)] * 2
+
+
+def test_what_is_blended_is_host():
+    """It stays in both runs, and what trains behind it is compared with that."""
+    script = Script()
+    script.model.slot.move(Stage.BLENDING)
+    script.model.slot.set_alpha(0.5)
+    with pytest.raises(WiringError, match="no seed trains behind the host"):
+        script.check()
+    script.growth.germinate("late", Residual(6))
+    stages = []
+    script.check(lambda number: (stages.append(script.model.slot.stage), script.step(number)), steps=2)
+    assert stages == [Stage.BLENDING] * 4
+
+
+# --- not isolated, and why ---
+
+
+def foreign_clip(script, limit=0.01):
+    def step(number):
+        script.backward(number)
+        script.scaler.unscale_(script.optimizer)
+        nn.utils.clip_grad_norm_(script.model.parameters(), limit)
+        script.close()
+
+    return step
+
+
+def test_clipping_together_is_named():
+    script = Script()
+    with pytest.raises(AssertionError, match=r"after step 1 of 10: parameter 'first\.weight'") as caught:
+        script.check(foreign_clip(script))
+    message = str(caught.value)
+    assert "host and seed are clipped together" in message
+    assert "growth.clip_grad_norm_(max_norm)" in message
+    script.check(foreign_clip(script, 1e6))  # a limit that nothing reaches couples nothing
+
+
+def test_nan_through_clipping_is_named():
+    """In a loop that does not measure, so that nobody can keep it from the host."""
+    script = Script(reaching(lambda host, seed, output: output * torch.nan))
+
+    def step(number):
+        nn.functional.cross_entropy(script.model(script.x[number % 8]), script.y[number % 8]).backward()
+        nn.utils.clip_grad_norm_(script.model.parameters(), 0.1)
+        script.optimizer.step()
+        script.optimizer.zero_grad()
+
+    with pytest.raises(AssertionError, match=r"is not finite with the seed.*the seed's gradients are not finite"):
+        script.check(step)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_because_of_the_seed_is_named(fused):
+    script = Script(
+        reaching(lambda host, seed, output: output * torch.nan if seed.calls > 2 else None),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused),
+    )
+
+    def step(number):
+        script.backward(number)
+        script.scaler.unscale_(script.optimizer)
+        script.growth.measure(script.scaler)
+        script.close()
+
+    with pytest.raises(AssertionError, match=r"after step 3 of 10: .*GradScaler skipped.*512 with it, 2048 without"):
+        script.check(step)
+
+
+def test_a_step_that_the_script_itself_skips_is_counted():
+    script = Script(reaching(lambda host, seed, output: output * torch.nan))
+
+    def step(number):
+        script.backward(number)
+        if all(bool(p.grad.isfinite().all()) for p in script.model.parameters()):
+            script.optimizer.step()
+        script.optimizer.zero_grad()
+
+    with pytest.raises(AssertionError, match="1 optimizer steps without the seed, 0 with it"):
+        script.check(step)
+
+
+def test_noise_from_the_hosts_generator_is_named():
+    """In the seed's backward pass, where no slot can keep it apart: the host's next mask is another."""
+
+    def noise(host, seed, output):
+        output.register_hook(lambda gradient: gradient + 0.01 * torch.randn_like(gradient))
+
+    with pytest.raises(AssertionError, match=r"after step 2 of 10: .*shared random numbers.*torch's on the CPU"):
+        Script(reaching(noise)).check()
+
+
+def test_a_generator_of_its_own_is_no_disturbance():
+    generator = torch.Generator()
+
+    def noise(host, seed, output):
+        return output + 0.01 * torch.randn(output.shape, generator=generator)
+
+    Script(reaching(noise)).check()
+
+
+@pytest.mark.parametrize("draw, name", [(random.random, "Python's random"), (numpy.random.rand, "numpy's")])
+def test_other_generators_are_told_apart(draw, name):
+    """A host that drops a layer now and then asks Python's or numpy's generator."""
+
+    def draws(host, seed, output):
+        draw()
+
+    script = Script(reaching(draws))
+    script.model.first.register_forward_hook(lambda module, inputs, output: output * (1.0 + (draw() > 0.5)))
+    with pytest.raises(AssertionError, match=f"shared random numbers.*{name}"):
+        script.check()
+
+
+def test_a_leak_is_named_with_its_slot():
+    with pytest.raises(AssertionError, match=r"after step 1 of 10: .*a leak: the seed in 'slot' reaches"):
+        Script(reaching(lambda host, seed, output: output + host.last.bias.sum())).check()
+
+
+def test_a_leak_that_no_graph_shows_is_told_from_the_gradients():
+    def tunes(host, seed, output):
+        host.scale = 1.0 + float(output.detach().mean().abs())
+
+    with pytest.raises(AssertionError, match="a leak: backward gives the host other gradients"):
+        Script(reaching(tunes)).check()
+
+
+def test_a_buffer_that_both_update_is_named():
+    def twice(host, seed, output):
+        with torch.no_grad():
+            host.norm(output)
+
+    with pytest.raises(AssertionError, match=r"after step 1 of 10: buffer 'norm\.running_mean'.*buffer 'norm"):
+        Script(reaching(twice)).check()
+
+
+def test_an_optimizer_that_mixes_its_groups_is_named():
+    class Normalised(torch.optim.SGD):
+        """Divides by the norm of all gradients, out of sight of the gradients themselves."""
+
+        def step(self):
+            norm = sum(p.grad.square().sum() for g in self.param_groups for p in g["params"]).sqrt()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.sub_(parameter.grad / norm, alpha=0.1)
+
+    script = Script(optimizer=lambda p: Normalised(p, lr=0.1))
+    script.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(AssertionError, match="the optimizer's own arithmetic"):
+        script.check()
+
+
+def test_a_change_of_gradients_that_is_no_clip_is_told_from_one():
+    script = Script()
+
+    def step(number):
+        script.backward(number)
+        noise = script.model.slot.seed.expand.weight.grad.mean() if script.model.slot.seed else 0.0
+        for parameter in script.model.parameters():
+            parameter.grad.add_(noise)
+        script.close()
+
+    with pytest.raises(AssertionError, match="not by one factor"):
+        script.check(step)
+
+
+def test_a_step_that_does_not_repeat_is_told_from_a_seed_that_disturbs():
+    script = Script()
+    batches = iter(range(10**6))
+    with pytest.raises(AssertionError, match="the step itself, which does not repeat"):
+        script.check(lambda number: script.step(next(batches)))
+
+
+def test_a_scaler_that_was_not_given_shows_as_a_step_that_does_not_repeat():
+    """Its scale grows on and on: seen here because half precision rounds otherwise at another scale."""
+    script = Script()
+
+    def step(number):
+        with torch.autocast("cpu", dtype=torch.float16):
+            script.backward(number)
+        script.growth.measure(script.scaler)
+        script.close()
+        script.scaler.update(new_scale=script.scaler.get_scale() * 1.1)
+
+    script.check(step, steps=3)
+    with pytest.raises(AssertionError, match="does not repeat"):
+        assert_isolated(step, script.growth, script.scheduler)
+
+
+# --- what it refuses, and how it was called once ---
+
+
+def test_it_refuses_what_is_no_controller_no_count_and_no_seed():
+    script = Script()
+    with pytest.raises(ConfigurationError, match=r"the loop's GrowthController, .*got Host"):
+        assert_isolated(script.step, script.model)
+    for steps in (0, -1, 1.5, True):
+        with pytest.raises(ConfigurationError, match="steps must be"):
+            script.check(steps=steps)
+    script.growth.prune("slot")
+    with pytest.raises(WiringError, match="no seed trains behind the host"):
+        script.check()
+
+
+def test_a_seed_that_the_step_itself_lets_in_is_refused():
+    script = Script()
+
+    def step(number):
+        script.step(number)
+        if number == 1 and script.model.slot.seed is not None:
+            script.model.slot.move(Stage.BLENDING)
+
+    with pytest.raises(ConfigurationError, match="the seed in 'slot' moved to BLENDING in step 2"):
+        script.check(step)
+
+
+def test_one_pass_of_a_model_is_still_checked_under_the_old_name():
+    model = Mlp()
+    model.slot.germinate(model.seed())
+    model.slot.move(Stage.TRAINING)
+    inputs = torch.randn(Mlp.shape)
+    found = [
+        assert_invisible(model, inputs),
+        assert_isolated(model, inputs),
+        assert_isolated(model, inputs, lambda output: output.square().sum()),
+        assert_isolated(model, inputs, loss=lambda output: output.square().sum()),
+    ]
+    assert all(same(gradients, found[0]) for gradients in found)
+    assert len(found[0]) == 4
