@@ -72,8 +72,7 @@ class State:
             tensor.grad = gradient
 
         self._undo.append(undo)
-        hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
-        return [inside for inside in (gradient, *hooks) if inside is not None]
+        return () if gradient is None else (gradient,)
 
 
 _KNOWN = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)

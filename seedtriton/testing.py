@@ -217,13 +217,11 @@ class _Script:
                 yield f"{type(other).__name__}.", other
 
     def _compared(self) -> dict[str, Any]:
-        """Everything of the host that a step may change, by what to call it."""
+        """Everything of the host that a step may change, by what to call it; and buffers of seeds, while they exist."""
         parameters = self._parameters()
         found: dict[str, Any] = {f"parameter {name!r}": parameter for name, parameter in parameters.items()}
         for prefix, module in self._modules():
-            for name, buffer in module.named_buffers():
-                if not any(name.startswith(f"{seed}.") for seed in self.seeds):
-                    found[f"buffer {prefix + name!r}"] = buffer
+            found |= {f"buffer {prefix + name!r}": buffer for name, buffer in module.named_buffers()}
         for optimizer in self.optimizers:
             for name, parameter in parameters.items():
                 for key, value in optimizer.state.get(parameter, {}).items():

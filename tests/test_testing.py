@@ -9,7 +9,9 @@ from networks import Mlp, Residual
 from same import same
 from torch import nn
 
-from seedtriton import ConfigurationError, GrowthController, SeedSlot, Stage, WiringError
+from seedtriton import ConfigurationError, GrowthController, SeedSlot, Stage, WiringError, step_if_grads
+from seedtriton.rewind import same as bits_same
+from seedtriton.telemetry import Telemetry
 from seedtriton.testing import assert_invisible, assert_isolated
 
 
@@ -70,7 +72,7 @@ class Script:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "gradients": [None if p.grad is None else p.grad.clone() for p in self.model.parameters()],
-            "random": (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()),
+            "random": (torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())),
             "calls": getattr(self.model.slot.seed, "calls", None),
         }
 
@@ -171,6 +173,69 @@ def test_what_is_blended_is_host():
     stages = []
     script.check(lambda number: (stages.append(script.model.slot.stage), script.step(number)), steps=2)
     assert stages == [Stage.BLENDING] * 4
+
+
+def test_no_event_tells_of_it():
+    script, events = Script(), []
+    script.growth.telemetry = Telemetry([events.append])
+    script.check(steps=1)
+    assert events == []
+    script.growth.prune("slot")
+    assert events, "but of what the script does they tell again"
+
+
+class Counter:
+    def __init__(self):
+        self.number, self.seen = 0, {"last": []}
+
+    def following(self):
+        self.number += 1
+        self.seen["last"].append(self.number)
+        return self.seen["last"][-1]
+
+
+def test_objects_of_the_users_own_are_put_back_if_they_are_given():
+    script, counter = Script(), Counter()
+
+    def step(number):
+        script.step(counter.following())
+
+    assert_isolated(step, script.growth, script.scaler, counter)
+    assert vars(counter) == {"number": 0, "seen": {"last": []}}
+    with pytest.raises(AssertionError, match="does not repeat"):
+        script.check(step)
+
+
+def test_generators_and_frozen_parameters_are_put_back():
+    script = Script()
+    script.model.generator = generator = torch.Generator()
+    script.model.first.register_forward_hook(
+        lambda module, inputs, output: output + torch.randn(output.shape, generator=generator)
+    )
+
+    def step(number):
+        script.step(number)
+        script.model.last.bias.requires_grad_(number == 1)
+
+    script.check(step, steps=3)
+    assert script.model.last.bias.requires_grad
+    assert torch.equal(generator.get_state(), torch.Generator().get_state())
+
+
+@pytest.mark.parametrize("left, right, equal", [
+    (torch.tensor([0.0]), torch.tensor([-0.0]), False),
+    (torch.tensor([torch.nan]), torch.tensor([torch.nan]), True),
+    (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64), False),
+    (torch.tensor([[1.0, 2.0]]), torch.tensor([1.0, 2.0]), False),
+    (torch.eye(2), torch.eye(2).to_sparse(), True),
+    ({"a": (1.0, [2])}, {"a": (1.0, [2])}, True),
+    ({"a": (1.0, [2])}, {"a": (1.0, [3])}, False),
+    ([1], [1, 2], False),
+    (1, 1.0, False),
+    (None, torch.zeros(1), False),
+])  # fmt: skip
+def test_the_same_means_every_bit(left, right, equal):
+    assert bits_same(left, right) is equal
 
 
 # --- not isolated, and why ---
@@ -308,6 +373,55 @@ def test_an_optimizer_that_mixes_its_groups_is_named():
     script.scaler = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(AssertionError, match="the optimizer's own arithmetic"):
         script.check()
+
+
+def test_a_state_of_the_optimizer_counts_when_no_weight_has_changed_yet():
+    class Remembering(torch.optim.SGD):
+        def step(self):
+            norm = sum(p.grad.norm() for group in self.param_groups for p in group["params"])
+            super().step()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["norm"] = norm.clone()
+
+    script = Script(optimizer=lambda p: Remembering(p, lr=0.1))
+    script.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(AssertionError, match=r"Remembering's norm of parameter 'first\.weight' is not what it is"):
+        script.check()
+
+
+def test_a_scale_counts_when_the_hosts_own_optimizer_has_stepped():
+    script = Script()
+    script.growth.prune("slot")
+    script.model.slot.vacate()
+    seed = Reaching(script.model, lambda host, seed, output: output * torch.nan)
+    script.growth.germinate("slot", seed, add_to_optimizer=False)
+    of_seed = torch.optim.SGD(seed.parameters(), lr=0.1)
+
+    def step(number):
+        script.backward(number)
+        step_if_grads(script.scaler, of_seed)
+        script.close()
+
+    with pytest.raises(AssertionError, match=r"GradScaler 0's scale is 512\.0 with the seed, 1024\.0 without"):
+        assert_isolated(step, script.growth, script.scaler, of_seed)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_trains_beside_the_model_is_host_too(inside):
+    """A module that is given, and a parameter that an optimizer alone knows."""
+    beside = nn.Linear(1, 1)
+    script = Script(reaching(lambda host, seed, output: output + beside.bias))
+    script.optimizer.add_param_group({"params": list(beside.parameters())})
+    script.scheduler.base_lrs.append(0.5)
+
+    def step(number):
+        beside(torch.ones(1)).backward()
+        script.step(number)
+
+    name = r"Linear\.bias" if inside else r"SGD\[1\]"
+    with pytest.raises(AssertionError, match=f"after step 1 of 10: parameter '{name}'.*a leak"):
+        assert_isolated(step, script.growth, script.scaler, script.scheduler, *([beside] if inside else []))
 
 
 def test_a_change_of_gradients_that_is_no_clip_is_told_from_one():
