@@ -293,9 +293,7 @@ def test_a_foreign_clip_over_everything_couples_host_and_seed(optimizer, clip, l
         "clip_grad_norm_",
         lambda growth, limit: nn.utils.clip_grad_norm_(growth.model.parameters(), limit),
     )
-    number, different = first_difference(optimizer, clip, loop, "healthy")
-    assert number == 0
-    assert "first.weight" in different
+    assert "first.weight" in first_difference(optimizer, clip, loop, "healthy")[1]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
