@@ -162,6 +162,17 @@ def test_the_second_run_has_no_seed_anywhere():
     assert seen == [(2, ("slot",), Stage.TRAINING, 8), (1, (), Stage.DORMANT, 4)] * 2
 
 
+def test_several_seeds_are_taken_out_together_and_the_one_that_leaks_is_named():
+    script = Script()
+    script.growth.germinate("late", Residual(6))
+    script.check()
+    script.growth.prune("late")
+    script.model.late.vacate()
+    script.growth.germinate("late", Reaching(script.model, lambda host, seed, output: output + host.last.bias.sum()))
+    with pytest.raises(AssertionError, match="a leak: the seed in 'late'"):
+        script.check()
+
+
 def test_what_is_blended_is_host():
     """It stays in both runs, and what trains behind it is compared with that."""
     script = Script()
