@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -52,7 +53,7 @@ def assert_isolated(
 
     Raises:
         AssertionError: after which step, which tensor differs, and the likeliest cause.
-        WiringError: no seed is in TRAINING.
+        WiringError: no seed is in TRAINING, or none got a gradient.
         ConfigurationError: no controller, steps below 1, or a seed was moved on to blending by the steps.
     """
     if isinstance(step, nn.Module):
@@ -71,21 +72,20 @@ def assert_isolated(
         grown = script.state()
         script.prune()
         bare = plain = script.state()
+        learned = False
         for number in range(steps):
             grown, with_seed = script.run(grown, number)
             script.refuse_blended(number)
             plain, without = script.run(plain, number)
-            different = [name for name in without.state if not same(with_seed.state.get(name), without.state[name])]
+            different = without.different(with_seed)
             if different:
-                cause = _cause(with_seed, without, different)
-                for earlier in range(number + 1):
-                    bare, again = script.run(bare, earlier)
-                if any(not same(again.state.get(name), value) for name, value in without.state.items()):
-                    cause = NOT_REPEATABLE
-                raise AssertionError(
-                    f"after step {number + 1} of {steps}: "
-                    f"{_difference(different, with_seed.state, without.state)}. Likeliest cause: {cause}"
-                )
+                repeats = script.repeats(bare, number, without)
+                cause = _cause(with_seed, without, different) if repeats else NOT_REPEATABLE
+                found = _difference(different, with_seed.state, without.state)
+                raise AssertionError(f"after step {number + 1} of {steps}: {found}. Likeliest cause: {cause}")
+            learned = learned or with_seed.learned
+        if not learned:
+            raise WiringError(f"no seed got a gradient in {steps} steps, so nothing was shown: {script.seeds}")
     finally:
         before.restore()
     return None
@@ -147,6 +147,11 @@ class _Record:
     random: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # before and after the step
     scales: list[float] = field(default_factory=list)  # of GradScalers, after the step
     leaks: dict[str, int] = field(default_factory=dict)  # by slot, what its own check has found so far
+    learned: bool = False  # whether a seed got a gradient
+
+    def different(self, other: _Record) -> list[str]:
+        """What is not the same in the other's state, of all that is in this one."""
+        return [name for name, value in self.state.items() if not same(other.state.get(name), value)]
 
 
 class _Script:
@@ -198,6 +203,12 @@ class _Script:
         }
         return self.state(), record
 
+    def repeats(self, state: State, last: int, record: _Record) -> bool:
+        """Whether the steps up to this one, taken once more from ``state``, lead to the same record."""
+        for number in range(last + 1):
+            state, again = self.run(state, number)
+        return not record.different(again)
+
     def _parameters(self) -> dict[str, Tensor]:
         """The host's, by name; those of optimizers that are in no module by their place."""
         found: dict[str, Tensor] = {}
@@ -234,18 +245,21 @@ class _Script:
     def _watching(self, record: _Record) -> Iterator[None]:
         names = {parameter: name for name, parameter in self._parameters().items()}
 
-        def after_backward(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                record.backward[names[parameter]] = parameter.grad.detach().clone()
+        def note(gradients: dict[str, Tensor], parameter: Tensor) -> None:
+            if parameter in names and parameter.grad is not None:
+                gradients[names[parameter]] = parameter.grad.detach().clone()
+            record.learned = record.learned or (id(parameter) in self.own and parameter.grad is not None)
 
         def before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
             record.optimizer_steps += 1
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if parameter in names and parameter.grad is not None:
-                        record.stepped[names[parameter]] = parameter.grad.detach().clone()
+                    note(record.stepped, parameter)
 
-        handles: list[Any] = [p.register_post_accumulate_grad_hook(after_backward) for p in names if p.requires_grad]
+        watched = [*names, *(p for name in self.seeds for p in self.growth.slots[name].parameters())]
+        handles: list[Any] = [
+            p.register_post_accumulate_grad_hook(partial(note, record.backward)) for p in watched if p.requires_grad
+        ]
         handles += [optimizer.register_step_pre_hook(before_step) for optimizer in self.optimizers]
         try:
             yield

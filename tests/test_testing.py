@@ -487,6 +487,31 @@ def test_it_refuses_what_is_no_controller_no_count_and_no_seed():
         script.check()
 
 
+def test_a_step_in_which_no_seed_learns_shows_nothing():
+    script, other = Script(), Script()
+    with pytest.raises(WiringError, match=r"no seed got a gradient in 10 steps.*\['slot'\]"):
+        script.check(lambda number: None)
+    with pytest.raises(WiringError, match="no seed got a gradient"):
+        script.check(other.step, steps=1)
+
+
+def test_a_frozen_host_and_a_loop_without_backward_count():
+    script = Script()
+    for module in (script.model.first, script.model.last):
+        module.requires_grad_(False)
+    script.check()
+    script = Script()
+
+    def step(number):
+        loss = nn.functional.cross_entropy(script.model(script.x[number % 8]), script.y[number % 8])
+        for parameter, gradient in zip(script.parameters(), torch.autograd.grad(loss, script.parameters())):
+            parameter.grad = gradient
+        script.optimizer.step()
+        script.optimizer.zero_grad()
+
+    script.check(step)
+
+
 def test_a_seed_that_the_step_itself_lets_in_is_refused():
     script = Script()
 
