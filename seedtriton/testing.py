@@ -53,7 +53,7 @@ def assert_isolated(
 
     Raises:
         AssertionError: after which step, which tensor differs, and the likeliest cause.
-        WiringError: no seed is in TRAINING, or none got a gradient.
+        WiringError: no seed is in TRAINING, none got a gradient, or nothing of the host learns.
         ConfigurationError: no controller, steps below 1, or a seed was moved on to blending by the steps.
     """
     if isinstance(step, nn.Module):
@@ -168,6 +168,11 @@ class _Script:
         found = [growth.optimizer, *(other for other in others if isinstance(other, torch.optim.Optimizer))]
         self.optimizers = list({id(optimizer): optimizer for optimizer in found}.values())
         self.scalers = [other for other in self.others if isinstance(other, torch.amp.GradScaler)]
+        if not any(parameter.requires_grad for parameter in self._parameters().values()):
+            raise WiringError(
+                "nothing of the host learns, so without the seed there is no step to compare with; "
+                "assert_invisible(model, inputs) looks at a single pass"
+            )
 
     def state(self) -> State:
         return State([self.growth, *self.optimizers, *self.others])

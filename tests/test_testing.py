@@ -495,11 +495,16 @@ def test_a_step_in_which_no_seed_learns_shows_nothing():
         script.check(other.step, steps=1)
 
 
-def test_a_frozen_host_and_a_loop_without_backward_count():
+def test_a_host_may_be_frozen_in_part():
     script = Script()
-    for module in (script.model.first, script.model.last):
-        module.requires_grad_(False)
+    script.model.first.requires_grad_(False)
     script.check()
+    script.model.last.requires_grad_(False)
+    with pytest.raises(WiringError, match="nothing of the host learns"):
+        script.check()
+
+
+def test_a_loop_without_backward_counts():
     script = Script()
 
     def step(number):
