@@ -517,6 +517,13 @@ def test_a_loop_without_backward_counts():
     script.check(step)
 
 
+def test_a_seed_in_no_optimizer_counts():
+    script = Script()
+    script.growth.prune("slot")
+    script.growth.germinate("late", Residual(6), add_to_optimizer=False)
+    script.check()
+
+
 def test_a_seed_that_the_step_itself_lets_in_is_refused():
     script = Script()
 
