@@ -34,20 +34,25 @@ growth.germinate("2", Seed(8))
 inputs = torch.randn(1024, 16, device=device)
 labels = (inputs[:, :4] + inputs[:, 4:8]).argmax(dim=1)
 
-for epoch in range(14):
-    for micro, batch in enumerate(torch.randperm(1024, device=device).split(16), start=1):
-        with torch.autocast(device, dtype=dtype):
-            loss = nn.functional.cross_entropy(model(inputs[batch]), labels[batch]) / ACCUMULATE
-        scaler.scale(loss).backward()
-        if micro % ACCUMULATE:
-            continue  # gradients are still partial: nothing to measure
-        scaler.unscale_(optimizer)
-        growth.measure(scaler)  # once per optimizer step; a step that overflowed is dropped
-        growth.clip_grad_norm_(1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    for verdict in growth.end_epoch():
-        print(f"epoch {epoch + 1}  {verdict}")
 
-assert growth.slots["2"].lifecycle.history[-1]["target"] != "TRAINING", "the seed was never blended"
+def step(batches: torch.Tensor) -> None:
+    """One optimizer step, of several micro-batches."""
+    for batch in batches:
+        with torch.autocast(device, dtype=dtype):
+            loss = nn.functional.cross_entropy(model(inputs[batch]), labels[batch]) / len(batches)
+        scaler.scale(loss).backward()
+    growth.measure(scaler)  # once, of the whole gradient; before unscale_, which looks for infinities
+    scaler.unscale_(optimizer)
+    growth.clip_grad_norm_(1.0)  # the host by its norm, a seed behind it by its own
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    for epoch in range(14):
+        for batches in torch.randperm(1024, device=device).view(-1, ACCUMULATE, 16):
+            step(batches)
+        for verdict in growth.end_epoch():
+            print(f"epoch {epoch + 1}  {verdict}")
+    assert growth.slots["2"].lifecycle.history[-1]["target"] != "TRAINING", "the seed was never blended"

@@ -31,17 +31,24 @@ growth.germinate("2", Seed(8), probe=torch.zeros(2, 8))
 inputs = torch.randn(1024, 16)
 labels = (inputs[:, :4] + inputs[:, 4:8]).argmax(dim=1)
 
-for epoch in range(16):
-    for batch in torch.randperm(1024).split(64):
-        loss = nn.functional.cross_entropy(compiled(inputs[batch]), labels[batch])
-        loss.backward()
-        growth.measure()  # alpha moves in place: a whole ramp recompiles nothing
-        optimizer.step()
-        optimizer.zero_grad()
-    for verdict in growth.end_epoch():
-        answer = "passed" if verdict.passed else "refused"
-        print(f"epoch {epoch + 1:2d}  loss {loss.item():.3f}  {verdict.gate} {answer}")
 
-graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-print(f"{growth.slots['2'].stage}, {graphs} graphs for the whole life")
-assert graphs <= 4, "a stage change costs at most one graph"
+def step(batch: torch.Tensor) -> torch.Tensor:
+    """One optimizer step; its loss."""
+    loss = nn.functional.cross_entropy(compiled(inputs[batch]), labels[batch])
+    loss.backward()
+    growth.measure()  # alpha moves in place: a whole ramp recompiles nothing
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+if __name__ == "__main__":
+    for epoch in range(16):
+        for batch in torch.randperm(1024).split(64):
+            loss = step(batch)
+        for verdict in growth.end_epoch():
+            answer = "passed" if verdict.passed else "refused"
+            print(f"epoch {epoch + 1:2d}  loss {loss.item():.3f}  {verdict.gate} {answer}")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    print(f"{growth.slots['2'].stage}, {graphs} graphs for the whole life")
+    assert graphs <= 4, "a stage change costs at most one graph"

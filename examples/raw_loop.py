@@ -14,18 +14,24 @@ monitor = GradientMonitor(host=[backbone, head], seeds={"adapter": adapter}, opt
 inputs = torch.randn(512, 16)
 labels = (inputs[:, :4] + inputs[:, 4:8]).argmax(dim=1)
 
-for step in range(100):
-    batch = torch.randint(512, (64,))
+
+def step(batch: torch.Tensor) -> torch.Tensor:
+    """One optimizer step; its loss. The adapter is in the forward pass, so this host does feel it."""
     features = torch.relu(backbone(inputs[batch]))
     loss = nn.functional.cross_entropy(head(features + adapter(features)), labels[batch])
     loss.backward()
     monitor.measure()  # after backward, before clipping and the step
-    total = monitor.clip_grad_norm_(1.0)  # uses the pass of measure(); stays on the device
+    monitor.clip_grad_norm_(1.0)  # uses the pass of measure(); returns the norm, on the device
     optimizer.step()
     optimizer.zero_grad()
-    if step % 25 == 24:
-        evidence = monitor.read()["adapter"]  # the one place that waits for the device
-        print(f"step {step + 1:3d}  loss {loss.item():.3f}  {evidence.reason}")
+    return loss
 
-assert evidence.in_optimizer
-assert evidence.displacement > 0.01
+
+if __name__ == "__main__":
+    for number in range(1, 101):
+        loss = step(torch.randint(512, (64,)))
+        if number % 25 == 0:
+            evidence = monitor.read()["adapter"]  # the one place that waits for the device
+            print(f"step {number:3d}  loss {loss.item():.3f}  {evidence.reason}")
+    assert evidence.in_optimizer
+    assert evidence.displacement > 0.01

@@ -207,7 +207,7 @@ PUBLIC = {
     "seedtriton.blending": "BLENDS GateNetwork blend candidate",
     "seedtriton.probing": "probe twin_of",
     "seedtriton.telemetry": "JsonLinesSink LogSink Sink Telemetry Event",
-    "seedtriton.testing": "assert_isolated",
+    "seedtriton.testing": "assert_invisible assert_isolated",
     "seedtriton.report": "Event JsonLinesSink LogSink Sink",
     "seedtriton.cli": "main",
 }

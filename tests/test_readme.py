@@ -3,10 +3,16 @@
 import importlib.util
 import pathlib
 import re
+import textwrap
+
+import pytest
+import torch
+from torch import nn
 
 import seedtriton
 from seedtriton import Stage
 from seedtriton.core.lifecycle import diagram
+from seedtriton.testing import assert_isolated
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,29 +49,83 @@ def test_every_public_name_is_explained():
     assert not missing
 
 
-def test_the_readmes_first_loop_runs():
-    """Run the first block as it stands, on a small model."""
-    import torch
-    from torch import nn
-
-    torch.manual_seed(0)
-    code = blocks("python")[0]
-    model = nn.Sequential(nn.Linear(4, 4), seedtriton.SeedSlot(), nn.Linear(4, 2))
-    data = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(3)]
-    names = {
+def names_of_a_script():
+    """What the README's loops take for granted: a small model with a Dropout behind its slot, an optimizer, data."""
+    model = nn.Sequential(nn.Linear(4, 4), seedtriton.SeedSlot(), nn.Dropout(0.2), nn.Linear(4, 2))
+    return {
+        "torch": torch,
         "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "scaler": torch.amp.GradScaler("cpu", init_scale=1024.0),
         "Adapter": lambda width: nn.Linear(width, width),
         "width": 4,
         "slot_name": "1",
-        "loader": data,
+        "loader": [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(3)],
         "loss_of": lambda batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
         "validate": lambda: 0.5,
         "epochs": 2,
+        "max_norm": 0.05,
     }
+
+
+def run(code, names):
     exec(compile(code, "README.md", "exec"), names)
+
+
+def test_the_readmes_first_loop_runs():
+    """Run the first block as it stands, on a small model."""
+    names = names_of_a_script()
+    run(blocks("python")[0], names)
     assert names["growth"].epoch == 2
     assert names["growth"].evidence()["1"].samples == 6
+
+
+SETUP, LOOP = blocks("python")[0].split("for epoch in range(epochs):\n")
+FIRST_STEP = textwrap.dedent(LOOP.partition("for batch in loader:\n")[2].partition("    for verdict in")[0])
+CLIPPED = [block for block in blocks("python") if "clip_grad_norm_(max_norm)" in block]
+
+
+def test_every_loop_with_a_seed_behind_its_host_is_among_those_that_are_checked():
+    loops = [block for block in blocks("python") if "growth.measure(" in block]
+    assert loops == [blocks("python")[0], *CLIPPED]
+    assert ["unscale_" in block for block in CLIPPED] == [False, True, False]
+    assert ["for part in batch" in block for block in CLIPPED] == [False, False, True]
+
+
+def script_of(step):
+    names = names_of_a_script()
+    run(SETUP, names)
+    data = names["loader"]
+    whole = (lambda i: data) if "for part in batch" in step else (lambda i: data[i % 3])
+    return names, lambda i: run(step, names | {"batch": whole(i)})
+
+
+@pytest.mark.parametrize("step", [FIRST_STEP, *CLIPPED], ids=["first", "plain", "scaler", "accumulation"])
+def test_the_readmes_loops_leave_the_host_as_it_would_be_without_the_seed(step):
+    names, one_step = script_of(step)
+    assert_isolated(one_step, names["growth"], names["scaler"])
+
+
+@pytest.mark.parametrize("step", CLIPPED, ids=["plain", "scaler", "accumulation"])
+def test_the_line_that_the_readme_replaces_couples_host_and_seed(step):
+    ours, theirs = re.search(r"(growth\.clip.*?) +# instead of (.*)", step).groups()
+    names, one_step = script_of(step.replace(ours, theirs))
+    with pytest.raises(AssertionError, match="host and seed are clipped together"):
+        assert_isolated(one_step, names["growth"], names["scaler"])
+
+
+def test_the_readmes_call_of_the_check_runs_and_its_message_is_worded_as_shown():
+    [block] = [block for block in blocks("python") if "import assert_isolated" in block]
+    names, one_step = script_of(FIRST_STEP)
+    run(block, names | {"batches": range(10), "train_step": one_step})
+    ours, theirs = re.search(r"(growth\.clip.*?) +# instead of (.*)", CLIPPED[0]).groups()
+    names, one_step = script_of(CLIPPED[0].replace(ours, theirs))
+    with pytest.raises(AssertionError) as caught:
+        run(block, names | {"batches": range(10), "train_step": one_step})
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    [shown] = [text for language, text in fenced if not language and "after step" in text]
+    number = r"\b[\d.]+\b"
+    assert re.sub(number, "#", " ".join(shown.split())) == re.sub(number, "#", str(caught.value))
 
 
 def test_the_figures_are_those_of_the_newest_raw_output():
