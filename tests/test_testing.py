@@ -11,7 +11,6 @@ from torch import nn
 
 from seedtriton import ConfigurationError, GrowthController, SeedSlot, Stage, WiringError, step_if_grads
 from seedtriton.rewind import same as bits_same
-from seedtriton.telemetry import Telemetry
 from seedtriton.testing import assert_invisible, assert_isolated
 
 
@@ -188,7 +187,7 @@ def test_what_is_blended_is_host():
 
 def test_no_event_tells_of_it():
     script, events = Script(), []
-    script.growth.telemetry = Telemetry([events.append])
+    script.growth.telemetry.sinks.append(events.append)
     script.check(steps=1)
     assert events == []
     script.growth.prune("slot")

@@ -60,15 +60,15 @@ class Telemetry:
 
     def __init__(self, sinks: Iterable[Sink | Callable[[Event], None]] = ()) -> None:
         """Take the sinks."""
-        self._sinks = list(sinks)
+        self.sinks = list(sinks)
 
     def emit(self, event: Event) -> None:
         """Hand on one event; a sink that raises is reported once and left out from then on."""
-        for sink in list(self._sinks):
+        for sink in list(self.sinks):
             try:
                 sink(event)
             except Exception:
-                self._sinks.remove(sink)
+                self.sinks.remove(sink)
                 logger.exception("telemetry sink %r failed and gets no more events; training goes on", sink)
 
 
