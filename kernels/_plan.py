@@ -79,7 +79,8 @@ def make_plan(
         raise ValueError(f"{len(numels)} sizes, {len(dtypes)} dtypes and {len(segments)} segments")
     tensor_counts, element_counts = _counts(numels, segments, num_segments)
     if chunk is None:
-        chunk = chunk_elements(sum(element_counts))
+        # The host's size decides, if there is a host: its sums then have the same bits with seeds as without them.
+        chunk = chunk_elements(element_counts[0] or sum(element_counts))
 
     # sorted() is stable: within a segment the tensors keep their order.
     tensors = tuple(i for i in sorted(range(len(numels)), key=segments.__getitem__) if numels[i])

@@ -106,6 +106,18 @@ def test_the_same_total_gives_the_same_chunk_however_it_is_divided():
     assert whole.chunk == parts.chunk == 16384
 
 
+def test_seeds_of_whatever_size_leave_the_hosts_items_as_they_are():
+    host = [(100_000_000, 0, 0), (77_777, 1, 0)]
+    alone = plan_of(host)
+    for seeds in ([(10, 0, 1)], [(900_000_000, 0, 2)], [(900_000_000, 1, 1), (5, 0, 3)]):
+        plan = plan_of(host + seeds)
+        items = alone.segment_starts[1]
+        assert plan.chunk == alone.chunk
+        assert plan.segment_starts[1] == items
+        for column in ("lengths", "dtypes", "slots", "pieces", "parts"):
+            assert getattr(plan, column)[:items] == getattr(alone, column)[:items]
+
+
 def test_nothing_to_sum_is_still_one_item_in_segment_0():
     for tensors in ([], [(0, 0, 3), (0, 1, 1)]):
         plan = plan_of(tensors)
