@@ -15,6 +15,8 @@ MIN_CHUNK = 8 * 1024
 MAX_CHUNK = 64 * 1024
 # Items aimed at between those bounds: about 15 waves on 132 multiprocessors with 4 programs each.
 TARGET_ITEMS = 8192
+# Items beyond which the pieces of large seeds grow, whatever the size of the host.
+MOST_ITEMS = 1 << 18
 # Tensors that a segment may have: the kernel counts three kinds of them in 21 bits each of one number.
 MOST_TENSORS = (1 << 21) - 1
 
@@ -61,6 +63,19 @@ def chunk_elements(total: int) -> int:
     return min(max(1 << max(wanted - 1, 0).bit_length(), MIN_CHUNK), MAX_CHUNK)
 
 
+def _chunk_for(element_counts: Sequence[int]) -> int:
+    """The host's size decides, if there is a host: its sums then have the same bits with seeds as without them.
+
+    Only seeds of more than MOST_ITEMS * MIN_CHUNK elements, two thousand million, behind a host that is small beside them
+    are taken in larger pieces.
+    """
+    total = sum(element_counts)
+    chunk = chunk_elements(element_counts[0] or total)
+    while total > chunk * MOST_ITEMS and chunk < MAX_CHUNK:
+        chunk *= 2
+    return chunk
+
+
 def make_plan(
     numels: Sequence[int],
     dtypes: Sequence[int],
@@ -79,8 +94,7 @@ def make_plan(
         raise ValueError(f"{len(numels)} sizes, {len(dtypes)} dtypes and {len(segments)} segments")
     tensor_counts, element_counts = _counts(numels, segments, num_segments)
     if chunk is None:
-        # The host's size decides, if there is a host: its sums then have the same bits with seeds as without them.
-        chunk = chunk_elements(element_counts[0] or sum(element_counts))
+        chunk = _chunk_for(element_counts)
 
     # sorted() is stable: within a segment the tensors keep their order.
     tensors = tuple(i for i in sorted(range(len(numels)), key=segments.__getitem__) if numels[i])

@@ -82,7 +82,7 @@ def test_more_than_2_31_elements_plan(numel, dtype):
     assert plan.element_counts[1] == numel
     # What the kernel holds in 32 bits stays far below 2^31; offsets are computed in 64.
     assert max(plan.lengths) <= 2**16
-    assert max(plan.pieces[-1], plan.items) < 2**18
+    assert max(plan.pieces[-1], plan.items) <= 2**18 + 1
 
 
 @given(st.integers(0, 2**45))
@@ -100,10 +100,16 @@ def test_chunks_of_known_models():
     assert [_plan.chunk_elements(n) for n in (0, 1, edge, edge + 1)] == [8192, 8192, 8192, 16384]
 
 
-def test_the_same_total_gives_the_same_chunk_however_it_is_divided():
+def test_the_same_host_gives_the_same_chunk_however_it_is_divided():
     whole = plan_of([(100_000_000, 0, 0)])
-    parts = plan_of([(50_000_000, 1, 0), (0, 0, 2), (50_000_000, 2, 4)])
-    assert whole.chunk == parts.chunk == 16384
+    parts = plan_of([(50_000_000, 1, 0), (0, 0, 2), (50_000_000, 2, 0), (50_000_000, 2, 4)])
+    no_host = plan_of([(50_000_000, 1, 1), (0, 0, 0), (50_000_000, 2, 4)])
+    assert whole.chunk == parts.chunk == no_host.chunk == 16384
+
+
+def test_only_seeds_of_thousands_of_millions_make_the_pieces_of_a_small_host_larger():
+    assert plan_of([(3, 0, 0), (1 << 31, 0, 1)]).chunk == 8192
+    assert plan_of([(3, 0, 0), ((1 << 31) + 1, 0, 1)]).chunk == 16384
 
 
 def test_seeds_of_whatever_size_leave_the_hosts_items_as_they_are():
