@@ -66,8 +66,8 @@ def chunk_elements(total: int) -> int:
 def _chunk_for(element_counts: Sequence[int]) -> int:
     """The host's size decides, if there is a host: its sums then have the same bits with seeds as without them.
 
-    Only seeds of more than MOST_ITEMS * MIN_CHUNK elements, two thousand million, behind a host that is small beside them
-    are taken in larger pieces.
+    Only seeds of more than MOST_ITEMS * MIN_CHUNK elements, two thousand million, behind a host that is small beside
+    them are taken in larger pieces.
     """
     total = sum(element_counts)
     chunk = chunk_elements(element_counts[0] or total)

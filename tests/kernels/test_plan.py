@@ -108,8 +108,8 @@ def test_the_same_host_gives_the_same_chunk_however_it_is_divided():
 
 
 def test_only_seeds_of_thousands_of_millions_make_the_pieces_of_a_small_host_larger():
-    assert plan_of([(3, 0, 0), (1 << 31, 0, 1)]).chunk == 8192
-    assert plan_of([(3, 0, 0), ((1 << 31) + 1, 0, 1)]).chunk == 16384
+    assert plan_of([(3, 0, 0), ((1 << 31) - 3, 0, 1)]).chunk == 8192
+    assert plan_of([(3, 0, 0), ((1 << 31) - 2, 0, 1)]).chunk == 16384
 
 
 def test_seeds_of_whatever_size_leave_the_hosts_items_as_they_are():
