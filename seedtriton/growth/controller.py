@@ -32,7 +32,8 @@ from .blending import ADD
 from .groups import SeedGroups, own_value
 from .isolation import Isolation
 from .probing import PROBE_AT, Evaluate, probe
-from .slot import SeedSlot, seed_module
+from .slot import SeedSlot
+from .trying import seed_module
 
 logger = logging.getLogger("seedtriton")
 
