@@ -101,14 +101,15 @@ class SeedRandom:
             self.begin("")
         assert self.key is not None
         mark, learned = _mark(states), None
-        if torch._C._current_graph_task_id() == -1:
-            # Not a checkpoint's second run, which happens inside of a backward pass and must find the first's tick.
-            # Where one may come, the tick waits until the seed has learned from this one.
-            keeps = _may_run_again()
-            if not keeps or mark == self.spent:
+        if not _checkpointed():
+            self.tick += 1
+        elif torch._C._current_graph_task_id() == -1:
+            # Outside of a backward pass: a checkpoint's first run. The second must find its tick, so that waits for the
+            # next first run behind a backward pass that has reached the seed.
+            if mark == self.spent:
                 self.tick += 1
                 self.spent = None
-            learned = partial(setattr, self, "spent", mark) if keeps else None
+            learned = partial(setattr, self, "spent", mark)
         number = zlib.crc32(b"%d %d" % (self.key, self.tick), mark)
         for generator in generators:
             generator.manual_seed(number)
@@ -148,7 +149,10 @@ def _mark(states: list[Tensor]) -> int:
     return mark
 
 
-def _may_run_again() -> bool:
-    """Whether a non-reentrant checkpoint may be around: it works by hooks on saved tensors, as a few others do."""
+def _checkpointed() -> bool:
+    """Whether a non-reentrant checkpoint may be around: it works by hooks on saved tensors, as a few others do.
+
+    Of a reentrant one nothing is to be seen, and need not: its first run is without gradients, and without the seed.
+    """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None

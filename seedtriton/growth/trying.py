@@ -114,7 +114,9 @@ def prepare(
             dtype = probe.dtype
     seed.to(device=device, dtype=dtype)
     tried = (True, False) if probe is None else _try(seed, probe, dtype, name)
-    _refuse_dull(seed)
+    if unfinished:
+        _leave_inference_mode(seed)
+        _refuse_dull(seed)
     return tried
 
 
@@ -148,15 +150,19 @@ def _described(value: Any) -> str:
     return f"{kind} of {len(value)}" if isinstance(value, (tuple, list, dict)) else kind
 
 
+def _is_inference(tensor: Tensor) -> bool:
+    return not is_lazy(tensor) and tensor.is_inference()
+
+
 def _leave_inference_mode(module: nn.Module) -> None:
-    if not any(tensor.is_inference() for tensor in own_tensors(module)):
+    if not any(_is_inference(tensor) for tensor in own_tensors(module)):
         return
     made: dict[int, Tensor] = {}
     with normal_tensors(), torch.no_grad():
         for part in module.modules():
             for store in (part._parameters, part._buffers):
                 for name, tensor in store.items():
-                    if tensor is None or not tensor.is_inference():
+                    if tensor is None or not _is_inference(tensor):
                         continue
                     if id(tensor) not in made:
                         fresh = tensor.clone()
