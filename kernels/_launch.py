@@ -380,11 +380,7 @@ def find_tables(
         return _cache.for_capture(what, pointers, len(pointers) - len(extra_pointers))
     tables = _cache.get(stream, what)
     if tables is None:
-        _check_all(tensors, device)
-        plan = _plan.make_plan([t.numel() for t in tensors], [DTYPES[t.dtype] for t in tensors], segments, num_segments)
-        # inference_mode(False): tables made inside somebody's inference block are used outside as well.
-        with torch.inference_mode(False), torch.no_grad():
-            tables = Tables(plan, device, len(extras), outside)
+        tables = _make_tables(tensors, segments, num_segments, device, len(extras), outside)
         if flat is not None:
             tables.base_offsets = _flat_offsets(tensors, flat)
         _cache.put(stream, what, tables)
@@ -399,6 +395,22 @@ def find_tables(
     with torch.inference_mode(False), torch.no_grad():
         tables.upload(pointers, len(tensors), extras)
     return tables
+
+
+def _make_tables(
+    tensors: Sequence[Tensor],
+    segments: Sequence[int],
+    num_segments: int,
+    device: torch.device,
+    extras: int,
+    outside: Sequence[tuple[int, int]],
+) -> Tables:
+    """Tables for tensors of a new signature, which are looked at one by one; no address is in them yet."""
+    _check_all(tensors, device)
+    plan = _plan.make_plan([t.numel() for t in tensors], [DTYPES[t.dtype] for t in tensors], segments, num_segments)
+    # inference_mode(False): tables made inside somebody's inference block are used outside as well.
+    with torch.inference_mode(False), torch.no_grad():
+        return Tables(plan, device, extras, outside)
 
 
 def _moving_signature(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], Any]:

@@ -77,21 +77,7 @@ def make_plan(
     """
     if not len(numels) == len(dtypes) == len(segments):
         raise ValueError(f"{len(numels)} sizes, {len(dtypes)} dtypes and {len(segments)} segments")
-    if num_segments < 1:
-        raise ValueError(f"num_segments is {num_segments}; there has to be at least one")
-    tensor_counts = [0] * num_segments
-    element_counts = [0] * num_segments
-    for index, (numel, segment) in enumerate(zip(numels, segments)):
-        if not 0 <= segment < num_segments:
-            raise ValueError(f"tensor {index} is in segment {segment}, outside 0..{num_segments - 1}")
-        tensor_counts[segment] += 1
-        element_counts[segment] += numel
-    most = max(tensor_counts)
-    if most > MOST_TENSORS:
-        raise ValueError(
-            f"segment {tensor_counts.index(most)} has {most} tensors, and the kernel counts {MOST_TENSORS} at most: "
-            "measure with SEEDTRITON_BACKEND=torch"
-        )
+    tensor_counts, element_counts = _counts(numels, segments, num_segments)
     if chunk is None:
         chunk = chunk_elements(sum(element_counts))
 
@@ -134,6 +120,26 @@ def make_plan(
         tensor_counts=tuple(tensor_counts),
         element_counts=tuple(element_counts),
     )
+
+
+def _counts(numels: Sequence[int], segments: Sequence[int], num_segments: int) -> tuple[list[int], list[int]]:
+    """Tensors and elements of each segment; ValueError for a segment that is none, or has too many tensors."""
+    if num_segments < 1:
+        raise ValueError(f"num_segments is {num_segments}; there has to be at least one")
+    tensor_counts = [0] * num_segments
+    element_counts = [0] * num_segments
+    for index, (numel, segment) in enumerate(zip(numels, segments)):
+        if not 0 <= segment < num_segments:
+            raise ValueError(f"tensor {index} is in segment {segment}, outside 0..{num_segments - 1}")
+        tensor_counts[segment] += 1
+        element_counts[segment] += numel
+    most = max(tensor_counts)
+    if most > MOST_TENSORS:
+        raise ValueError(
+            f"segment {tensor_counts.index(most)} has {most} tensors, and the kernel counts {MOST_TENSORS} at most: "
+            "measure with SEEDTRITON_BACKEND=torch"
+        )
+    return tensor_counts, element_counts
 
 
 def _starts(counts: Sequence[int]) -> tuple[int, ...]:

@@ -319,31 +319,14 @@ def collect_evidence(
     empty = sum(sample.empty for sample in samples)
     dropped = len(samples) - len(used) - empty
 
-    seed_norm = root_mean([sample.seed_sumsq for sample in used]) if used else None
-    host_norm = root_mean([sample.host_sumsq for sample in used]) if used else None
-    seed_elements = sum(sample.seed_elements for sample in used)
-    host_elements = sum(sample.host_elements for sample in used)
-    status, reason = _judge_window(used, dropped, empty, seed_norm, host_norm, host_floor)
-    ratio = rms = None
-    if status == MEASURED and seed_norm is not None and host_norm is not None:
-        ratio = gradient_ratio(seed_norm, host_norm, eps)
-        rms = rms_ratio(ratio, host_elements, seed_elements) if seed_elements and host_elements else None
-        reason = f"ratio {ratio:.3g} = seed {seed_norm:.3g} / host {host_norm:.3g}, {len(used)} samples"
-        if dropped:
-            reason += f", {dropped} dropped"
-
+    window = _window_ratio(used, dropped, empty, eps, host_floor)
     gains = [sample.gain for sample in used if math.isfinite(sample.gain)][-GAIN_SAMPLES:]
     gain_t, effective = t_statistic(gains) if gains else (None, None)
     vanishing, exploding, health = _judge_tensors(used)
     live = sum(min(sample.live_tensors, parameters) for sample in used)
     return SeedEvidence(
         seed=seed,
-        status=status,
-        reason=reason,
-        ratio=ratio,
-        rms_ratio=rms,
-        seed_norm=seed_norm,
-        host_norm=host_norm,
+        **window._asdict(),
         samples=len(used),
         dropped=dropped,
         empty=empty,
@@ -360,6 +343,35 @@ def collect_evidence(
         optimizer_steps=optimizer_steps,
         plateau_share=clipped_share(used),
     )
+
+
+class _WindowRatio(NamedTuple):
+    """The fields of ``SeedEvidence`` that say what the ratio is, or why there is none."""
+
+    status: str
+    reason: str
+    ratio: float | None
+    rms_ratio: float | None
+    seed_norm: float | None
+    host_norm: float | None
+
+
+def _window_ratio(
+    used: Sequence[Sample], dropped: int, empty: int, eps: float, host_floor: float
+) -> _WindowRatio:
+    seed_norm = root_mean([sample.seed_sumsq for sample in used]) if used else None
+    host_norm = root_mean([sample.host_sumsq for sample in used]) if used else None
+    seed_elements = sum(sample.seed_elements for sample in used)
+    host_elements = sum(sample.host_elements for sample in used)
+    status, reason = _judge_window(used, dropped, empty, seed_norm, host_norm, host_floor)
+    ratio = rms = None
+    if status == MEASURED and seed_norm is not None and host_norm is not None:
+        ratio = gradient_ratio(seed_norm, host_norm, eps)
+        rms = rms_ratio(ratio, host_elements, seed_elements) if seed_elements and host_elements else None
+        reason = f"ratio {ratio:.3g} = seed {seed_norm:.3g} / host {host_norm:.3g}, {len(used)} samples"
+        if dropped:
+            reason += f", {dropped} dropped"
+    return _WindowRatio(status, reason, ratio, rms, seed_norm, host_norm)
 
 
 def _judge_tensors(used: Sequence[Sample]) -> tuple[float | None, float | None, float | None]:

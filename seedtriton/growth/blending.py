@@ -6,14 +6,13 @@ host to it. So all of them are the host exactly at alpha = 0, linear in alpha, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-from ..core.errors import ConfigurationError, StateDictError, WiringError
+from ..core.errors import ConfigurationError, WiringError
 
 ADD = "add"
 MULTIPLY = "multiply"
@@ -229,22 +228,6 @@ def gate_for(features: Tensor, dims: tuple[int, ...], channel_dim: int | None) -
             f"gate_dims {dims} of {tuple(features.shape)} name a dimension twice, or dim {at}, the channels"
         )
     return GateNetwork(features.shape[at], dims, channel_dim)
-
-
-def saved_gate(values: Mapping[str, Any]) -> GateNetwork | None:
-    """The gate network of a saved state, with new weights; StateDictError if it is damaged."""
-    blend, channels = values["blend"], values["channels"]
-    gated = type(channels) is int and channels > 0
-    if blend not in BLENDS or gated != (blend == GATE):
-        raise StateDictError(f"SeedSlot: blend {blend!r} does not go with channels {channels!r} of a gate")
-    if not gated:
-        return None
-    dims, channel_dim = values.get("gate_dims"), values.get("channel_dim")
-    try:
-        check_blend(blend, dims, channel_dim)
-    except ConfigurationError as error:
-        raise StateDictError(f"SeedSlot: {error}") from error
-    return GateNetwork(channels, None if dims is None else tuple(dims), channel_dim)
 
 
 def _channel_dim(features: Tensor, channel_dim: int | None) -> int:

@@ -158,32 +158,24 @@ class _WallTransformed(_Wall):
         return torch.zeros_like(to_features)
 
 
-def wall(features: Tensor, anchor: Tensor) -> Tensor:
-    """A copy of features that need no gradient, which takes one and lets it go no further.
+def given_to(features: Tensor, anchor: Tensor, copy: bool) -> Tensor:
+    """What a seed is given of its features: they themselves, or a copy.
 
     torch's group norm on a CPU writes the gradient of a channels_last input whether it is wanted or not: into nothing,
-    which ends the process, where the input needs none. Behind this one it is wanted.
+    which ends the process, where the input needs none. Such features come as a copy that takes a gradient and lets
+    it go no further.
 
     Args:
-        features: what a seed is given, without a graph; any shape, floating.
+        features: with a graph or without, floating.
         anchor: any tensor that requires a gradient; it gets none.
+        copy: whether the seed writes into them.
     """
-    return call(_Wall, _WallTransformed, features, anchor)
-
-
-def needs_wall(features: Tensor) -> bool:
-    """Whether a group norm would crash in the backward pass of such features, see ``wall``.
-
-    torch counts a tensor as channels_last by its strides; a contiguous one whose last dimensions are 1 may be taken
-    for one here as well, which costs a copy.
-    """
-    return (
-        features.dim() > 3
-        and features.stride(1) <= features.stride(-1)
-        and features.device.type == "cpu"
-        and not features.requires_grad
-        and torch.is_grad_enabled()
-    )
+    # As torch counts channels_last, by strides. A contiguous tensor whose last dimensions are 1 may be taken for one
+    # here as well, which costs a copy.
+    last = features.dim() > 3 and features.stride(1) <= features.stride(-1)
+    if last and not features.requires_grad and features.device.type == "cpu" and torch.is_grad_enabled():
+        return call(_Wall, _WallTransformed, features, anchor)
+    return features.clone() if copy else features
 
 
 def leaks(output: Tensor, own: Iterable[Tensor]) -> int:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.lifecycle import RESTING, Lifecycle, Stage
-from ..core.state import check_state
-from . import blending
-from .isolation import Isolation, StraightThrough, TrustRegion, behind, leaks, needs_wall, wall
+from . import blending, slot_state
+from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, leaks
 from .randomness import SeedRandom
+from .slot_state import SavedSlot
 from .trying import (
     check_features,
     check_output,
@@ -41,12 +41,6 @@ _FORWARD = {
     Stage.HOLDING: BLENDED,
     Stage.FOSSILIZED: BLENDED,
 }
-_KEYS = (
-    "lifecycle", "alpha", "rho", "blend", "channels", "dtype", "frozen", "isolation_violations", "checks_due",
-    "preserves_shape", "copy_input",
-)  # fmt: skip
-# Only in a state where there is something to say: 0.1 knew none of them.
-_LATER_KEYS = ("gate_dims", "channel_dim", "isolate_blending", "random")
 
 
 class SeedSlot(nn.Module):
@@ -71,14 +65,14 @@ class SeedSlot(nn.Module):
         name: the slot's path in the model, for errors; a ``GrowthController`` fills it in.
     """
 
-    VERSION = 1
+    VERSION = slot_state.VERSION
     alpha: Tensor | None
 
     def __init__(self) -> None:
         """Begin empty."""
         super().__init__()
         self.seed: nn.Module | None = None
-        self.gate: nn.Module | None = None
+        self.gate: blending.GateNetwork | None = None
         self.blend = blending.ADD
         self.register_buffer("alpha", None)
         self.lifecycle = Lifecycle()
@@ -128,22 +122,17 @@ class SeedSlot(nn.Module):
             inner = features.detach()
         else:  # a fossil's alpha is never 0, so its host needs no shield
             inner = blending.shield(features, self.alpha) if self.alpha.requires_grad else features
-        if needs_wall(inner):
-            given = wall(inner, self.alpha if self.alpha.requires_grad else next(self.seed.parameters()))
-        else:
-            given = inner.clone() if self._copy_input else inner
+        anchor = self.alpha if self.alpha.requires_grad else next(self.seed.parameters())
+        given = given_to(inner, anchor, self._copy_input)
         if self._mode == BLENDED:
-            full = self._candidate(features, inner, self.seed(given))
-            return blending.blend(features, full, self.alpha)
-        if torch.compiler.is_compiling():
-            full = self._candidate(features, inner, self.seed(given))
-            return behind(features, full, self.alpha, self.isolation)
-        looking = self._checks_due > 0 and not blending.transforming()
+            return blending.blend(features, self._candidate(features, inner, self.seed(given)), self.alpha)
+        compiling = torch.compiler.is_compiling()
+        looking = self._checks_due > 0 and not compiling and not blending.transforming()
         version = given._version if looking else 0
-        output, learned = self.random.run(self.seed, given, looking)
+        output, learned = (self.seed(given), None) if compiling else self.random.run(self.seed, given, looking)
         full = self._candidate(features, inner, output)
         if looking:
-            self._look(full, wrote=given._version != version)
+            self._look(full, wrote=given._version != version, shared=given is inner)
         return behind(features, full, self.alpha, self.isolation, learned)
 
     def germinate(
@@ -169,24 +158,20 @@ class SeedSlot(nn.Module):
             blend: "add", "multiply" or "gate", see ``blending.candidate``. A gate network belongs to the seed: it
                 learns with it, and is made for the channels of the probe.
             gate_dims: dimensions over which a gate is one value, see ``blending.GateNetwork``; none unless told.
-            channel_dim: where a gate finds the channels: dim 1 of 4-D features and the last of others unless told.
-            isolate_blending: leave the host its own path alone in BLENDING too: it gets (1 - alpha) times the gradient,
-                and none through the seed.
+            channel_dim: where a gate finds the channels, see there.
+            isolate_blending: send the host no gradient through the seed in BLENDING: it gets its own, times 1 - alpha.
             device: moved there; the probe's device unless told.
             dtype: floating parameters are converted to it; unless told the probe's, and under autocast, which gives
                 features another dtype than the model, they stay as they are.
 
         Raises:
-            WiringError: the slot is occupied, the seed has no trainable parameter, it changes the shape or
-                dtype of the probe, it waits for features (``nn.LazyLinear``) and there is no probe, or a gate has no
-                features to be made for; the slot is as it was.
+            WiringError: the slot is occupied, the seed has no trainable parameter, it changes the shape or dtype of the
+                probe, or it or its gate waits for features that nobody gave; the slot is as it was.
             ConfigurationError: ``seed`` is neither a module nor a factory of one, or an unknown blend.
         """
         if self.stage is not Stage.DORMANT:
-            raise WiringError(
-                f"{slot_named(self.name)} is occupied or resting (stage {self.stage}); "
-                "prune its seed and wait for DORMANT"
-            )
+            where = f"{slot_named(self.name)} is occupied or resting (stage {self.stage})"
+            raise WiringError(f"{where}; prune its seed and wait for DORMANT")
         blending.check_blend(blend, gate_dims, channel_dim)
         if isolation is not None and not isinstance(isolation, (StraightThrough, TrustRegion)):
             raise ConfigurationError(f"isolation must be TrustRegion or StraightThrough, got {isolation!r}")
@@ -204,7 +189,7 @@ class SeedSlot(nn.Module):
             self._place(module, gate, blend, first.device)
         self._copy_input = writes
         self.preserves_shape = True if probe is not None else None
-        self.isolation, self.isolate_blending = isolation or TrustRegion(), isolate_blending
+        self.isolation, self.isolate_blending = isolation or TrustRegion(), bool(isolate_blending)
         self.random.begin(self.name or "")
         # A compiled forward pass is not looked at, but its graph is the one of the probe: a leak there is a leak
         # in every pass.
@@ -280,26 +265,11 @@ class SeedSlot(nn.Module):
     def lifecycle_state(self) -> dict[str, Any]:
         """Plain values that the module's ``state_dict`` does not hold; for ``load_lifecycle_state``."""
         floating = [p.dtype for p in self.parameters() if p.is_floating_point()]
-        later: dict[str, Any] = {"random": self.random.state()} if self.random.key is not None else {}
-        if self.isolate_blending:
-            later["isolate_blending"] = True
-        if isinstance(self.gate, blending.GateNetwork) and self.gate.dims is not None:
-            later |= {"gate_dims": list(self.gate.dims), "channel_dim": self.gate.channel_dim}
-        return {
-            "version": self.VERSION,
-            "lifecycle": self.lifecycle.state_dict(),
-            "alpha": self._alpha_value,
-            "rho": self.isolation.rho if isinstance(self.isolation, TrustRegion) else None,
-            "blend": self.blend,
-            "channels": self.gate.channels if isinstance(self.gate, blending.GateNetwork) else None,
-            "dtype": str(floating[0]).removeprefix("torch.") if floating else None,
-            "frozen": None if self.frozen is None else list(self.frozen),
-            "isolation_violations": self.isolation_violations,
-            "checks_due": self._checks_due,
-            "preserves_shape": self.preserves_shape,
-            "copy_input": self._copy_input,
-            **later,
-        }
+        return SavedSlot(
+            self.lifecycle, self._alpha_value, self.isolation, self.isolate_blending, self.isolation_violations,
+            self._checks_due, self.random, self.blend, self.gate, floating[0] if floating else None, self.frozen,
+            self.preserves_shape, self._copy_input,
+        ).state_dict()  # fmt: skip
 
     def load_lifecycle_state(
         self, state: object, seed: nn.Module | None = None, *, device: torch.device | None = None
@@ -315,52 +285,36 @@ class SeedSlot(nn.Module):
         Raises:
             StateDictError: it does not fit; nothing has changed.
         """
-        later = [key for key in _LATER_KEYS if isinstance(state, dict) and key in state]
-        values = check_state(state, "SeedSlot", self.VERSION, (*_KEYS, *later))
-        restored = Lifecycle()
-        restored.load_state_dict(values["lifecycle"])
-        self._refuse_occupation(restored.stage, seed)
-        alpha, violations, due = values["alpha"], values["isolation_violations"], values["checks_due"]
-        if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or type(violations) is not int or type(due) is not int:
+        saved = SavedSlot.read(state)
+        self._check_occupation(saved.lifecycle.stage, seed)
+        if seed is not None and (saved.dtype is None or is_unfinished(seed)):
             raise StateDictError(
-                f"SeedSlot: bad alpha {alpha!r}, isolation_violations {violations!r} or checks_due {due!r}"
+                "SeedSlot: the state names no dtype, or the seed waits for its first features: run it on some before"
             )
-        isolation = StraightThrough() if values["rho"] is None else TrustRegion(values["rho"])
-        apart, random = values.get("isolate_blending", False), SeedRandom.from_state(values.get("random", {}))
-        if type(apart) is not bool:
-            raise StateDictError(f"SeedSlot: isolate_blending must be True or False, got {apart!r}")
-        blend, dtype = values["blend"], getattr(torch, str(values["dtype"]), None)
-        gate = blending.saved_gate(values)
-        if seed is not None and not isinstance(dtype, torch.dtype):
-            raise StateDictError(f"SeedSlot: unknown dtype {values['dtype']!r}")
-        if seed is not None and is_unfinished(seed):
-            raise StateDictError("SeedSlot: the seed waits for its first features: run it on some before it is loaded")
-        if self.seed is not None and blend != self.blend:
-            raise StateDictError(f"SeedSlot: the saved blend is {blend!r}, the seed in the slot has {self.blend!r}")
-        parts = {"seed": seed or self.seed, "gate": gate if seed is not None else self.gate}
-        names = {f"{part}.{name}" for part, m in parts.items() if m is not None for name, _ in m.named_parameters()}
-        frozen = values["frozen"]
-        if frozen is not None and not (isinstance(frozen, list) and names.issuperset(frozen)):
-            raise StateDictError(f"SeedSlot: frozen parameters {frozen!r} that the seed does not have")
+        if self.seed is not None and saved.blend != self.blend:
+            raise StateDictError(
+                f"SeedSlot: the saved blend is {saved.blend!r}, the seed in the slot has {self.blend!r}"
+            )
+        saved.check_frozen(seed or self.seed, self.gate if seed is None else saved.gate)
         if seed is not None:
             with normal_tensors():
-                seed.to(device=device, dtype=dtype)
-                own = None if gate is None else gate.to(device=device, dtype=dtype)
-                self._place(seed, own, blend, device or next(seed.parameters()).device)
-        elif isinstance(self.gate, blending.GateNetwork) and gate is not None:
-            self.gate.dims, self.gate.channel_dim = gate.dims, gate.channel_dim
-        self.lifecycle, self.isolation, self.isolation_violations = restored, isolation, violations
-        self.isolate_blending, self.random = apart, random
-        self.preserves_shape, self._copy_input = values["preserves_shape"], values["copy_input"]
-        self._mode = _FORWARD.get(restored.stage)
-        self._checks_due = due
+                seed.to(device=device, dtype=saved.dtype)
+                gate = None if saved.gate is None else saved.gate.to(device=device, dtype=saved.dtype)
+                self._place(seed, gate, saved.blend, device or next(seed.parameters()).device)
+        elif self.gate is not None and saved.gate is not None:
+            self.gate.dims, self.gate.channel_dim = saved.gate.dims, saved.gate.channel_dim
+        self.lifecycle, self.random = saved.lifecycle, saved.random
+        self.isolation, self.isolate_blending = saved.isolation, saved.isolate_blending
+        self.isolation_violations, self._checks_due = saved.isolation_violations, saved.checks_due
+        self.preserves_shape, self._copy_input = saved.preserves_shape, saved.copy_input
+        self._mode = _FORWARD.get(self.stage)
         self.thaw()
-        if frozen is not None:
-            self.frozen = tuple(frozen)
+        if saved.frozen is not None:
+            self.frozen = saved.frozen
             self.freeze()
         if self.alpha is not None:
-            self.set_alpha(alpha)
-            self.alpha.requires_grad_(restored.stage is not Stage.FOSSILIZED)
+            self.set_alpha(saved.alpha)
+            self.alpha.requires_grad_(self.stage is not Stage.FOSSILIZED)
 
     def vacate(self) -> None:
         """Empty the slot and forget the life in it, whatever the stage: as it was built."""
@@ -372,26 +326,26 @@ class SeedSlot(nn.Module):
         """Stage and alpha, for ``print(model)``."""
         return str(self.stage) if self.seed is None else f"{self.stage}, alpha={self._alpha_value:.3g}"
 
-    def _refuse_occupation(self, stage: Stage, seed: nn.Module | None) -> None:
-        """StateDictError unless a saved stage and the seed that is here or given go together."""
-        occupied = stage not in (Stage.DORMANT, *RESTING)
-        if self.seed is not None and (seed is not None or not occupied):
-            raise StateDictError(f"SeedSlot: the saved stage is {stage}, but the slot is occupied: use a fresh model")
-        if occupied and self.seed is None and seed is None:
-            raise StateDictError(
-                f"SeedSlot: the saved stage is {stage}, but the slot is empty: germinate the same seed first"
-            )
-
     def _candidate(self, features: Tensor, inner: Tensor, output: Tensor) -> Tensor:
         check_output(features, output, self.name)
         return blending.candidate(self.blend, inner, output.to(features.dtype), self.gate)
 
-    def _place(self, seed: nn.Module, gate: nn.Module | None, blend: str, device: torch.device) -> None:
+    def _place(self, seed: nn.Module, gate: blending.GateNetwork | None, blend: str, device: torch.device) -> None:
         self.seed = seed.train(self.training)
         self.gate = None if gate is None else gate.train(self.training)
         self.blend = blend
         self.alpha = torch.zeros((), dtype=torch.float32, device=device).requires_grad_()
         self._alpha_value = 0.0
+
+    def _check_occupation(self, saved: Stage, seed: nn.Module | None) -> None:
+        """StateDictError unless there is one seed, in the slot or given, for a saved stage with a seed, else none."""
+        occupied = saved not in (Stage.DORMANT, *RESTING)
+        if self.seed is not None and (seed is not None or not occupied):
+            raise StateDictError(f"SeedSlot: the saved stage is {saved}, but the slot is occupied: use a fresh model")
+        if occupied and self.seed is None and seed is None:
+            raise StateDictError(
+                f"SeedSlot: the saved stage is {saved}, but the slot is empty: germinate the same seed first"
+            )
 
     def _clear(self) -> None:
         self.thaw()  # the module goes back to whoever made it
@@ -404,15 +358,14 @@ class SeedSlot(nn.Module):
         self.isolate_blending = False
         self.random = SeedRandom()
 
-    def _look(self, full: Tensor, wrote: bool) -> None:
+    def _look(self, full: Tensor, wrote: bool, shared: bool) -> None:
         """Count leaks, and learn whether the seed writes into its input: only then it gets a copy."""
         self._checks_due -= 1
         self.preserves_shape = True
         assert self.seed is not None
-        wrote_into_host = wrote and not self._copy_input
         assert self.alpha is not None  # it anchors the wall before some seeds, and gets no gradient from there
         own = [self.alpha, *(tensor for module in self.modules_of_seed() for tensor in own_tensors(module))]
-        self.isolation_violations += int(wrote_into_host or leaks(full, own) > 0)
+        self.isolation_violations += int((wrote and shared) or leaks(full, own) > 0)
         self._copy_input = wrote or may_write(self.seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:

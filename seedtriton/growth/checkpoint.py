@@ -1,0 +1,160 @@
+"""What a controller saves of a training that grows, and how another one takes it over: all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core.errors import ConfigurationError, SeedtritonError, StateDictError, WiringError
+from ..core.lifecycle import RESTING, Lifecycle, Stage, stage_named
+from ..core.state import check_state
+from .groups import own_value
+from .life import Life, Position
+from .trying import seed_module
+from .wiring import Wiring
+
+VERSION = 1
+
+SeedOrFactory = nn.Module | Callable[[], nn.Module]
+
+
+def save(wiring: Wiring, position: Position) -> dict[str, Any]:
+    """Plain values and tensors, see ``GrowthController.state_dict``."""
+    names = {id(p): name for slot in wiring.slots.values() for name, p in slot.named_parameters()}
+    groups = wiring.optimizer.param_groups
+    return {
+        "version": VERSION,
+        "epoch": position.epoch,
+        "step": position.step,
+        "accuracy": position.accuracy,
+        "group_sizes": [len(group["params"]) for group in groups],
+        "slots": {
+            name: {
+                "slot": slot.lifecycle_state(),
+                "groups": [[i, [names[id(p)] for p in groups[i]["params"]]] for i in wiring.groups.of(slot)],
+            }
+            for name, slot in wiring.slots.items()
+        },
+        "lives": [life.state_dict() for life in position.lives.values()],
+        "monitor": _monitor_state(wiring),
+    }
+
+
+def load(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, SeedOrFactory]) -> None:
+    """Put seeds into the empty slots as ``state`` says, see ``GrowthController.load_state_dict``.
+
+    Raises:
+        StateDictError: another version, a damaged state, or one of another model or optimizer.
+        WiringError: the slots are not empty, or a seed is unfit.
+        ConfigurationError: a slot's seed is missing, or an impossible value. In each case nothing has changed.
+    """
+    occupied = [name for name, slot in wiring.slots.items() if slot.stage is not Stage.DORMANT]
+    if occupied:
+        raise WiringError(f"slots {occupied} are not empty: load into a freshly built model and controller")
+    keys = ("epoch", "step", "accuracy", "group_sizes", "slots", "lives", "monitor")
+    values = check_state(state, "GrowthController", VERSION, keys)
+    lives = _check(values, wiring)
+    unknown = sorted(set(seeds) - set(wiring.slots))
+    missing = [name for name, entry in values["slots"].items() if _holds_seed(entry) and name not in seeds]
+    if unknown or missing:
+        raise ConfigurationError(
+            f"load_state_dict needs a module or factory in seeds= for slots {missing}; unknown slots: {unknown}"
+        )
+    modules = {name: seed_module(seeds[name]) for name, entry in values["slots"].items() if _holds_seed(entry)}
+    before = {name: slot.lifecycle_state() for name, slot in wiring.slots.items()}, _monitor_state(wiring)
+    try:
+        _restore(wiring, values, lives, modules)
+    except Exception as error:
+        _undo(wiring, *before)
+        if isinstance(error, SeedtritonError):
+            raise
+        raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
+    position.epoch, position.step, position.accuracy = values["epoch"], values["step"], values["accuracy"]
+    position.lives = {life.name: life for life in lives}
+
+
+def _monitor_state(wiring: Wiring) -> dict[str, Any]:
+    # Copies: the buffers go on changing.
+    return {key: own_value(value) for key, value in wiring.monitor.state_dict().items()}
+
+
+def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
+    """The seeds' lives in a saved state; StateDictError unless it fits this model and optimizer."""
+    kind, accuracy, sizes = "GrowthController", values["accuracy"], values["group_sizes"]
+    whole = all(type(values[name]) is int and values[name] >= 0 for name in ("epoch", "step"))
+    known = accuracy is None or (type(accuracy) in (int, float) and 0.0 <= accuracy <= 1.0)
+    lists = isinstance(values["lives"], list) and isinstance(sizes, list)
+    if not (whole and known and lists and isinstance(values["monitor"], dict)):
+        raise StateDictError(f"{kind}: damaged epoch, step, accuracy, lives, group_sizes or monitor")
+    slots = values["slots"]
+    if not isinstance(slots, dict) or slots.keys() != wiring.slots.keys():
+        found = sorted(slots) if isinstance(slots, dict) else slots
+        raise StateDictError(f"{kind}: the state is of slots {found}, the model has {sorted(wiring.slots)}")
+    for name, entry in slots.items():
+        try:
+            Lifecycle().load_state_dict(entry["slot"]["lifecycle"])
+            groups = [(index, len(list(map(str, names)))) for index, names in entry["groups"]]
+            fits = all(0 <= index < len(sizes) and sizes[index] == size for index, size in groups)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateDictError(f"{kind}: damaged entry of slot {name!r}: {error}") from error
+        if not fits:
+            raise StateDictError(f"{kind}: slot {name!r} has optimizer groups {groups}, sizes are {sizes}")
+    of_seeds = [index for entry in slots.values() for index, _ in entry["groups"]]
+    saved = [size for index, size in enumerate(sizes) if index not in of_seeds]
+    own = [len(group["params"]) for group in wiring.optimizer.param_groups]
+    if saved != own or len(set(of_seeds)) != len(of_seeds):
+        raise StateDictError(
+            f"{kind}: outside the seeds the saved optimizer had groups of {saved} parameters, this one has {own}: "
+            "load before anything else, into an optimizer built as at the beginning"
+        )
+    lives = [Life.from_state_dict(entry, wiring.slots) for entry in values["lives"]]
+    living = [name for name, entry in slots.items() if _holds_seed(entry) and not _is_fossil(entry)]
+    if sorted(life.name for life in lives) != sorted(living):
+        raise StateDictError(f"{kind}: lives of {[life.name for life in lives]}, living seeds in {living}")
+    return lives
+
+
+def _restore(
+    wiring: Wiring, values: Mapping[str, Any], lives: Sequence[Life], modules: Mapping[str, nn.Module]
+) -> None:
+    device = next(p.device for p in wiring.model.parameters() if p.is_floating_point())
+    for name, entry in values["slots"].items():
+        module = modules.get(name)
+        if module is not None:
+            wiring.refuse_shared(name, module)
+        wiring.slots[name].load_lifecycle_state(entry["slot"], module, device=device)
+    groups = [(index, name, names) for name, entry in values["slots"].items() for index, names in entry["groups"]]
+    if groups:
+        wiring.groups.refuse_unknown_scheduler()
+    for index, name, names in sorted(groups):
+        wiring.groups.insert(wiring.slots[name], index, names)
+    for life in lives:
+        wiring.monitor.add_seed(life.name, life.slot.modules_of_seed(), alpha=life.slot)
+    wiring.monitor.load_state_dict(values["monitor"])
+
+
+def _undo(wiring: Wiring, slots: Mapping[str, dict[str, Any]], monitor: Mapping[str, Any]) -> None:
+    """Back to empty slots, after a restoration that failed half-way."""
+    for slot in wiring.slots.values():
+        if slot.seed is not None:
+            wiring.groups.remove(slot)
+    for name, state in slots.items():
+        wiring.slots[name].vacate()
+        wiring.slots[name].load_lifecycle_state(state)
+    for name in wiring.monitor.seeds:
+        wiring.monitor.remove_seed(name)
+    wiring.monitor.load_state_dict(monitor)
+
+
+def _saved_stage(entry: Mapping[str, Any]) -> Stage:
+    return stage_named(entry["slot"]["lifecycle"]["stage"])
+
+
+def _holds_seed(entry: Mapping[str, Any]) -> bool:
+    return _saved_stage(entry) not in (Stage.DORMANT, *RESTING)
+
+
+def _is_fossil(entry: Mapping[str, Any]) -> bool:
+    return _saved_stage(entry) is Stage.FOSSILIZED

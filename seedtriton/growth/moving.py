@@ -1,0 +1,138 @@
+"""How a seed moves from stage to stage, in every place that knows of it, and what is told of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..core.errors import ConfigurationError, WiringError
+from ..core.evidence import SeedEvidence
+from ..core.lifecycle import FORWARD, RESTING, Stage
+from ..core.schedules import HOLD
+from ..core.verdict import Gate, Verdict
+from ..report.events import evidence_fields, gate_fields
+from ..report.sinks import Telemetry
+from .life import Life, Position
+from .slot import SeedSlot
+from .wiring import Wiring
+
+# G0 is asked when the script germinates a seed; these lead from one stage of its life to the next.
+MOVING_GATES = (Gate.G1, Gate.G2, Gate.G3, Gate.G5)
+
+
+class Mover:
+    """Moves seeds where it is told to, rests slots after a prune, and emits an event for each.
+
+    Args:
+        wiring: slots, optimizer groups and monitor.
+        position: where the training is; the controller counts in it.
+        rests: epochs in each stage of the rest.
+        telemetry: takes the events.
+    """
+
+    def __init__(
+        self, wiring: Wiring, position: Position, rests: Mapping[Stage, int], telemetry: Telemetry
+    ) -> None:
+        self._wiring, self._position, self._rests, self._telemetry = wiring, position, rests, telemetry
+
+    def dormant(self, name: str) -> SeedSlot:
+        """The empty slot of this name; WiringError when it rests or is occupied."""
+        slot = self._wiring.slot(name)
+        if slot.stage in RESTING:
+            ahead = RESTING[RESTING.index(slot.stage) :]
+            left = sum(self._rests[stage] for stage in ahead) - slot.lifecycle.epochs_in_stage
+            raise WiringError(f"slot {name!r} is resting (stage {slot.stage}), {left} more epochs; use another")
+        if slot.stage is not Stage.DORMANT:
+            raise WiringError(f"slot {name!r} is occupied (stage {slot.stage}); prune it first, or use another")
+        return slot
+
+    def living(self, name: str) -> Life:
+        """The life of the seed in this slot; WiringError when there is none."""
+        slot, life = self._wiring.slot(name), self._position.lives.get(name)
+        if life is None:
+            raise WiringError(f"slot {name!r} has no living seed (stage {slot.stage}); a fossil stays as it is")
+        return life
+
+    def move(self, life: Life, target: Stage, reason: str, initiator: str) -> None:
+        """Move a seed by the table.
+
+        Raises:
+            TransitionError: the table does not allow it; nothing has changed.
+        """
+        source, monitor = life.slot.stage, self._wiring.monitor
+        life.enter(target, reason, initiator, self._position.accuracy)
+        self._emit_stage(life.name, source, reason, initiator)
+        if target is Stage.PRUNED:
+            self.emit("pruned", life.name, reason=reason, initiator=initiator)
+        elif target is Stage.FOSSILIZED:
+            # From now on its parameters are the host's; they stay where they are in the optimizer.
+            monitor.remove_seed(life.name)
+            del self._position.lives[life.name]
+            self.emit("fossilized", life.name, alpha=life.slot.alpha_value)
+        else:
+            # Evidence belongs to a stage: what the seed did behind the host says nothing of the blend.
+            monitor.reset(life.name)
+
+    def remove(self, life: Life, reason: str, initiator: str) -> None:
+        """Take a seed out of the optimizer, its slot and the monitor."""
+        self._wiring.groups.remove(life.slot)
+        del self._position.lives[life.name]
+        self.move(life, Stage.PRUNED, reason, initiator)
+        # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
+        self._wiring.monitor.remove_seed(life.name)
+
+    def end_epoch(self, life: Life, evidence: SeedEvidence, loss: float | None) -> None:
+        """Count an epoch of a seed's life, with the evidence that was found in it; take out one that has faded."""
+        accuracy = self._position.accuracy
+        life.slot.lifecycle.tick()
+        life.evidence = evidence
+        if life.training_accuracy is None and life.slot.stage is Stage.TRAINING:
+            # Germinated before any accuracy was known: the first one seen is where the rise begins.
+            life.training_accuracy = accuracy
+        self.emit(
+            "epoch", life.name, accuracy=accuracy, loss=loss, alpha=life.slot.alpha_value, **evidence_fields(evidence)
+        )
+        if life.pruning is not None and life.alpha.mode == HOLD:
+            self.remove(life, *life.pruning)
+
+    def rest(self, name: str) -> None:
+        """One epoch of the rest after a prune; after the last the slot may be used again."""
+        slot = self._wiring.slots[name]
+        source = slot.stage
+        slot.lifecycle.tick()
+        if slot.lifecycle.epochs_in_stage >= self._rests[source]:
+            slot.move(FORWARD[source], "rested", "time")
+            self._emit_stage(name, source, "rested", "time")
+
+    def emit(self, event: str, name: str | None, **fields: Any) -> None:
+        """Tell the sinks, with where the training and the slot are; ``name`` None: of no seed."""
+        stage = None if name is None else str(self._wiring.slots[name].stage)
+        epoch, step = self._position.epoch, self._position.step
+        self._telemetry.emit({"event": event, "seed": name, "epoch": epoch, "step": step, "stage": stage, **fields})
+
+    def emit_gate(self, life: Life, verdict: Verdict) -> None:
+        """Tell what a gate said of a seed, and of what evidence."""
+        self.emit("gate", life.name, **gate_fields(verdict), **evidence_fields(life.evidence))
+
+    def _emit_stage(self, name: str, source: Stage, reason: str, initiator: str) -> None:
+        target = str(self._wiring.slots[name].stage)
+        self.emit("stage", name, source=str(source), target=target, reason=reason, initiator=initiator)
+
+
+def check_epochs(total: int | None, rests: Mapping[Stage, int]) -> None:
+    """ConfigurationError for a number of epochs, in all or in a stage of the rest, that is none."""
+    counts = {"total_epochs": 1 if total is None else total}
+    counts |= {f"{str(stage).lower()}_epochs": rest for stage, rest in rests.items()}
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise ConfigurationError(f"{name} must be a whole number of at least 1, got {count!r}")
+
+
+def check_moving_gates(gates: Iterable[Gate]) -> frozenset[Gate]:
+    """The gates as a set; ConfigurationError for one that does not move a seed."""
+    chosen = frozenset(gates)
+    unknown = [gate for gate in chosen if gate not in MOVING_GATES or not isinstance(gate, Gate)]
+    if unknown:
+        known = ", ".join(f"Gate.{gate}" for gate in MOVING_GATES)
+        raise ConfigurationError(f"auto_advance takes gates that move a seed, {known}; got {unknown}")
+    return chosen
