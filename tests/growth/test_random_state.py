@@ -299,7 +299,7 @@ def test_a_devices_generator_is_put_back_too_unless_a_graph_is_captured(monkeypa
     own = generators[1]
 
     class Features:
-        device = FakeDevice()
+        device, is_cpu = FakeDevice(), False
 
     seen = []
 
@@ -320,8 +320,17 @@ def test_a_devices_generator_is_put_back_too_unless_a_graph_is_captured(monkeypa
     assert capturing or (seen[0][0] != seen[1][0] and 1 not in (seen[0][0], seen[1][0]))
 
 
+@pytest.mark.parametrize("draw", [torch.rand, torch.randn, torch.randperm])
+def test_every_draw_of_the_host_changes_the_mark_of_its_state(draw):
+    marks = set()
+    for _ in range(2000):
+        marks.add(randomness._mark([torch.default_generator.get_state()]))
+        draw(3)
+    assert len(marks) == 2000
+
+
 def test_a_device_without_generators_has_the_cpus():
-    assert randomness._generators(torch.device("meta")) == [torch.default_generator]
+    assert randomness._generators(torch.device("meta")) == (torch.default_generator,)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
