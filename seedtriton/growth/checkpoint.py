@@ -12,7 +12,7 @@ from ..core.lifecycle import RESTING, Lifecycle, Stage, stage_named
 from ..core.state import check_state
 from .groups import own_value
 from .life import Life, Position
-from .slot import seed_module
+from .trying import seed_module
 from .wiring import Wiring
 
 VERSION = 1

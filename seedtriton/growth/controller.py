@@ -31,7 +31,8 @@ from .judging import judge, status_of, trainable
 from .life import Life, Position
 from .moving import MOVING_GATES, Mover, check_epochs, check_moving_gates
 from .probing import PROBE_AT, Evaluate, probe
-from .slot import SeedSlot, seed_module
+from .slot import SeedSlot
+from .trying import normal_tensors, seed_module
 from .wiring import Wiring, slots_of, unwrap
 
 
@@ -112,6 +113,7 @@ class GrowthController:
         """Steps counted by ``measure``."""
         return self._position.step
 
+    @normal_tensors()
     def germinate(
         self,
         slot: str,
@@ -120,6 +122,9 @@ class GrowthController:
         probe: Tensor | None = None,
         isolation: Isolation | None = None,
         blend: str = ADD,
+        gate_dims: Sequence[int] | None = None,
+        channel_dim: int | None = None,
+        isolate_blending: bool = False,
         add_to_optimizer: bool = True,
         schedule: AlphaSchedule | None = None,
         **group: Any,
@@ -128,13 +133,14 @@ class GrowthController:
 
         Args:
             slot: the slot's path in the model, such as "block2".
-            seed: a module that keeps shape and dtype, or a factory of one; moved to the model's device and
-                dtype.
-            probe: features as the slot sees them, to try the seed on now; otherwise the first forward pass
-                does.
+            seed: a module that keeps shape and dtype, or a factory of one; moved to the model's device and dtype.
+            probe: features as the slot sees them, to try the seed on now; otherwise the first forward pass does.
             isolation: how it trains, ``TrustRegion()`` unless told.
             blend: how it is blended in: "add", "multiply", or "gate", which learns how much of the seed each
-                sample gets and needs a ``probe``.
+                position of each sample gets and needs a ``probe``.
+            gate_dims: dimensions over which a gate is one value, (2, 3) for one per image; none unless told.
+            channel_dim: where a gate finds the channels: 1 for Conv1d; unless told 1 in 4-D features, else the last.
+            isolate_blending: send the host no gradient through the seed in BLENDING: it gets its own, times 1 - alpha.
             add_to_optimizer: put its parameters into the optimizer as a group of their own.
             schedule: the first ramp of alpha; the controller's unless told.
             **group: settings of that group, such as ``lr``; the first group's present ones unless told.
@@ -150,21 +156,20 @@ class GrowthController:
         place = self._mover.dormant(slot)
         module = seed_module(seed)
         dormant = status_of(slot, place, None, self._position, self.total_epochs, trainable(module))
-        self._wiring.put_in(
-            slot, module, probe=probe, isolation=isolation, blend=blend, group=group if add_to_optimizer else None
-        )
+        blending = {"blend": blend, "gate_dims": gate_dims, "channel_dim": channel_dim}
+        how = {"probe": probe, "isolation": isolation, "isolate_blending": isolate_blending, **blending}
+        self._wiring.put_in(slot, module, how, group if add_to_optimizer else None)
         self._lives[slot] = life = Life(slot, place, schedule or self.schedule)
         parameters = trainable(*place.modules_of_seed())
-        self._mover.emit("germinated", slot, parameters=parameters, in_optimizer=add_to_optimizer, blend=blend)
+        fields = {"in_optimizer": add_to_optimizer, "isolate_blending": isolate_blending, **blending}
+        self._mover.emit("germinated", slot, parameters=parameters, **fields)
         self._mover.emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
         verdict = self._judge(life)
         if verdict.passed and verdict.gate in self.auto_advance:
             self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
 
-    def measure(
-        self, scaler: torch.amp.GradScaler | None = None, *, gradients: Gradients | None = None
-    ) -> None:
+    def measure(self, scaler: torch.amp.GradScaler | None = None, *, gradients: Gradients | None = None) -> None:
         """Measure the gradients of this step: after backward and unscaling, before clipping and the step.
 
         Also moves every alpha that is on its way one step, from the next forward pass on.
@@ -187,6 +192,7 @@ class GrowthController:
         """
         return self.monitor.clip_grad_norm_(max_norm, error_if_nonfinite, apart=True)
 
+    @normal_tensors()
     def end_epoch(
         self, accuracy: float | None = None, loss: float | None = None, *, strict: bool = False
     ) -> list[Verdict]:
@@ -207,9 +213,7 @@ class GrowthController:
             Exception: what ``evaluate`` raises passes through; the epoch has been counted by then.
         """
         if accuracy is not None and not 0.0 <= accuracy <= 1.0:
-            raise ConfigurationError(
-                f"accuracy must be a share in [0, 1], got {accuracy}; divide percentages by 100"
-            )
+            raise ConfigurationError(f"accuracy must be a share in [0, 1], got {accuracy}; divide percentages by 100")
         evidence = self.monitor.read(strict=strict) if self._lives else {}
         self._position.epoch += 1
         self._position.accuracy = accuracy
@@ -230,6 +234,7 @@ class GrowthController:
             self._mover.rest(name)
         return verdicts
 
+    @normal_tensors()
     def advance(self, slot: str) -> Verdict:
         """Ask the gate before a seed now, and move the seed if it passes; reads the evidence, which waits for a copy.
 
@@ -248,6 +253,7 @@ class GrowthController:
             self._move(life, verdict.target, str(verdict), "script")
         return verdict
 
+    @normal_tensors()
     def set_alpha_target(
         self, slot: str, target: float, *, steps: int | None = None, curve: str | None = None
     ) -> None:
@@ -278,6 +284,7 @@ class GrowthController:
         if life.slot.stage is Stage.HOLDING:
             self._move(life, Stage.BLENDING, f"alpha target {target:.3g}", "script")
 
+    @normal_tensors()
     def prune(
         self,
         slot: str,
@@ -350,6 +357,7 @@ class GrowthController:
         """
         return checkpoint.save(self._wiring, self._position)
 
+    @normal_tensors()
     def load_state_dict(
         self, state: object, seeds: Mapping[str, checkpoint.SeedOrFactory] = MappingProxyType({})
     ) -> None:

@@ -7,15 +7,16 @@ gradient that the host's output receives is handed to it. A leak is found in the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..core.errors import ConfigurationError
-from .blending import slope
+from .blending import call, slope
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ class TrustRegion:
 Isolation = StraightThrough | TrustRegion
 
 
-class _Behind(torch.autograd.Function):
+class _Behind(Function):
     @staticmethod
-    def forward(ctx: Any, host: Tensor, seed: Tensor, alpha: Tensor, rho: float | None) -> Tensor:
-        ctx.save_for_backward(host, seed)
-        ctx.rho = rho
+    def forward(
+        ctx: Any, host: Tensor, seed: Tensor, alpha: Tensor, rho: float | None, learned: Callable[[], None] | None
+    ) -> Tensor:
+        _keep(ctx, host, seed, alpha, rho, learned)
         # A copy, not the input itself: autograd forbids in-place operations on an input that a custom
         # function returned, and ReLU(inplace=True) behind a slot is everyday code.
         return host.clone()
@@ -79,10 +81,38 @@ class _Behind(torch.autograd.Function):
                 norm = torch.linalg.vector_norm(gradient, dtype=wide)
                 weight = torch.where(radius > 0, norm / radius, torch.zeros_like(norm))
                 to_seed = gradient + weight.to(gradient.dtype) * difference
-        return gradient if ctx.needs_input_grad[0] else None, to_seed, to_alpha, None
+        if ctx.learned is not None:
+            ctx.learned()
+        return gradient if ctx.needs_input_grad[0] else None, to_seed, to_alpha, None, None
 
 
-def behind(host: Tensor, seed: Tensor, alpha: Tensor, isolation: Isolation) -> Tensor:
+class _BehindTransformed(_Behind):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(host: Tensor, *others: object) -> Tensor:  # type: ignore[override]
+        return host.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, *inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, to_host: Tensor, *others: object) -> Tensor:
+        # The output is the host's, whatever seed and alpha do.
+        return to_host.clone()
+
+
+def _keep(
+    ctx: Any, host: Tensor, seed: Tensor, alpha: Tensor, rho: float | None, learned: Callable[[], None] | None
+) -> None:
+    ctx.rho, ctx.learned = rho, learned
+    ctx.save_for_backward(host, seed)
+
+
+def behind(
+    host: Tensor, seed: Tensor, alpha: Tensor, isolation: Isolation, learned: Callable[[], None] | None = None
+) -> Tensor:
     """The host's features, while the seed learns behind them.
 
     In the backward pass the host gets the incoming gradient g unchanged, the seed what ``isolation`` says,
@@ -94,13 +124,58 @@ def behind(host: Tensor, seed: Tensor, alpha: Tensor, isolation: Isolation) -> T
             seed's output), same shape and dtype.
         alpha: 0-dim float32 leaf that requires a gradient; its value is not used.
         isolation: what the seed is trained by.
+        learned: called when a backward pass has reached the seed.
 
     Returns:
         A copy of ``host``, same bits and memory format.
     """
     rho = isolation.rho if isinstance(isolation, TrustRegion) else None
-    out: Tensor = _Behind.apply(host, seed, alpha, rho)
-    return out
+    return call(_Behind, _BehindTransformed, host, seed, alpha, rho, learned)
+
+
+class _Wall(Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, anchor: Tensor) -> Tensor:
+        return features.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _WallTransformed(_Wall):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
+        return features.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def jvp(ctx: Any, to_features: Tensor, to_anchor: Tensor) -> Tensor:
+        return torch.zeros_like(to_features)
+
+
+def given_to(features: Tensor, anchor: Tensor, copy: bool) -> Tensor:
+    """What a seed is given of its features: they themselves, or a copy.
+
+    torch's group norm on a CPU writes the gradient of a channels_last input whether it is wanted or not: into nothing,
+    which ends the process, where the input needs none. Such features come as a copy that takes a gradient and lets
+    it go no further.
+
+    Args:
+        features: with a graph or without, floating.
+        anchor: any tensor that requires a gradient; it gets none.
+        copy: whether the seed writes into them.
+    """
+    # As torch counts channels_last, by strides. A contiguous tensor whose last dimensions are 1 may be taken for one
+    # here as well, which costs a copy.
+    last = features.dim() > 3 and features.stride(1) <= features.stride(-1)
+    if last and not features.requires_grad and features.device.type == "cpu" and torch.is_grad_enabled():
+        return call(_Wall, _WallTransformed, features, anchor)
+    return features.clone() if copy else features
 
 
 def leaks(output: Tensor, own: Iterable[Tensor]) -> int:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..core.evidence import BlendProbe
 from ..core.gates import QualityGates
@@ -65,8 +66,9 @@ def judge(
 
 
 def trainable(*modules: nn.Module) -> int:
-    """Elements of the parameters that require a gradient."""
-    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+    """Elements of the parameters that require a gradient; a lazy one, which waits for features, counts as one."""
+    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return sum(1 if is_lazy(p) else p.numel() for p in learning)
 
 
 def _points(before: float | None, now: float | None) -> float | None:

@@ -6,8 +6,7 @@ decides nothing: who may move, and when, is the gates' and the controller's busi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,21 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.lifecycle import RESTING, Lifecycle, Stage
-from ..core.state import check_state
-from . import blending
-from .isolation import Isolation, StraightThrough, TrustRegion, behind, leaks
+from . import blending, slot_state
+from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, leaks
+from .randomness import SeedRandom
+from .slot_state import SavedSlot
+from .trying import (
+    check_features,
+    check_output,
+    is_unfinished,
+    may_write,
+    normal_tensors,
+    own_tensors,
+    prepare,
+    seed_module,
+    slot_named,
+)
 
 # Forward passes that are looked at for leaks after entering TRAINING and after each epoch: more than a gate
 # forgives, and few enough to cost nothing (a walk over the seed's graph each).
@@ -48,22 +59,28 @@ class SeedSlot(nn.Module):
         blend: how its output and the host's features become one: "add", "multiply" or "gate".
         gate: the gate network of a seed with blend "gate", else None.
         frozen: names of the parameters that ``freeze()`` stopped; None while the seed may learn.
+        isolate_blending: whether the host is without a gradient through the seed in BLENDING too.
         isolation_violations: checked forward passes in which the seed reached into the host.
+        random: where the seed's random numbers come from behind the host.
+        name: the slot's path in the model, for errors; a ``GrowthController`` fills it in.
     """
 
-    VERSION = 1
+    VERSION = slot_state.VERSION
     alpha: Tensor | None
 
     def __init__(self) -> None:
         """Begin empty."""
         super().__init__()
         self.seed: nn.Module | None = None
-        self.gate: nn.Module | None = None
+        self.gate: blending.GateNetwork | None = None
         self.blend = blending.ADD
         self.register_buffer("alpha", None)
         self.lifecycle = Lifecycle()
         self.isolation: Isolation = TrustRegion()
+        self.isolate_blending = False
         self.isolation_violations = 0
+        self.random = SeedRandom()
+        self.name: str | None = None
         self.frozen: tuple[str, ...] | None = None
         self.preserves_shape: bool | None = None
         self._alpha_value = 0.0
@@ -93,29 +110,36 @@ class SeedSlot(nn.Module):
         return [module for module in (self.seed, self.gate) if module is not None]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Host features in, features of the same shape and dtype out, as the stage says."""
-        if self._mode is None or self.seed is None or self.alpha is None:
+        """Host features in, features of the same shape and dtype out, as the stage says.
+
+        An empty slot, and one whose seed waits or only looks on, hands on the very tensor, as ``nn.Identity`` does;
+        with a seed that trains or is blended what comes out has memory of its own.
+
+        Raises:
+            WiringError: features that no seed can take, or a seed that does not keep shape and dtype.
+        """
+        mode = self._mode
+        if mode is None or (mode == BEHIND and not torch.is_grad_enabled()):
+            return features  # behind the host without a gradient there is nothing to learn
+        seed, alpha = self.seed, self.alpha  # looked up once: a module's attributes cost 0.7 us each
+        if seed is None or alpha is None:
             return features
-        if self._mode == BEHIND and not torch.is_grad_enabled():
-            return features  # nothing to learn from, and the output would be the host's anyway
-        if self._mode == BEHIND:
+        check_features(features, self.name)
+        if mode == BEHIND or (self.isolate_blending and self.stage is Stage.BLENDING):
             inner = features.detach()
         else:  # a fossil's alpha is never 0, so its host needs no shield
-            inner = blending.shield(features, self.alpha) if self.alpha.requires_grad else features
-        given = inner.clone() if self._copy_input else inner
-        looking = not torch.compiler.is_compiling() and self._checks_due > 0
+            inner = blending.shield(features, alpha) if alpha.requires_grad else features
+        given = given_to(inner, alpha if alpha.requires_grad else next(seed.parameters()), self._copy_input)
+        if mode == BLENDED:
+            return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
+        compiling = torch.compiler.is_compiling()
+        looking = self._checks_due > 0 and not compiling and not blending.transforming()
         version = given._version if looking else 0
-        output = self.seed(given)
-        if output.shape != features.shape or (
-            output.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type)
-        ):
-            raise WiringError(_shape_complaint(features, output))
-        full = blending.candidate(self.blend, inner, output.to(features.dtype), self.gate)
-        if self._mode == BLENDED:
-            return blending.blend(features, full, self.alpha)
+        output, learned = (seed(given), None) if compiling else self.random.run(seed, given, looking)
+        full = self._candidate(features, inner, output)
         if looking:
-            self._look(full, wrote=given._version != version)
-        return behind(features, full, self.alpha, self.isolation)
+            self._look(full, wrote=given._version != version, shared=given is inner)
+        return behind(features, full, alpha, self.isolation, learned)
 
     def germinate(
         self,
@@ -124,6 +148,9 @@ class SeedSlot(nn.Module):
         probe: Tensor | None = None,
         isolation: Isolation | None = None,
         blend: str = blending.ADD,
+        gate_dims: Sequence[int] | None = None,
+        channel_dim: int | None = None,
+        isolate_blending: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -136,39 +163,40 @@ class SeedSlot(nn.Module):
             isolation: how it will train; ``TrustRegion()`` unless told.
             blend: "add", "multiply" or "gate", see ``blending.candidate``. A gate network belongs to the seed: it
                 learns with it, and is made for the channels of the probe.
+            gate_dims: dimensions over which a gate is one value, see ``blending.GateNetwork``; none unless told.
+            channel_dim: where a gate finds the channels, see there.
+            isolate_blending: send the host no gradient through the seed in BLENDING: it gets its own, times 1 - alpha.
             device: moved there; the probe's device unless told.
-            dtype: floating parameters are converted to it; the probe's dtype unless told.
+            dtype: floating parameters are converted to it; unless told the probe's, and under autocast, which gives
+                features another dtype than the model, they stay as they are.
 
         Raises:
-            WiringError: the slot is occupied, the seed has no trainable parameter, it changes the shape or
-                dtype of the probe, or a gate has no features to be made for; the slot is as it was.
+            WiringError: the slot is occupied, the seed has no trainable parameter, it changes the shape or dtype of the
+                probe, or it or its gate waits for features that nobody gave; the slot is as it was.
             ConfigurationError: ``seed`` is neither a module nor a factory of one, or an unknown blend.
         """
         if self.stage is not Stage.DORMANT:
-            raise WiringError(
-                f"the slot is occupied or resting (stage {self.stage}); prune its seed and wait for DORMANT"
-            )
-        module = seed_module(seed)
-        if not sum(p.numel() for p in module.parameters() if p.requires_grad):
-            raise WiringError("the seed has no trainable parameter: it could never learn")
+            where = f"{slot_named(self.name)} is occupied or resting (stage {self.stage})"
+            raise WiringError(f"{where}; prune its seed and wait for DORMANT")
+        blending.check_blend(blend, gate_dims, channel_dim)
         if isolation is not None and not isinstance(isolation, (StraightThrough, TrustRegion)):
             raise ConfigurationError(f"isolation must be TrustRegion or StraightThrough, got {isolation!r}")
-        blending.check_blend(blend)
         if blend == blending.GATE and probe is None:
             raise WiringError("blend 'gate' needs probe=features: the gate network is made for their channels")
         if probe is not None:
-            device, dtype = device or probe.device, dtype or probe.dtype
-        module.to(device=device, dtype=dtype)
-        # Without a probe nobody knows whether the seed writes into its input: it gets a copy until it was seen.
-        writes, leaky = (True, False) if probe is None else _try_seed(module, probe)
-        place = device or next(module.parameters()).device
-        gate = None
-        if blend == blending.GATE and probe is not None:
-            gate = blending.GateNetwork(blending.channels_of(probe)).to(device=place, dtype=dtype)
+            check_features(probe, self.name)
+        with normal_tensors():
+            module = seed_module(seed)
+            writes, leaky = prepare(module, probe, device, dtype, self.name)
+            first = next(p for p in module.parameters() if p.requires_grad)
+            gate = None
+            if blend == blending.GATE and probe is not None:
+                gate = blending.gate_for(probe, tuple(gate_dims or ()), channel_dim).to(first.device, first.dtype)
+            self._place(module, gate, blend, first.device)
         self._copy_input = writes
         self.preserves_shape = True if probe is not None else None
-        self._place(module, gate, blend, place)
-        self.isolation = isolation or TrustRegion()
+        self.isolation, self.isolate_blending = isolation or TrustRegion(), bool(isolate_blending)
+        self.random.begin(self.name or "")
         # A compiled forward pass is not looked at, but its graph is the one of the probe: a leak there is a leak
         # in every pass.
         self.isolation_violations = ISOLATION_CHECKS if leaky else 0
@@ -243,20 +271,11 @@ class SeedSlot(nn.Module):
     def lifecycle_state(self) -> dict[str, Any]:
         """Plain values that the module's ``state_dict`` does not hold; for ``load_lifecycle_state``."""
         floating = [p.dtype for p in self.parameters() if p.is_floating_point()]
-        return {
-            "version": self.VERSION,
-            "lifecycle": self.lifecycle.state_dict(),
-            "alpha": self._alpha_value,
-            "rho": self.isolation.rho if isinstance(self.isolation, TrustRegion) else None,
-            "blend": self.blend,
-            "channels": self.gate.channels if isinstance(self.gate, blending.GateNetwork) else None,
-            "dtype": str(floating[0]).removeprefix("torch.") if floating else None,
-            "frozen": None if self.frozen is None else list(self.frozen),
-            "isolation_violations": self.isolation_violations,
-            "checks_due": self._checks_due,
-            "preserves_shape": self.preserves_shape,
-            "copy_input": self._copy_input,
-        }
+        return SavedSlot(
+            self.lifecycle, self._alpha_value, self.isolation, self.isolate_blending, self.isolation_violations,
+            self._checks_due, self.random, self.blend, self.gate, floating[0] if floating else None, self.frozen,
+            self.preserves_shape, self._copy_input,
+        ).state_dict()  # fmt: skip
 
     def load_lifecycle_state(
         self, state: object, seed: nn.Module | None = None, *, device: torch.device | None = None
@@ -272,51 +291,36 @@ class SeedSlot(nn.Module):
         Raises:
             StateDictError: it does not fit; nothing has changed.
         """
-        keys = (
-            "lifecycle", "alpha", "rho", "blend", "channels", "dtype", "frozen", "isolation_violations", "checks_due",
-            "preserves_shape", "copy_input",
-        )  # fmt: skip
-        values = check_state(state, "SeedSlot", self.VERSION, keys)
-        restored = Lifecycle()
-        restored.load_state_dict(values["lifecycle"])
-        self._check_occupation(restored.stage, seed)
-        alpha, violations, due = values["alpha"], values["isolation_violations"], values["checks_due"]
-        if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or type(violations) is not int or type(due) is not int:
+        saved = SavedSlot.read(state)
+        self._check_occupation(saved.lifecycle.stage, seed)
+        if seed is not None and (saved.dtype is None or is_unfinished(seed)):
             raise StateDictError(
-                f"SeedSlot: bad alpha {alpha!r}, isolation_violations {violations!r} or checks_due {due!r}"
+                "SeedSlot: the state names no dtype, or the seed waits for its first features: run it on some before"
             )
-        isolation = StraightThrough() if values["rho"] is None else TrustRegion(values["rho"])
-        blend, channels, gate = values["blend"], values["channels"], self.gate
-        gated = type(channels) is int and channels > 0
-        if blend not in blending.BLENDS or gated != (blend == blending.GATE):
-            raise StateDictError(f"SeedSlot: blend {blend!r} does not go with channels {channels!r} of a gate")
-        dtype = getattr(torch, str(values["dtype"]), None)
-        if seed is not None and not isinstance(dtype, torch.dtype):
-            raise StateDictError(f"SeedSlot: unknown dtype {values['dtype']!r}")
-        if seed is not None and gated:
-            gate = blending.GateNetwork(channels)
-        elif self.seed is not None and blend != self.blend:
-            raise StateDictError(f"SeedSlot: the saved blend is {blend!r}, the seed in the slot has {self.blend!r}")
-        parts = {"seed": seed or self.seed, "gate": gate}
-        names = {f"{part}.{name}" for part, m in parts.items() if m is not None for name, _ in m.named_parameters()}
-        frozen = values["frozen"]
-        if frozen is not None and not (isinstance(frozen, list) and names.issuperset(frozen)):
-            raise StateDictError(f"SeedSlot: frozen parameters {frozen!r} that the seed does not have")
+        if self.seed is not None and saved.blend != self.blend:
+            raise StateDictError(
+                f"SeedSlot: the saved blend is {saved.blend!r}, the seed in the slot has {self.blend!r}"
+            )
+        saved.check_frozen(seed or self.seed, self.gate if seed is None else saved.gate)
         if seed is not None:
-            seed.to(device=device, dtype=dtype)
-            gate = None if gate is None else gate.to(device=device, dtype=dtype)
-            self._place(seed, gate, blend, device or next(seed.parameters()).device)
-        self.lifecycle, self.isolation, self.isolation_violations = restored, isolation, violations
-        self.preserves_shape, self._copy_input = values["preserves_shape"], values["copy_input"]
-        self._mode = _FORWARD.get(restored.stage)
-        self._checks_due = due
+            with normal_tensors():
+                seed.to(device=device, dtype=saved.dtype)
+                gate = None if saved.gate is None else saved.gate.to(device=device, dtype=saved.dtype)
+                self._place(seed, gate, saved.blend, device or next(seed.parameters()).device)
+        elif self.gate is not None and saved.gate is not None:
+            self.gate.dims, self.gate.channel_dim = saved.gate.dims, saved.gate.channel_dim
+        self.lifecycle, self.random = saved.lifecycle, saved.random
+        self.isolation, self.isolate_blending = saved.isolation, saved.isolate_blending
+        self.isolation_violations, self._checks_due = saved.isolation_violations, saved.checks_due
+        self.preserves_shape, self._copy_input = saved.preserves_shape, saved.copy_input
+        self._mode = _FORWARD.get(self.stage)
         self.thaw()
-        if frozen is not None:
-            self.frozen = tuple(frozen)
+        if saved.frozen is not None:
+            self.frozen = saved.frozen
             self.freeze()
         if self.alpha is not None:
-            self.set_alpha(alpha)
-            self.alpha.requires_grad_(restored.stage is not Stage.FOSSILIZED)
+            self.set_alpha(saved.alpha)
+            self.alpha.requires_grad_(self.stage is not Stage.FOSSILIZED)
 
     def vacate(self) -> None:
         """Empty the slot and forget the life in it, whatever the stage: as it was built."""
@@ -328,7 +332,11 @@ class SeedSlot(nn.Module):
         """Stage and alpha, for ``print(model)``."""
         return str(self.stage) if self.seed is None else f"{self.stage}, alpha={self._alpha_value:.3g}"
 
-    def _place(self, seed: nn.Module, gate: nn.Module | None, blend: str, device: torch.device) -> None:
+    def _candidate(self, features: Tensor, inner: Tensor, output: Tensor) -> Tensor:
+        check_output(features, output, self.name)
+        return blending.candidate(self.blend, inner, output.to(features.dtype), self.gate)
+
+    def _place(self, seed: nn.Module, gate: blending.GateNetwork | None, blend: str, device: torch.device) -> None:
         self.seed = seed.train(self.training)
         self.gate = None if gate is None else gate.train(self.training)
         self.blend = blend
@@ -353,16 +361,18 @@ class SeedSlot(nn.Module):
         self.alpha = None
         self._alpha_value = 0.0
         self.preserves_shape = None
+        self.isolate_blending = False
+        self.random = SeedRandom()
 
-    def _look(self, full: Tensor, wrote: bool) -> None:
+    def _look(self, full: Tensor, wrote: bool, shared: bool) -> None:
         """Count leaks, and learn whether the seed writes into its input: only then it gets a copy."""
         self._checks_due -= 1
         self.preserves_shape = True
         assert self.seed is not None
-        wrote_into_host = wrote and not self._copy_input
-        own = [tensor for module in self.modules_of_seed() for tensor in _own(module)]
-        self.isolation_violations += int(wrote_into_host or leaks(full, own) > 0)
-        self._copy_input = wrote or _may_write(self.seed)
+        assert self.alpha is not None  # it anchors the wall before some seeds, and gets no gradient from there
+        own = [self.alpha, *(tensor for module in self.modules_of_seed() for tensor in own_tensors(module))]
+        self.isolation_violations += int((wrote and shared) or leaks(full, own) > 0)
+        self._copy_input = wrote or may_write(self.seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
         super()._apply(fn, recurse)
@@ -404,58 +414,3 @@ def _after_load(slot: nn.Module, incompatible_keys: object) -> None:
         if float(torch.tensor(slot._alpha_value, dtype=torch.float32, device="cpu")) != float(loaded):
             slot._alpha_value = float(loaded)
         slot._keep_alpha_a_leaf()
-
-
-def seed_module(seed: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """The seed itself, or what its factory makes; ConfigurationError when that is no module."""
-    module = seed if isinstance(seed, nn.Module) else seed() if callable(seed) else seed
-    if not isinstance(module, nn.Module):
-        raise ConfigurationError(f"a seed is a module or a factory of one, got {type(module).__name__}")
-    return module
-
-
-def _own(seed: nn.Module) -> list[Tensor]:
-    return [*seed.parameters(), *seed.buffers()]
-
-
-def _may_write(seed: nn.Module) -> bool:
-    """Whether a layer says so itself: Dropout(inplace=True) writes in training and not in eval mode."""
-    return any(getattr(module, "inplace", False) is True for module in seed.modules())
-
-
-def _try_seed(seed: nn.Module, probe: Tensor) -> tuple[bool, bool]:
-    """Run the seed on the probe once: whether it writes into its input, whether it reaches outside itself.
-
-    WiringError if it changes the shape or the dtype.
-    """
-    with _undisturbed(seed, probe.device), torch.enable_grad():
-        features = probe.detach().clone()
-        version = features._version
-        output = seed(features)
-    if not isinstance(output, Tensor):
-        raise WiringError(f"a seed returns one tensor, this one returned {type(output).__name__}")
-    if output.shape != probe.shape or output.dtype != probe.dtype:
-        raise WiringError(_shape_complaint(probe, output))
-    return features._version != version or _may_write(seed), leaks(output, _own(seed)) > 0
-
-
-@contextmanager
-def _undisturbed(seed: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode inside; afterwards training flags and random state are as they were."""
-    flags = [(module, module.training) for module in seed.modules()]
-    devices = [device] if device.type not in ("cpu", "meta") else []
-    kind = device.type if devices else "cuda"
-    try:
-        with torch.random.fork_rng(devices=devices, device_type=kind):
-            seed.eval()
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def _shape_complaint(features: Tensor, output: Tensor) -> str:
-    return (
-        f"a seed must keep shape and dtype: features {tuple(features.shape)} {features.dtype}, "
-        f"seed's output {tuple(output.shape)} {output.dtype}; change the seed, or prune it"
-    )

@@ -12,7 +12,6 @@ from ..core.errors import ConfigurationError, WiringError
 from ..core.lifecycle import Stage
 from ..gradients.monitor import GradientMonitor
 from .groups import SeedGroups
-from .isolation import Isolation
 from .slot import SeedSlot
 
 
@@ -49,10 +48,7 @@ class Wiring:
         self,
         name: str,
         module: nn.Module,
-        *,
-        probe: Tensor | None,
-        isolation: Isolation | None,
-        blend: str,
+        how: Mapping[str, Any],
         group: Mapping[str, Any] | None,
     ) -> None:
         """Put a seed into its slot, the optimizer and the monitor: all of them or none.
@@ -60,9 +56,7 @@ class Wiring:
         Args:
             name: of an empty slot.
             module: the seed.
-            probe: see ``SeedSlot.germinate``, as ``isolation`` and ``blend``.
-            isolation: how it trains.
-            blend: how it is blended in.
+            how: arguments of ``SeedSlot.germinate``, without device and dtype: those of the model.
             group: settings of its group in the optimizer; None: it gets no group.
 
         Raises:
@@ -73,11 +67,8 @@ class Wiring:
         self.refuse_shared(name, module)
         if group is not None:
             self.groups.refuse_unknown_scheduler()
-        like = probe if probe is not None else next(p for p in self.model.parameters() if p.is_floating_point())
         before = place.lifecycle.state_dict()
-        place.germinate(
-            module, probe=probe, isolation=isolation, blend=blend, device=like.device, dtype=like.dtype
-        )
+        place.germinate(module, **self._device_and_dtype(how["probe"]), **how)
         groups = len(self.optimizer.param_groups)
         try:
             if group is not None:
@@ -89,6 +80,16 @@ class Wiring:
             place.move(Stage.PRUNED, "refused")
             place.lifecycle.load_state_dict(before)
             raise
+
+    def _device_and_dtype(self, probe: object) -> dict[str, Any]:
+        """The probe's; but a dtype that no parameter of the model has is autocast's, and no seed should have it."""
+        floating = [p for p in self.model.parameters() if p.is_floating_point()]
+        device, dtype = floating[0].device, floating[0].dtype
+        if isinstance(probe, Tensor):
+            device = probe.device
+            if probe.dtype in {p.dtype for p in floating}:
+                dtype = probe.dtype
+        return {"device": device, "dtype": dtype}
 
     def refuse_shared(self, name: str, module: nn.Module) -> None:
         """WiringError when a seed for this slot has a parameter that the model has already."""
@@ -113,8 +114,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def slots_of(model: nn.Module) -> dict[str, SeedSlot]:
-    """The slots of a model by their path in it; WiringError when there is none."""
+    """The slots of a model by their path in it, which they are told; WiringError when there is none."""
     slots = {name: module for name, module in model.named_modules() if isinstance(module, SeedSlot)}
     if not slots:
         raise WiringError("the model has no SeedSlot: put one where a seed may grow, x = self.slot(x)")
+    for name, slot in slots.items():
+        slot.name = name
     return slots

@@ -389,6 +389,13 @@ def test_a_slot_is_restored_with_a_given_seed_its_gate_and_its_frozen_parameters
         {"blend": "multiply"},
         {"channels": 4},
         {"frozen": ["seed.other"]},
+        {"frozen": "seed"},
+        {"random": None},
+        {"random": {"key": 1}},
+        {"random": {"key": 1, "tick": 0, "spent": None, "draws": 2}},
+        {"isolate_blending": 1},
+        {"gate_dims": [1]},
+        {"channel_dim": 1},
     ],
 )
 def test_a_bad_life_cycle_state_is_refused_and_changes_nothing(change):

@@ -1,0 +1,171 @@
+"""What can be known of a seed before it lives: is it a module, can it learn, does it keep shape and dtype?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..core.errors import ConfigurationError, WiringError
+from .isolation import leaks
+from .randomness import undisturbed
+
+
+def seed_module(seed: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """The seed itself, or what its factory makes; ConfigurationError when that is no module.
+
+    Parameters and buffers that were made in inference mode could never learn: the module gets copies that can.
+    """
+    module = seed if isinstance(seed, nn.Module) else seed() if callable(seed) else seed
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"a seed is a module or a factory of one, got {type(module).__name__}")
+    _leave_inference_mode(module)
+    return module
+
+
+def is_unfinished(module: nn.Module) -> bool:
+    """Whether a parameter or buffer waits for the first features (nn.LazyLinear and its like)."""
+    return any(is_lazy(tensor) for tensor in own_tensors(module))
+
+
+def slot_named(name: str | None) -> str:
+    """How an error names a slot."""
+    return "a slot" if name is None else f"slot {name!r}"
+
+
+@contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Inside of torch.inference_mode too, what is made here can be trained, and no graph is built."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def check_features(features: object, name: str | None) -> None:
+    """Raise WiringError, which names the slot, unless a seed can be given these features."""
+    if not isinstance(features, Tensor):
+        raise WiringError(
+            f"{slot_named(name)} takes one tensor while it holds a seed, got {_described(features)}; "
+            "put the slot where a single tensor passes, or hand it the part that the seed should see"
+        )
+    if features.is_nested or features.layout is not torch.strided:
+        kind = "a nested tensor" if features.is_nested else f"a tensor of layout {features.layout}"
+        raise WiringError(
+            f"{slot_named(name)} takes a dense tensor while it holds a seed, got {kind}; pad it, or use to_dense()"
+        )
+    if not features.is_floating_point():
+        way = "torch.view_as_real(features)" if features.is_complex() else "features.float()"
+        raise WiringError(
+            f"{slot_named(name)} takes real floating features while it holds a seed, got {features.dtype}; "
+            f"give it {way}"
+        )
+
+
+def check_output(features: Tensor, output: object, name: str | None) -> None:
+    """Raise WiringError, which names the slot, unless a seed's output can take the place of these features.
+
+    Under autocast the dtype may differ; whoever calls converts it.
+    """
+    if not isinstance(output, Tensor):
+        raise WiringError(f"{slot_named(name)}: a seed returns one tensor, this one returned {_described(output)}")
+    if output.is_nested or output.layout is not torch.strided:
+        raise WiringError(f"{slot_named(name)}: a seed returns a dense tensor, this one returned {output.layout}")
+    if output.shape != features.shape or (
+        output.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type)
+    ):
+        raise WiringError(
+            f"{slot_named(name)}: a seed must keep shape and dtype: features {tuple(features.shape)} {features.dtype}, "
+            f"seed's output {tuple(output.shape)} {output.dtype}; change the seed, or prune it"
+        )
+
+
+def prepare(
+    seed: nn.Module, probe: Tensor | None, device: torch.device | None, dtype: torch.dtype | None, name: str | None
+) -> tuple[bool, bool]:
+    """Bring a seed to its place and try it: whether it writes into its input, whether it reaches outside itself.
+
+    Args:
+        seed: the module; moved and converted, and layers that wait for their first features are finished.
+        probe: features to try it on; without them nobody knows, and it is taken for one that writes.
+        device: where it goes; to the probe unless told.
+        dtype: of its floating parameters; the probe's unless told, and under autocast its own.
+        name: the slot's path in the model, for errors.
+
+    Raises:
+        WiringError: it has no trainable parameter, waits for features that nobody gave, or changes the shape or dtype.
+    """
+    unfinished = is_unfinished(seed)
+    if unfinished and probe is None:
+        raise WiringError(
+            f"the seed for {slot_named(name)} has layers that wait for their first features (nn.LazyLinear and its "
+            "like): germinate(..., probe=features) finishes them"
+        )
+    if not unfinished:
+        _refuse_dull(seed)
+    if probe is not None:
+        device = device or probe.device
+        if dtype is None and not torch.is_autocast_enabled(probe.device.type):
+            dtype = probe.dtype
+    seed.to(device=device, dtype=dtype)
+    tried = (True, False) if probe is None else _try(seed, probe, dtype, name)
+    if unfinished:
+        _leave_inference_mode(seed)
+        _refuse_dull(seed)
+    return tried
+
+
+def _refuse_dull(seed: nn.Module) -> None:
+    if not any(p.numel() for p in seed.parameters() if p.requires_grad):
+        raise WiringError("the seed has no trainable parameter: it could never learn")
+
+
+def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None) -> tuple[bool, bool]:
+    with undisturbed(seed, probe.device), torch.enable_grad():
+        converted = probe if dtype is None or torch.is_autocast_enabled(probe.device.type) else probe.to(dtype)
+        features = converted.detach().clone()
+        version = features._version
+        output = seed(features)
+    check_output(features, output, name)
+    return features._version != version or may_write(seed), leaks(output, own_tensors(seed)) > 0
+
+
+def own_tensors(seed: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a module."""
+    return [*seed.parameters(), *seed.buffers()]
+
+
+def may_write(seed: nn.Module) -> bool:
+    """Whether a layer says so itself: Dropout(inplace=True) writes in training and not in eval mode."""
+    return any(getattr(module, "inplace", False) is True for module in seed.modules())
+
+
+def _described(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{kind} of {len(value)}" if isinstance(value, (tuple, list, dict)) else kind
+
+
+def _is_inference(tensor: Tensor) -> bool:
+    return not is_lazy(tensor) and tensor.is_inference()
+
+
+def _leave_inference_mode(module: nn.Module) -> None:
+    if not any(_is_inference(tensor) for tensor in own_tensors(module)):
+        return
+    made: dict[int, Tensor] = {}
+    with normal_tensors(), torch.no_grad():
+        for part in module.modules():
+            for store in (part._parameters, part._buffers):
+                for name, tensor in store.items():
+                    if tensor is None or not _is_inference(tensor):
+                        continue
+                    if id(tensor) not in made:
+                        fresh = tensor.clone()
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
+                    store[name] = made[id(tensor)]  # type: ignore[assignment]
