@@ -54,6 +54,7 @@ class _Life:
     training_accuracy: float | None = None  # when TRAINING began
     blending_accuracy: float | None = None  # when BLENDING began
     evidence: SeedEvidence | None = field(default=None)
+    warned: set[str] = field(default_factory=set)  # names of warnings that were said
 
     VERSION: ClassVar[int] = 1
 
@@ -602,6 +603,7 @@ class GrowthController:
             improvement=_points(life.training_accuracy if life else None, self._accuracy),
             accuracy_change=_points(life.blending_accuracy if life else None, self._accuracy),
             isolation_violations=slot.isolation_violations,
+            handed_on=slot.handed_on,
             alpha=slot.alpha_value,
             alpha_target=life.alpha.target if life else 1.0,
             alpha_holds=life is None or life.alpha.mode == HOLD,
@@ -618,7 +620,15 @@ class GrowthController:
             alphas = None if target is Stage.BLENDING else [life.slot.alpha_value]
             verdict = self.gates.judge(target, dataclasses.replace(status, probe=self.probe(life.name, alphas=alphas)))
         self._emit_gate(life, verdict)
+        self._warn(life, verdict)
         return verdict
+
+    def _warn(self, life: _Life, verdict: Verdict) -> None:
+        """To the log, whatever the sinks: what is no event of the run but probably a slip of who wrote it."""
+        for check in verdict.warnings:
+            if check.name not in life.warned:
+                life.warned.add(check.name)
+                logger.warning("slot %r: %s (%s)", life.name, check.label, check.reason)
 
     def _move(self, life: _Life, target: Stage, reason: str, initiator: str) -> None:
         source = life.slot.stage

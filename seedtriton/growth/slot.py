@@ -6,22 +6,32 @@ decides nothing: who may move, and when, is the gates' and the controller's busi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType, NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # what torch.func hands in does not outlive its call
 
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.lifecycle import RESTING, Lifecycle, Stage
 from ..core.state import check_state
 from . import blending
-from .isolation import Isolation, StraightThrough, TrustRegion, behind, leaks
+from .isolation import NORM, Isolation, StraightThrough, TrustRegion, behind, handed_on, leaks
 
 # Forward passes that are looked at for leaks after entering TRAINING and after each epoch: more than a gate
 # forgives, and few enough to cost nothing (a walk over the seed's graph each).
 ISOLATION_CHECKS = 8
+# Keys of ``lifecycle_state``; then those that 0.1 did not have, with what a state without them means: its rule, and
+# nothing known.
+_KEYS = (
+    "lifecycle", "alpha", "rho", "blend", "channels", "dtype", "frozen", "isolation_violations", "checks_due",
+    "preserves_shape", "copy_input",
+)  # fmt: skip
+_LATER: Mapping[str, Any] = MappingProxyType({"rule": NORM, "handed_on": None})
 BEHIND = "behind"  # the seed trains, the output is the host's
 BLENDED = "blended"  # the output is the blend
 _FORWARD = {
@@ -66,6 +76,7 @@ class SeedSlot(nn.Module):
         self.isolation_violations = 0
         self.frozen: tuple[str, ...] | None = None
         self.preserves_shape: bool | None = None
+        self._handed_on: Tensor | float | None = None
         self._alpha_value = 0.0
         self._mode: str | None = None
         self._copy_input = False
@@ -82,6 +93,12 @@ class SeedSlot(nn.Module):
     def alpha_value(self) -> float:
         """Alpha as a number, kept on the host: reading it never waits for the device."""
         return self._alpha_value
+
+    @property
+    def handed_on(self) -> float | None:
+        """``isolation.handed_on`` at the first look, None if unknown; waits for the device, once."""
+        self._handed_on = _finite(self._handed_on)
+        return self._handed_on
 
     def modules_of_seed(self) -> list[nn.Module]:
         """Everything that trains, is measured and goes as the seed: the seed, and its gate network if it has one."""
@@ -109,7 +126,7 @@ class SeedSlot(nn.Module):
         if self._mode == BLENDED:
             return blending.blend(features, full, self.alpha)
         if looking:
-            self._look(full, wrote=given._version != version)
+            self._look(inner, output, full, wrote=given._version != version)
         return behind(features, full, self.alpha, self.isolation)
 
     def germinate(
@@ -155,7 +172,7 @@ class SeedSlot(nn.Module):
             device, dtype = device or probe.device, dtype or probe.dtype
         module.to(device=device, dtype=dtype)
         # Without a probe nobody knows whether the seed writes into its input: it gets a copy until it was seen.
-        writes, leaky = (True, False) if probe is None else _try_seed(module, probe)
+        writes, leaky, kept = (True, False, None) if probe is None else _try_seed(module, probe)
         place = device or next(module.parameters()).device
         gate = None
         if blend == blending.GATE and probe is not None:
@@ -163,7 +180,7 @@ class SeedSlot(nn.Module):
         self._copy_input = writes
         self.preserves_shape = True if probe is not None else None
         self._place(module, gate, blend, place)
-        self.isolation = isolation or TrustRegion()
+        self.isolation, self._handed_on = isolation or TrustRegion(), kept
         # A compiled forward pass is not looked at, but its graph is the one of the probe: a leak there is a leak
         # in every pass.
         self.isolation_violations = ISOLATION_CHECKS if leaky else 0
@@ -251,6 +268,7 @@ class SeedSlot(nn.Module):
             "checks_due": self._checks_due,
             "preserves_shape": self.preserves_shape,
             "copy_input": self._copy_input,
+            **_later(self),
         }
 
     def load_lifecycle_state(
@@ -267,11 +285,7 @@ class SeedSlot(nn.Module):
         Raises:
             StateDictError: it does not fit; nothing has changed.
         """
-        keys = (
-            "lifecycle", "alpha", "rho", "blend", "channels", "dtype", "frozen", "isolation_violations", "checks_due",
-            "preserves_shape", "copy_input",
-        )  # fmt: skip
-        values = check_state(state, "SeedSlot", self.VERSION, keys)
+        values = check_state(state, "SeedSlot", self.VERSION, _KEYS, _LATER)
         restored = Lifecycle()
         restored.load_state_dict(values["lifecycle"])
         occupied = restored.stage not in (Stage.DORMANT, *RESTING)
@@ -283,12 +297,15 @@ class SeedSlot(nn.Module):
             raise StateDictError(
                 f"SeedSlot: the saved stage is {restored.stage}, but the slot is empty: germinate the same seed first"
             )
-        alpha, violations, due = values["alpha"], values["isolation_violations"], values["checks_due"]
-        if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or type(violations) is not int or type(due) is not int:
+        violations, due, kept = values["isolation_violations"], values["checks_due"], values["handed_on"]
+        alpha = values["alpha"]
+        kinds = type(alpha), type(violations), type(due), type(kept)
+        if kinds not in ((float, int, int, float), (float, int, int, NoneType)) or not 0.0 <= alpha <= 1.0:
             raise StateDictError(
-                f"SeedSlot: bad alpha {alpha!r}, isolation_violations {violations!r} or checks_due {due!r}"
+                f"SeedSlot: bad alpha {alpha!r}, isolation_violations {violations!r}, checks_due {due!r} or "
+                f"handed_on {kept!r}"
             )
-        isolation = StraightThrough() if values["rho"] is None else TrustRegion(values["rho"])
+        isolation = StraightThrough() if values["rho"] is None else TrustRegion(values["rho"], values["rule"])
         blend, channels, gate = values["blend"], values["channels"], self.gate
         gated = type(channels) is int and channels > 0
         if blend not in blending.BLENDS or gated != (blend == blending.GATE):
@@ -310,7 +327,7 @@ class SeedSlot(nn.Module):
             gate = None if gate is None else gate.to(device=device, dtype=dtype)
             self._place(seed, gate, blend, device or next(seed.parameters()).device)
         self.lifecycle, self.isolation, self.isolation_violations = restored, isolation, violations
-        self.preserves_shape, self._copy_input = values["preserves_shape"], values["copy_input"]
+        self.preserves_shape, self._copy_input, self._handed_on = values["preserves_shape"], values["copy_input"], kept
         self._mode = _FORWARD.get(restored.stage)
         self._checks_due = due
         self.thaw()
@@ -345,11 +362,13 @@ class SeedSlot(nn.Module):
         self.blend = blending.ADD
         self.alpha = None
         self._alpha_value = 0.0
-        self.preserves_shape = None
+        self.preserves_shape = self._handed_on = None
 
-    def _look(self, full: Tensor, wrote: bool) -> None:
+    def _look(self, inner: Tensor, output: Tensor, full: Tensor, wrote: bool) -> None:
         """Count leaks, and learn whether the seed writes into its input: only then it gets a copy."""
         self._checks_due -= 1
+        if self._handed_on is None and not is_functorch_wrapped_tensor(output):
+            self._handed_on = handed_on(inner, output)
         self.preserves_shape = True
         assert self.seed is not None
         wrote_into_host = wrote and not self._copy_input
@@ -407,6 +426,18 @@ def seed_module(seed: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     return module
 
 
+def _later(slot: SeedSlot) -> dict[str, Any]:
+    """What goes into the state beyond the keys of 0.1: only what their absence would not say."""
+    rule = slot.isolation.rule if isinstance(slot.isolation, TrustRegion) else NORM
+    return {key: value for key, value in (("rule", rule), ("handed_on", slot.handed_on)) if value != _LATER[key]}
+
+
+def _finite(number: Tensor | float | None) -> float | None:
+    if number is None or (isinstance(number, Tensor) and number.is_meta) or not math.isfinite(number):
+        return None
+    return float(number)
+
+
 def _own(seed: nn.Module) -> list[Tensor]:
     return [*seed.parameters(), *seed.buffers()]
 
@@ -416,8 +447,8 @@ def _may_write(seed: nn.Module) -> bool:
     return any(getattr(module, "inplace", False) is True for module in seed.modules())
 
 
-def _try_seed(seed: nn.Module, probe: Tensor) -> tuple[bool, bool]:
-    """Run the seed on the probe once: whether it writes into its input, whether it reaches outside itself.
+def _try_seed(seed: nn.Module, probe: Tensor) -> tuple[bool, bool, Tensor]:
+    """Run the seed on the probe once: whether it writes into its input, and reaches outside itself; ``handed_on``.
 
     WiringError if it changes the shape or the dtype.
     """
@@ -429,7 +460,7 @@ def _try_seed(seed: nn.Module, probe: Tensor) -> tuple[bool, bool]:
         raise WiringError(f"a seed returns one tensor, this one returned {type(output).__name__}")
     if output.shape != probe.shape or output.dtype != probe.dtype:
         raise WiringError(_shape_complaint(probe, output))
-    return features._version != version or _may_write(seed), leaks(output, _own(seed)) > 0
+    return features._version != version or _may_write(seed), leaks(output, _own(seed)) > 0, handed_on(probe, output)
 
 
 @contextmanager
