@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from bench.optimizers import ADAMW, OPTIMIZERS
 from seedtriton import SeedSlot
 
 Data = tuple[Tensor, Tensor]
@@ -100,6 +101,7 @@ class Task:
     losses: Callable[[Tensor, Tensor], Tensor] = classification_losses
     batch: int = 64
     lr: float = 3e-3
+    optimizer: str = ADAMW
     warm_steps: int = 300  # the host alone
     hidden: int = 32  # of the usual seed
 
@@ -110,6 +112,15 @@ class Task:
     def seed(self, hidden: int | None = None) -> nn.Module:
         """The usual seed: a residual block."""
         return Residual(self.width, hidden or self.hidden, self.layer)
+
+    def trained_by(self, optimizer: str) -> Task:
+        """The same task with another optimizer, at the learning rate that goes with it."""
+        lr = OPTIMIZERS[optimizer].lr
+        return dataclasses.replace(self, optimizer=optimizer, lr=self.lr if lr is None else lr)
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """What trains ``model``."""
+        return OPTIMIZERS[self.optimizer].make(model.parameters(), lr=self.lr)
 
     def batches(self, random_seed: int) -> BatchStream:
         """Batches for ever, drawn by ``random_seed``."""

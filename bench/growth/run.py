@@ -26,17 +26,21 @@ import torch
 from torch import nn
 
 from bench.machine import header
+from bench.optimizers import ADAMW, FAST_SGD, MUON, SGD
 from bench.tasks import TASKS, BatchStream, Task
 from seedtriton import GateThresholds, GrowthController, Stage, StraightThrough, TrustRegion
 from seedtriton.core.schedules import AlphaSchedule
+from seedtriton.growth.isolation import NORM
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 NO_GROWTH, AT_ONCE, SHADOW, LARGER = "no growth", "blending at once", "shadow", "larger network"
 GATED = "gates decide"  # the library as it comes: the default isolation, and G2 with its probe says when
 STRAIGHT_THROUGH = "straight-through"
+OLD_RULE = "trust region 0.2, norms"  # the rule that 0.1 had
 ISOLATIONS = {
     STRAIGHT_THROUGH: StraightThrough(),
+    OLD_RULE: TrustRegion(0.2, NORM),
     "trust region 0.1": TrustRegion(0.1),
     "trust region 0.2": TrustRegion(0.2),
     "trust region 0.5": TrustRegion(0.5),
@@ -44,6 +48,9 @@ ISOLATIONS = {
 }
 STRATEGIES = (NO_GROWTH, AT_ONCE, *ISOLATIONS, GATED, SHADOW, LARGER)
 DEFAULT = next(name for name, isolation in ISOLATIONS.items() if isolation == TrustRegion())
+# What is run under which optimizer: everything under the first, what decides under the others.
+DECISIVE = (NO_GROWTH, AT_ONCE, STRAIGHT_THROUGH, OLD_RULE, DEFAULT, GATED)
+ROWS = {ADAMW: STRATEGIES, SGD: DECISIVE, MUON: DECISIVE, FAST_SGD: DECISIVE}
 
 SEEDS = 5
 EVERY = 10  # steps between two looks at the validation loss while blending
@@ -70,6 +77,7 @@ class Case:
     strategy: str
     random_seed: int
     phases: Phases = dataclasses.field(default_factory=Phases)
+    optimizer: str = ADAMW
 
 
 # Enough to see that growth helps, and that straight-through wrecks the host.
@@ -86,7 +94,7 @@ class Life:
         torch.manual_seed(random_seed)
         self.task, self.model, self.seed = task, task.make_host(), task.seed()
         self.batches: BatchStream = task.batches(random_seed)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=task.lr)
+        self.optimizer = task.make_optimizer(self.model)
         self.steps = 0
 
     @property
@@ -148,7 +156,7 @@ def run(case: Case) -> dict[str, Any]:
     """One life; validation losses are those of the held-out part ``truth``."""
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    task, strategy, phases = TASKS[case.task](), case.strategy, case.phases
+    task, strategy, phases = TASKS[case.task]().trained_by(case.optimizer), case.strategy, case.phases
     life = Life(task, case.random_seed)
     if strategy == LARGER:
         life.plant()
@@ -163,6 +171,7 @@ def run(case: Case) -> dict[str, Any]:
         before_blending, losses = _by_step_count(life, strategy, phases)
     return {
         "task": case.task,
+        "optimizer": case.optimizer,
         "strategy": strategy,
         "random_seed": case.random_seed,
         "loss_at_germination": at_germination,

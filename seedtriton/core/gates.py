@@ -16,9 +16,11 @@ from .lifecycle import Stage
 from .schedules import ProgressThreshold
 from .state import PlainState, check_state
 from .thresholds import GateThresholds
-from .verdict import PERMISSIVE, STRICT, Check, Gate, SeedStatus, Verdict
+from .verdict import PERMISSIVE, SEED_REPLACES_HOST, STRICT, Check, Gate, SeedStatus, Verdict
 
-PERMISSIVE_ASKS = frozenset({"stage", "measured", "finite", "exploding", "exploding_tensors", "epochs"})
+PERMISSIVE_ASKS = frozenset({"stage", "measured", "finite", "exploding", "exploding_tensors", "epochs", "identity"})
+# A seed that hands on less of the host's features replaces them. Residual seeds of 22 kinds handed on HANDED.
+HANDS_ON = 0.5
 
 GATE_OF: Mapping[Stage, Gate] = MappingProxyType(
     {
@@ -99,7 +101,7 @@ class QualityGates(PlainState):
                 "shape", status.preserves_shape, "shape_preserved", "shape_changed",
                 status.preserves_shape, True, "output against input, shape and dtype",
             )
-        return [_stage_is(status, Stage.GERMINATED, "germinated", "not_germinated"), shape]
+        return [_stage_is(status, Stage.GERMINATED, "germinated", "not_germinated"), shape, _hands_on(status)]
 
     def _g2(self, status: SeedStatus) -> list[Check]:
         limits, known = self.thresholds, status.known
@@ -113,6 +115,10 @@ class QualityGates(PlainState):
             _at_least(
                 "displacement", "min_displacement", known.displacement, limits.min_displacement,
                 "weights_moved", "weights_not_moved", "relative change of the weights since TRAINING began",
+            ),
+            _at_most(
+                "runaway", "max_displacement", known.displacement, limits.max_displacement,
+                "weights_bounded", "weights_ran_away", "relative change of the weights since TRAINING began",
             ),
             _at_least(
                 "live_share", "min_live_share", known.live_share, limits.min_live_share,
@@ -135,6 +141,7 @@ class QualityGates(PlainState):
                 limits.max_isolation_violations, "isolated", "isolation_violated",
                 "forward passes in which the seed reached into the host",
             ),
+            _hands_on(status),
             self._blend_gain(status, known),
             _probed(
                 "probe_gain", "min_probe_gain", status.probe, limits.min_probe_gain,
@@ -306,6 +313,18 @@ def _at_most(
 
 def _stage_is(status: SeedStatus, stage: Stage, yes: str, no: str) -> Check:
     return _yes("stage", status.stage is stage, yes, no, str(status.stage), str(stage), f"in {status.stage}")
+
+
+def _hands_on(status: SeedStatus) -> Check:
+    """Told, never asked: a seed that replaces the host's features is legal, and seldom meant."""
+    value = status.handed_on
+    if value is None:
+        return Check("identity", "identity", None, None, HANDS_ON, "not known: the seed's output was not looked at yet")
+    words = f"share of the host's features that the seed handed on when it was first looked at: {value:.3g}"
+    if value >= HANDS_ON:
+        return Check("identity", "seed_hands_on_host", True, value, HANDS_ON, f"{words}, 1 for x + f(x)")
+    reason = f"{words}, 0 for f(x) instead of x + f(x); as far as it is blended in, the host's features are gone"
+    return Check("identity", SEED_REPLACES_HOST, None, value, HANDS_ON, reason)
 
 
 def _measured(known: SeedEvidence) -> Check:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
 
 from .errors import ConfigurationError
 from .schedules import ProgressThreshold
@@ -40,6 +42,7 @@ class GateThresholds(PlainState):
             to tell are listed as not asked.
         require_optimizer: G2, the seed's parameters are in an optimizer that steps.
         min_displacement: G2, relative change of the seed's weights since TRAINING began.
+        max_displacement: G2, the same: above it the seed has run away. LIMIT_REASON
         min_live_share: G2, share of the seed's parameters whose gradient is not all zero.
         max_vanishing_share: G2, share of the seed's gradient tensors that are vanishing. Off: no measurement says
             yet where seeds that learn stop, and what is all zero is ``min_live_share``'s.
@@ -74,6 +77,7 @@ class GateThresholds(PlainState):
     max_plateau_share: float | None = 0.5
     require_optimizer: bool | None = True
     min_displacement: float | None = 1e-4
+    max_displacement: float | None = 100.0
     min_live_share: float | None = 0.5
     max_vanishing_share: float | None = None
     max_exploding_share: float | None = None
@@ -86,6 +90,9 @@ class GateThresholds(PlainState):
     min_holding_epochs: int | None = 1
     min_contribution: float | None = 1e-3
     max_accuracy_drop: float | None = 5.0
+
+    # A release without that question asked nothing there.
+    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({"max_displacement": None})
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

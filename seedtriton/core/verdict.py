@@ -18,6 +18,10 @@ from .state import PlainState, check_state
 STRICT = "strict"
 PERMISSIVE = "permissive"
 
+SEED_REPLACES_HOST = "seed_replaces_host"
+# Answers on which no verdict hangs, and which whoever reads it should see.
+WARNINGS = frozenset({SEED_REPLACES_HOST})
+
 
 class Gate(enum.IntEnum):
     """The gates; 4 is reserved."""
@@ -79,14 +83,18 @@ class Verdict:
         """The questions that were answered with no."""
         return tuple(check for check in self.checks if check.passed is False)
 
+    @property
+    def warnings(self) -> tuple[Check, ...]:
+        """Answers that decide nothing and should be seen."""
+        return tuple(check for check in self.checks if check.name in WARNINGS)
+
     def __str__(self) -> str:
         """One line that a person can read in a log."""
         head = f"{self.gate} {'passed' if self.passed else 'refused'} {self.seed!r} for {self.target}"
-        if self.passed:
-            labels = ", ".join(check.label for check in self.checks if check.passed)
-            return f"{head}: {labels}"
+        parts = [", ".join(check.label for check in self.checks if check.passed)] if self.passed else []
         # What was never measured fails several questions, in the same words.
-        return f"{head}: " + "; ".join(dict.fromkeys(f"{check.label} ({check.reason})" for check in self.failed))
+        parts += dict.fromkeys(f"{check.label} ({check.reason})" for check in (*self.failed, *self.warnings))
+        return f"{head}: " + "; ".join(parts)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain, JSON-safe values."""
@@ -134,6 +142,8 @@ class SeedStatus:
         improvement: rise of the accuracy since TRAINING began, in percentage points; None: unknown.
         accuracy_change: change of the accuracy since BLENDING began, in percentage points; None: unknown.
         isolation_violations: forward passes in which the seed reached into the host.
+        handed_on: how much of the host's features the seed handed on when it was first looked at, about 1 for one that
+            returns ``x + f(x)`` and 0 for ``f(x)``; None: unknown.
         alpha: blend factor now.
         alpha_target: where it is going.
         alpha_holds: it has stopped there.
@@ -150,6 +160,7 @@ class SeedStatus:
     improvement: float | None = None
     accuracy_change: float | None = None
     isolation_violations: int = 0
+    handed_on: float | None = None
     alpha: float = 0.0
     alpha_target: float = 1.0
     alpha_holds: bool = True

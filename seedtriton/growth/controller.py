@@ -272,17 +272,7 @@ class GrowthController:
                 nothing has changed.
             WiringError: the slot has no seed in BLENDING or HOLDING.
         """
-        life = self._mover.living(slot)
-        ramp = life.ramp(target, steps, curve)
-        if life.pruning is not None:
-            life.keep()
-            self.monitor.reset(slot)
-            self._mover.emit("prune_cancelled", slot)
-        life.retarget(ramp)
-        now = life.alpha
-        self._mover.emit("alpha_target", slot, target=now.target, steps=now.steps_total, curve=now.curve)
-        if life.slot.stage is Stage.HOLDING:
-            self._move(life, Stage.BLENDING, f"alpha target {target:.3g}", "script")
+        self._mover.retarget(self._mover.living(slot), target, steps, curve)
 
     @normal_tensors()
     def prune(
@@ -316,12 +306,8 @@ class GrowthController:
         AlphaSchedule(steps=steps, curve=curve)
         if steps == 0 or life.slot.alpha_value == 0.0:
             self._mover.remove(life, reason, initiator)
-            return
-        life.fade(reason, initiator, steps, curve)
-        self._mover.emit("prune_scheduled", slot, reason=reason, initiator=initiator, steps=steps, curve=curve)
-        if life.slot.stage is Stage.HOLDING:
-            self._move(life, Stage.BLENDING, reason, initiator)
-        life.slot.freeze()
+        else:
+            self._mover.fade(life, reason, initiator, steps, curve)
 
     def probe(
         self, slot: str, evaluate: Evaluate | None = None, alphas: Sequence[float] | None = None

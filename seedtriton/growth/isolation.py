@@ -28,40 +28,91 @@ class StraightThrough:
     """
 
 
+ELEMENTWISE = "elementwise"
+NORM = "norm"
+RULES = (ELEMENTWISE, NORM)
+
+
 @dataclass(frozen=True)
 class TrustRegion:
-    """The seed gets ``g + lambda (s - h)`` with ``lambda = |g| / (rho |h|)``, once per batch.
+    """The seed gets a gradient with a target: the negative gradient, no larger than the host's features allow.
 
-    For a seed output s, the host's features h and g = dL/dout, the gradient vanishes where the seed's
-    contribution s - h is the negative gradient scaled to a fraction ``rho`` of the host's features: a
-    bounded target instead of a direction without end. Where h is all zero there is no scale to hold the
-    seed to, and it gets g alone.
+    Straight-through's objective is a direction without end. Both rules here end it, where the seed's contribution
+    s - h has a size that is ``rho`` times that of the host's features; ``towards`` has the formulas.
+
+    - "elementwise": every element of the contribution is held to ``rho`` times the root mean square of the features.
+      Never longer than straight-through's gradient in any element, and so as stable as that under every optimizer.
+    - "norm": the contribution as a whole is held to it, and only in the middle over its elements. Its gradient is as
+      long as the contribution is wide, without a limit: SGD with momentum runs away with it. What 0.1 had, and here
+      for comparison.
 
     The default of ``rho`` is the largest of 0.1, 0.2, 0.3, 0.5 and 1.0 that did not overshoot on a host that had
-    nearly converged, where 0.5 raised the loss by up to 66 % while it was blended; on hosts that still learn
-    all of these end alike (bench/growth).
+    nearly converged, where 0.5 raised the loss by up to 66 % while it was blended (by the rule "norm"); on hosts that
+    still learn all of these end alike (bench/growth).
 
     Raises:
-        ConfigurationError: ``rho`` is not a finite number above 0.
+        ConfigurationError: ``rho`` is not a finite number above 0, or no rule has this name.
     """
 
     rho: float = 0.2
+    rule: str = ELEMENTWISE
 
     def __post_init__(self) -> None:
         number = isinstance(self.rho, (int, float)) and not isinstance(self.rho, bool)
         if not number or not 0.0 < self.rho < math.inf:
             raise ConfigurationError(f"rho must be a finite number above 0, got {self.rho!r}")
+        if self.rule not in RULES:
+            raise ConfigurationError(f"rule must be one of {list(RULES)}, got {self.rule!r}")
 
 
 Isolation = StraightThrough | TrustRegion
 
 
+@torch.no_grad()
+def towards(gradient: Tensor, host: Tensor, difference: Tensor, isolation: Isolation) -> Tensor:
+    """What a seed behind the host gets for g = dL/dout, where it contributes d = s - h to the features h.
+
+    - ``StraightThrough``: g, the very tensor.
+    - ``TrustRegion``, "elementwise": ``m = (g r + |g| d) / (r + |d|)`` in every element, ``r = rho sqrt(mean(h^2))``
+      once per call. m = 0 at d = -r sign(g), and where g = 0; m = g where d has the sign of g, and everywhere when r is
+      0: then there is no scale to hold the seed to. |m| <= |g|, after rounding too.
+    - ``TrustRegion``, "norm": ``g + lambda d``, ``lambda = |g| / (rho |h|)`` once per call, 0 when h is all zero.
+
+    What is not finite in g or d stays visible. A rule and no derivative: in a second differentiation it is a constant.
+
+    Args:
+        gradient: g, floating.
+        host: h, same shape.
+        difference: d, same shape and dtype.
+        isolation: which rule.
+
+    Returns:
+        Same shape and dtype as ``gradient``; computed in float32 or wider but for the sum of "norm".
+    """
+    if isinstance(isolation, StraightThrough):
+        return gradient
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    if isolation.rule == NORM:
+        radius = isolation.rho * torch.linalg.vector_norm(host, dtype=wide)
+        norm = torch.linalg.vector_norm(gradient, dtype=wide)
+        weight = torch.where(radius > 0, norm / radius, torch.zeros_like(norm))
+        return gradient + weight.to(gradient.dtype) * difference
+    radius = torch.linalg.vector_norm(host, dtype=wide) * (isolation.rho / max(host.numel(), 1) ** 0.5)
+    # Beside a radius as large as this, every d is nothing.
+    radius = radius.masked_fill(radius == 0, torch.finfo(wide).max / 2)
+    # m = g (r + sign(g) d) / (r + |d|), in this order: rounding is monotone, so numerator, quotient and product are
+    # none of them larger than what bounds them. Two buffers beside the result of the sign.
+    pull = (gradient.sign() * difference).to(wide)
+    reach = pull.abs().add_(radius)
+    return pull.add_(radius).div_(reach).mul_(gradient).to(gradient.dtype)
+
+
 class _Behind(Function):
     @staticmethod
     def forward(
-        ctx: Any, host: Tensor, seed: Tensor, alpha: Tensor, rho: float | None, learned: Callable[[], None] | None
+        ctx: Any, host: Tensor, seed: Tensor, alpha: Tensor, isolation: Isolation, learned: Callable[[], None] | None
     ) -> Tensor:
-        _keep(ctx, host, seed, alpha, rho, learned)
+        _keep(ctx, host, seed, alpha, isolation, learned)
         # A copy, not the input itself: autograd forbids in-place operations on an input that a custom
         # function returned, and ReLU(inplace=True) behind a slot is everyday code.
         return host.clone()
@@ -74,13 +125,7 @@ class _Behind(Function):
         if ctx.needs_input_grad[2]:
             to_alpha = slope(gradient, difference)
         if ctx.needs_input_grad[1]:
-            to_seed = gradient
-            if ctx.rho is not None:
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                radius = ctx.rho * torch.linalg.vector_norm(host, dtype=wide)
-                norm = torch.linalg.vector_norm(gradient, dtype=wide)
-                weight = torch.where(radius > 0, norm / radius, torch.zeros_like(norm))
-                to_seed = gradient + weight.to(gradient.dtype) * difference
+            to_seed = towards(gradient, host, difference, ctx.isolation)
         if ctx.learned is not None:
             ctx.learned()
         return gradient if ctx.needs_input_grad[0] else None, to_seed, to_alpha, None, None
@@ -104,9 +149,9 @@ class _BehindTransformed(_Behind):
 
 
 def _keep(
-    ctx: Any, host: Tensor, seed: Tensor, alpha: Tensor, rho: float | None, learned: Callable[[], None] | None
+    ctx: Any, host: Tensor, seed: Tensor, alpha: Tensor, isolation: Isolation, learned: Callable[[], None] | None
 ) -> None:
-    ctx.rho, ctx.learned = rho, learned
+    ctx.isolation, ctx.learned = isolation, learned
     ctx.save_for_backward(host, seed)
 
 
@@ -129,8 +174,7 @@ def behind(
     Returns:
         A copy of ``host``, same bits and memory format.
     """
-    rho = isolation.rho if isinstance(isolation, TrustRegion) else None
-    return call(_Behind, _BehindTransformed, host, seed, alpha, rho, learned)
+    return call(_Behind, _BehindTransformed, host, seed, alpha, isolation, learned)
 
 
 class _Wall(Function):
@@ -176,6 +220,26 @@ def given_to(features: Tensor, anchor: Tensor, copy: bool) -> Tensor:
     if last and not features.requires_grad and features.device.type == "cpu" and torch.is_grad_enabled():
         return call(_Wall, _WallTransformed, features, anchor)
     return features.clone() if copy else features
+
+
+@torch.no_grad()
+def handed_on(features: Tensor, output: Tensor) -> Tensor:
+    """How much of ``features`` is still in a seed's ``output``: the slope of one on the other over the samples.
+
+    About 1 for an untrained ``x + f(x)`` and 0 for ``f(x)``. Means over dim 0 are left out: a bias is in no relation
+    to the features, and the mean of what a ReLU puts out would make it one. What it cannot see: features in a
+    branch that is ten times as loud as they are.
+
+    Args:
+        features: of the host, floating, dim 0 the samples.
+        output: of the seed, same shape.
+
+    Returns:
+        0-dim, float32 or wider; NaN when the features do not differ between the samples.
+    """
+    wide = torch.promote_types(features.dtype, torch.float32)
+    centred = features.to(wide) - features.mean(0, keepdim=True, dtype=wide)
+    return (output.to(wide) * centred).sum() / centred.square().sum()
 
 
 def leaks(output: Tensor, own: Iterable[Tensor]) -> int:

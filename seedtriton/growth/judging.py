@@ -38,6 +38,7 @@ def status_of(
         improvement=_points(life.training_accuracy if life else None, position.accuracy),
         accuracy_change=_points(life.blending_accuracy if life else None, position.accuracy),
         isolation_violations=slot.isolation_violations,
+        handed_on=slot.handed_on,
         alpha=slot.alpha_value,
         alpha_target=life.alpha.target if life else 1.0,
         alpha_holds=life is None or life.alpha.mode == HOLD,

@@ -26,6 +26,7 @@ class Life:
     training_accuracy: float | None = None  # when TRAINING began
     blending_accuracy: float | None = None  # when BLENDING began
     evidence: SeedEvidence | None = field(default=None)
+    warned: set[str] = field(default_factory=set)  # names of warnings that were said
 
     VERSION: ClassVar[int] = 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..report.sinks import Telemetry
 from .life import Life, Position
 from .slot import SeedSlot
 from .wiring import Wiring
+
+logger = logging.getLogger("seedtriton")
 
 # G0 is asked when the script germinates a seed; these lead from one stage of its life to the next.
 MOVING_GATES = (Gate.G1, Gate.G2, Gate.G3, Gate.G5)
@@ -81,6 +84,27 @@ class Mover:
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
         self._wiring.monitor.remove_seed(life.name)
 
+    def retarget(self, life: Life, target: float, steps: int | None, curve: str | None) -> None:
+        """Send alpha elsewhere, and keep the seed if it was on its way out; errors are ``Life.ramp``'s."""
+        ramp = life.ramp(target, steps, curve)
+        if life.pruning is not None:
+            life.keep()
+            self._wiring.monitor.reset(life.name)
+            self.emit("prune_cancelled", life.name)
+        life.retarget(ramp)
+        now = life.alpha
+        self.emit("alpha_target", life.name, target=now.target, steps=now.steps_total, curve=now.curve)
+        if life.slot.stage is Stage.HOLDING:
+            self.move(life, Stage.BLENDING, f"alpha target {target:.3g}", "script")
+
+    def fade(self, life: Life, reason: str, initiator: str, steps: int, curve: str) -> None:
+        """Send alpha to 0 with the seed frozen; it is taken out at the end of the epoch in which it arrives."""
+        life.fade(reason, initiator, steps, curve)
+        self.emit("prune_scheduled", life.name, reason=reason, initiator=initiator, steps=steps, curve=curve)
+        if life.slot.stage is Stage.HOLDING:
+            self.move(life, Stage.BLENDING, reason, initiator)
+        life.slot.freeze()
+
     def end_epoch(self, life: Life, evidence: SeedEvidence, loss: float | None) -> None:
         """Count an epoch of a seed's life, with the evidence that was found in it; take out one that has faded."""
         accuracy = self._position.accuracy
@@ -113,6 +137,11 @@ class Mover:
     def emit_gate(self, life: Life, verdict: Verdict) -> None:
         """Tell what a gate said of a seed, and of what evidence."""
         self.emit("gate", life.name, **gate_fields(verdict), **evidence_fields(life.evidence))
+        # To the log, whatever the sinks: no event of the run, but probably a slip of who wrote it.
+        for check in verdict.warnings:
+            if check.name not in life.warned:
+                life.warned.add(check.name)
+                logger.warning("slot %r: %s (%s)", life.name, check.label, check.reason)
 
     def _emit_stage(self, name: str, source: Stage, reason: str, initiator: str) -> None:
         target = str(self._wiring.slots[name].stage)

@@ -6,6 +6,7 @@ decides nothing: who may move, and when, is the gates' and the controller's busi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, StateDictError, WiringError
-from ..core.lifecycle import RESTING, Lifecycle, Stage
+from ..core.lifecycle import Lifecycle, Stage
 from . import blending, slot_state
-from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, leaks
+from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, handed_on, leaks
 from .randomness import SeedRandom
 from .slot_state import SavedSlot
 from .trying import (
@@ -83,6 +84,7 @@ class SeedSlot(nn.Module):
         self.name: str | None = None
         self.frozen: tuple[str, ...] | None = None
         self.preserves_shape: bool | None = None
+        self._handed_on: Tensor | float | None = None
         self._alpha_value = 0.0
         self._mode: str | None = None
         self._copy_input = False
@@ -104,6 +106,14 @@ class SeedSlot(nn.Module):
     def behind(self) -> bool:
         """Whether the seed learns behind the host, which does not feel it."""
         return self._mode == BEHIND
+
+    @property
+    def handed_on(self) -> float | None:
+        """``isolation.handed_on`` at the first look, None if unknown; waits for the device, once."""
+        number = self._handed_on
+        unknown = number is None or (isinstance(number, Tensor) and number.is_meta) or not math.isfinite(number)
+        self._handed_on = None if unknown else float(number)  # type: ignore[arg-type]
+        return self._handed_on
 
     def modules_of_seed(self) -> list[nn.Module]:
         """Everything that trains, is measured and goes as the seed: the seed, and its gate network if it has one."""
@@ -138,6 +148,8 @@ class SeedSlot(nn.Module):
         output, learned = (seed(given), None) if compiling else self.random.run(seed, given, looking)
         full = self._candidate(features, inner, output)
         if looking:
+            if self._handed_on is None:
+                self._handed_on = handed_on(inner, output)
             self._look(full, wrote=given._version != version, shared=given is inner)
         return behind(features, full, alpha, self.isolation, learned)
 
@@ -187,13 +199,13 @@ class SeedSlot(nn.Module):
             check_features(probe, self.name)
         with normal_tensors():
             module = seed_module(seed)
-            writes, leaky = prepare(module, probe, device, dtype, self.name)
+            writes, leaky, kept = prepare(module, probe, device, dtype, self.name)
             first = next(p for p in module.parameters() if p.requires_grad)
             gate = None
             if blend == blending.GATE and probe is not None:
                 gate = blending.gate_for(probe, tuple(gate_dims or ()), channel_dim).to(first.device, first.dtype)
             self._place(module, gate, blend, first.device)
-        self._copy_input = writes
+        self._copy_input, self._handed_on = writes, kept
         self.preserves_shape = True if probe is not None else None
         self.isolation, self.isolate_blending = isolation or TrustRegion(), bool(isolate_blending)
         self.random.begin(self.name or "")
@@ -274,7 +286,7 @@ class SeedSlot(nn.Module):
         return SavedSlot(
             self.lifecycle, self._alpha_value, self.isolation, self.isolate_blending, self.isolation_violations,
             self._checks_due, self.random, self.blend, self.gate, floating[0] if floating else None, self.frozen,
-            self.preserves_shape, self._copy_input,
+            self.preserves_shape, self._copy_input, self.handed_on,
         ).state_dict()  # fmt: skip
 
     def load_lifecycle_state(
@@ -292,7 +304,7 @@ class SeedSlot(nn.Module):
             StateDictError: it does not fit; nothing has changed.
         """
         saved = SavedSlot.read(state)
-        self._check_occupation(saved.lifecycle.stage, seed)
+        saved.check_occupation(self.seed is not None, seed is not None)
         if seed is not None and (saved.dtype is None or is_unfinished(seed)):
             raise StateDictError(
                 "SeedSlot: the state names no dtype, or the seed waits for its first features: run it on some before"
@@ -313,6 +325,7 @@ class SeedSlot(nn.Module):
         self.isolation, self.isolate_blending = saved.isolation, saved.isolate_blending
         self.isolation_violations, self._checks_due = saved.isolation_violations, saved.checks_due
         self.preserves_shape, self._copy_input = saved.preserves_shape, saved.copy_input
+        self._handed_on = saved.handed_on
         self._mode = _FORWARD.get(self.stage)
         self.thaw()
         if saved.frozen is not None:
@@ -343,16 +356,6 @@ class SeedSlot(nn.Module):
         self.alpha = torch.zeros((), dtype=torch.float32, device=device).requires_grad_()
         self._alpha_value = 0.0
 
-    def _check_occupation(self, saved: Stage, seed: nn.Module | None) -> None:
-        """StateDictError unless there is one seed, in the slot or given, for a saved stage with a seed, else none."""
-        occupied = saved not in (Stage.DORMANT, *RESTING)
-        if self.seed is not None and (seed is not None or not occupied):
-            raise StateDictError(f"SeedSlot: the saved stage is {saved}, but the slot is occupied: use a fresh model")
-        if occupied and self.seed is None and seed is None:
-            raise StateDictError(
-                f"SeedSlot: the saved stage is {saved}, but the slot is empty: germinate the same seed first"
-            )
-
     def _clear(self) -> None:
         self.thaw()  # the module goes back to whoever made it
         self.seed = None
@@ -360,7 +363,7 @@ class SeedSlot(nn.Module):
         self.blend = blending.ADD
         self.alpha = None
         self._alpha_value = 0.0
-        self.preserves_shape = None
+        self.preserves_shape = self._handed_on = None
         self.isolate_blending = False
         self.random = SeedRandom()
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..core.errors import ConfigurationError, StateDictError
-from ..core.lifecycle import Lifecycle
+from ..core.lifecycle import RESTING, Lifecycle, Stage
 from ..core.state import check_state
 from .blending import BLENDS, GATE, GateNetwork, check_blend
-from .isolation import Isolation, StraightThrough, TrustRegion
+from .isolation import NORM, RULES, Isolation, StraightThrough, TrustRegion
 from .randomness import SeedRandom
 
 VERSION = 1
@@ -21,8 +21,8 @@ _KEYS = (
     "lifecycle", "alpha", "rho", "blend", "channels", "dtype", "frozen", "isolation_violations", "checks_due",
     "preserves_shape", "copy_input",
 )  # fmt: skip
-# Only in a state where there is something to say: 0.1 knew none of them.
-_LATER_KEYS = ("gate_dims", "channel_dim", "isolate_blending", "random")
+# Only in a state where there is something to say: 0.1 knew none of them. Its rule was "norm".
+_LATER_KEYS = ("gate_dims", "channel_dim", "isolate_blending", "random", "rule", "handed_on")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class SavedSlot:
     frozen: tuple[str, ...] | None
     preserves_shape: bool | None
     copy_input: bool
+    handed_on: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -50,6 +51,10 @@ class SavedSlot:
             later["random"] = self.random.state()
         if self.isolate_blending:
             later["isolate_blending"] = True
+        if isinstance(self.isolation, TrustRegion) and self.isolation.rule != NORM:
+            later["rule"] = self.isolation.rule
+        if self.handed_on is not None:
+            later["handed_on"] = self.handed_on
         if self.gate is not None and self.gate.dims is not None:
             later |= {"gate_dims": list(self.gate.dims), "channel_dim": self.gate.channel_dim}
         return {
@@ -83,10 +88,13 @@ class SavedSlot:
         apart, dtype = values.get("isolate_blending", False), getattr(torch, str(values["dtype"]), None)
         if type(apart) is not bool:
             raise StateDictError(f"SeedSlot: isolate_blending must be True or False, got {apart!r}")
+        rule, kept = values.get("rule", NORM), values.get("handed_on")
+        if rule not in RULES or type(kept) not in (float, type(None)):
+            raise StateDictError(f"SeedSlot: bad rule {rule!r} or handed_on {kept!r}")
         return cls(
             lifecycle=lifecycle,
             alpha=alpha,
-            isolation=StraightThrough() if values["rho"] is None else TrustRegion(values["rho"]),
+            isolation=StraightThrough() if values["rho"] is None else TrustRegion(values["rho"], rule),
             isolate_blending=apart,
             isolation_violations=violations,
             checks_due=due,
@@ -97,7 +105,19 @@ class SavedSlot:
             frozen=None if values["frozen"] is None else _names(values["frozen"]),
             preserves_shape=values["preserves_shape"],
             copy_input=values["copy_input"],
+            handed_on=kept,
         )
+
+    def check_occupation(self, holds: bool, given: bool) -> None:
+        """StateDictError unless a slot that ``holds`` a seed or is ``given`` one has one just if the state has."""
+        stage = self.lifecycle.stage
+        occupied = stage not in (Stage.DORMANT, *RESTING)
+        if holds and (given or not occupied):
+            raise StateDictError(f"SeedSlot: the saved stage is {stage}, but the slot is occupied: use a fresh model")
+        if occupied and not holds and not given:
+            raise StateDictError(
+                f"SeedSlot: the saved stage is {stage}, but the slot is empty: germinate the same seed first"
+            )
 
     def check_frozen(self, seed: nn.Module | None, gate: nn.Module | None) -> None:
         """StateDictError unless all that was frozen are parameters of this seed and its gate."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import ConfigurationError, WiringError
-from .isolation import leaks
+from .isolation import handed_on, leaks
 from .randomness import undisturbed
 
 
@@ -87,8 +87,8 @@ def check_output(features: Tensor, output: object, name: str | None) -> None:
 
 def prepare(
     seed: nn.Module, probe: Tensor | None, device: torch.device | None, dtype: torch.dtype | None, name: str | None
-) -> tuple[bool, bool]:
-    """Bring a seed to its place and try it: whether it writes into its input, whether it reaches outside itself.
+) -> tuple[bool, bool, Tensor | None]:
+    """Bring a seed to its place and try it: does it write into its input, does it reach outside itself; ``handed_on``.
 
     Args:
         seed: the module; moved and converted, and layers that wait for their first features are finished.
@@ -113,7 +113,7 @@ def prepare(
         if dtype is None and not torch.is_autocast_enabled(probe.device.type):
             dtype = probe.dtype
     seed.to(device=device, dtype=dtype)
-    tried = (True, False) if probe is None else _try(seed, probe, dtype, name)
+    tried = (True, False, None) if probe is None else _try(seed, probe, dtype, name)
     if unfinished:
         _leave_inference_mode(seed)
         _refuse_dull(seed)
@@ -125,14 +125,17 @@ def _refuse_dull(seed: nn.Module) -> None:
         raise WiringError("the seed has no trainable parameter: it could never learn")
 
 
-def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None) -> tuple[bool, bool]:
+def _try(
+    seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None
+) -> tuple[bool, bool, Tensor]:
     with undisturbed(seed, probe.device), torch.enable_grad():
         converted = probe if dtype is None or torch.is_autocast_enabled(probe.device.type) else probe.to(dtype)
         features = converted.detach().clone()
         version = features._version
         output = seed(features)
     check_output(features, output, name)
-    return features._version != version or may_write(seed), leaks(output, own_tensors(seed)) > 0
+    writes = features._version != version or may_write(seed)
+    return writes, leaks(output, own_tensors(seed)) > 0, handed_on(converted, output)
 
 
 def own_tensors(seed: nn.Module) -> list[Tensor]:
