@@ -112,17 +112,45 @@ def clear_segment(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _row_of(sample, fixed, num_segments, QUANTITIES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the row of a sample begins."""
+    ring = tl.load(fixed).to(tl.pointer_type(tl.float64))
+    return ring + (sample % tl.load(fixed + 2)) * num_segments * QUANTITIES
+
+
+@triton.jit
+def _newest(  # type: ignore[no-untyped-def]
+    samples, fixed, segment, num_segments, inside, SUMSQ: tl.constexpr, EXTRA: tl.constexpr,
+    QUANTITIES: tl.constexpr, REPLACE: tl.constexpr,
+):  # fmt: skip
+    """The blend gains of the newest row if it is replaced, else NaN; and 1 if it is, else 0."""
+    replace = tl.load(fixed + 3)
+    there = (replace != 0) & (samples > 0)
+    cell = _row_of(tl.maximum(samples - 1, 0), fixed, num_segments, QUANTITIES) + segment * QUANTITIES
+    sumsq = tl.load(cell + SUMSQ, mask=inside & there, other=0.0)
+    extra = tl.load(cell + EXTRA, mask=inside & there, other=0.0)
+    bad = ~(sumsq < float("inf")) | ((segment == 0) & (extra != 0.0))
+    usable = tl.sum(bad.to(tl.int32)) == 0
+    replaced = there & (usable | (replace == REPLACE))
+    return tl.where(replaced & (segment != 0), extra, float("nan")), replaced.to(tl.int64)
+
+
+@triton.jit
 def _write_gains(  # type: ignore[no-untyped-def]
-    cell, places, segment, inside, gain_scale, found_inf, EXTRA: tl.constexpr
+    cell, places, segment, inside, gain_scale, found_inf, before, EXTRA: tl.constexpr
 ):
-    """The blend gain of every seed, read, negated and set to zero; of the host, whether the step will be skipped."""
+    """The blend gain of every seed, read, negated and set to zero; of the host, whether the step will be skipped.
+
+    What was ``before`` it in the same step is added, NaN where nothing was.
+    """
     address = tl.load(places + segment, mask=inside, other=0)
     present = address != 0
     gain_cell = address.to(tl.pointer_type(tl.float32))
     gain = tl.load(gain_cell, mask=present, other=0.0).to(tl.float64) * (-1.0 / _scalar_or(gain_scale, 1.0))
     tl.store(gain_cell, 0.0, mask=present)
+    gain += tl.where(before == before, before, 0.0)
     skipped = tl.where(_scalar_or(found_inf, 0.0) != 0.0, 1.0, 0.0)
-    absent = tl.where(segment == 0, skipped, float("nan"))
+    absent = tl.where(segment == 0, skipped, before)
     tl.store(cell + EXTRA, tl.where(present, gain, absent), mask=inside)
 
 
@@ -160,6 +188,7 @@ def finish(  # type: ignore[no-untyped-def]
     VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr, TENSORS: tl.constexpr,
     ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
     CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
+    REPLACE: tl.constexpr,
 ):  # fmt: skip
     """By the last program: the row of the ring, the gains, the summary, the count; or the sums alone."""
     segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
@@ -178,10 +207,14 @@ def finish(  # type: ignore[no-untyped-def]
         fixed = places + 2 * num_segments
         samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
         samples = tl.load(samples_cell)
+        before, replaced = _newest(
+            samples, fixed, segment, num_segments, inside, SUMSQ, EXTRA, QUANTITIES, REPLACE
+        )
+        # Everybody has read the count and the newest row before anybody writes.
+        tl.debug_barrier()
+        samples -= replaced
         tl.store(samples_cell, samples + 1)
-        ring = tl.load(fixed).to(tl.pointer_type(tl.float64))
-        row = ring + (samples % tl.load(fixed + 2)) * num_segments * QUANTITIES
-        cell = row + segment * QUANTITIES
+        cell = _row_of(samples, fixed, num_segments, QUANTITIES) + segment * QUANTITIES
         # Each fp64 division is a call, so there is one per scalar and a product per lane.
         scale = _scalar_or(grad_scale, 1.0)
         sumsq *= 1.0 / (scale * scale)
@@ -201,7 +234,7 @@ def finish(  # type: ignore[no-untyped-def]
         tl.store(cell + TENSORS, tl.load(counts + segment, mask=inside, other=0.0), mask=inside)
         tl.store(cell + ELEMENTS, tl.load(counts + num_segments + segment, mask=inside, other=0.0), mask=inside)
 
-        _write_gains(cell, places, segment, inside, gain_scale, found_inf, EXTRA)
+        _write_gains(cell, places, segment, inside, gain_scale, found_inf, before, EXTRA)
         _write_summary(
             summary_cell, sumsq, places + num_segments, segment, num_segments, inside, max_norm, eps, CLIP_EPS,
             APART, GUARDED, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,

@@ -39,7 +39,7 @@ SUM_BLOCK = 1024
 # Smallest block of segments; larger ones are powers of two, so that few variants are ever compiled.
 MIN_SEGMENTS = 32
 # ``layout`` of ``segmented_sumsq``: ``outside`` has one column, and there is no row.
-SUMS_LAYOUT = (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+SUMS_LAYOUT = (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _run_item(  # type: ignore[no-untyped-def]
     LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr,
     TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
     TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
-    APART: tl.constexpr, GUARDED: tl.constexpr,
+    APART: tl.constexpr, GUARDED: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """Sum an item; whoever completes its segment closes it, whoever closes the last segment finishes."""
     segment, partial = _sum_item(item, addresses, meta, work, items, chunk, base, LANES, BYTES)
@@ -152,7 +152,7 @@ def _run_item(  # type: ignore[no-untyped-def]
                         work, item_starts, addresses + slots, items, num_segments, summary, outside, grad_scale,
                         gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
                         EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT,
-                        SUMMARY_HEAD, APART, GUARDED,
+                        SUMMARY_HEAD, APART, GUARDED, REPLACE,
                     )  # fmt: skip
 
 
@@ -176,12 +176,13 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
     MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
     QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
-    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
+    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """sumsq[k] = sum of x² over segment k; with EPILOGUE a row of the ring and the summary, else the sums.
 
     addresses: int64 [slots], of the tensors (relative to ``base``); for a row also [num_segments] of the gains (0:
-        none), then the modes [num_segments], the addresses of the ring and the count, and the window itself
+        none), then the modes [num_segments], the addresses of the ring and the count, the window itself, and whether
+        the newest row is replaced
     meta: int32, columns of the plan: 6 x [items], item and slot starts 2 x [num_segments + 1]
     work: 8 bytes each, partial sums [items], sums and (int64) marks of closed segments [2, num_segments], tensors and
         elements [2, num_segments], and (int64) marks of tensors [slots]
@@ -202,7 +203,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
             gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES, BYTES,
             SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
             TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD, APART,
-            GUARDED,
+            GUARDED, REPLACE,
         )  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
     MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
     QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
-    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
+    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """The second of two launches, one program: closes every segment and finishes, without any counter.
 
@@ -253,7 +254,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         work_table, meta_table + 6 * items, address_table + slots, items, num_segments, summary.to(tl.int64),
         outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps,
         CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA,
-        QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD, APART, GUARDED,
+        QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD, APART, GUARDED, REPLACE,
     )  # fmt: skip
 
 
@@ -392,7 +393,7 @@ def record_(
         ValueError: a gain that it cannot take, two gains for one segment, ``outside`` of another shape.
         Uncapturable: a new address while a CUDA graph is captured.
     """
-    ring, count, summary = window
+    ring, count, summary, replace = window
     device, num_segments = ring.device, ring.shape[1]
     columns = _outside(None if outside is None else outside.columns, (num_segments, layout.measured), device)
     # Held until the launch: a converted number lives in memory that nobody else refers to.
@@ -407,8 +408,8 @@ def record_(
     modes = rules.modes or (0,) * num_segments
     with _launch.guard(device), _launch.lock():
         tables = _launch.find_tables(
-            *gradients, num_segments, device, ("record", size, *row, tuple(gains.segments), modes), gain_pointers,
-            (*gain_table, *modes, *row, size), () if outside is None else outside.counts, buffer, settled,
+            *gradients, num_segments, device, ("record", size, *row, replace, tuple(gains.segments), modes),
+            gain_pointers, (*gain_table, *modes, *row, size, replace), () if outside is None else outside.counts, buffer, settled,
         )  # fmt: skip
         numbers = (rules.max_norm, rules.eps, rules.vanishing_rms, rules.exploding_rms)
         arguments = _arguments(tables, buffer, summary, columns, tuple(map(_address, scalars)), numbers)

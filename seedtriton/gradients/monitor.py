@@ -22,7 +22,7 @@ from .flat import FlatGradients, flat_place
 from .in_backward import BackwardCollector
 from .loss_scale import read_scaler
 from .parameters import Gradients, Parameters, Watched
-from .row import EXPLODING_RMS, UNSCALED, VANISHING_RMS, LossScale, Rules
+from .row import EXPLODING_RMS, EXTRA, UNSCALED, VANISHING_RMS, Listed, LossScale, Rules
 from .step_hook import StepHook
 from .windows import Windows
 
@@ -116,11 +116,15 @@ class GradientMonitor(Windows):
         *,
         gradients: Gradients | None = None,
         tag: str | None = None,
+        every: int = 1,
     ) -> None:
-        """Measure the gradients that exist now, as one sample. Waits for nothing, changes no gradient.
+        """Measure the gradients that exist now: one sample for each optimizer step. Waits for nothing, changes no gradient.
 
-        Of the blend factors the gradient is taken: it is zero afterwards, so that the next backward pass
-        starts afresh.
+        A second call before the step, of micro-batches or hooks that fire twice, replaces the sample of the first. Without
+        known optimizers every call is a sample.
+
+        Of the blend factors the gradient is taken, it is zero afterwards. It goes with the seed's gradients: what
+        clears those (zero_grad, both ways) drops it, and what of it came before.
 
         Args:
             scaler: the GradScaler in use, if any. Before ``unscale_`` the sums are divided by its scale on the
@@ -133,28 +137,32 @@ class GradientMonitor(Windows):
             tag: the loss that these gradients are of; see the constructor. A call with another tag than the
                 monitor's makes no sample, and discards what backward left for the blend factors, so that it is
                 not added to theirs from the loss that counts: give each blend factor to one monitor only.
+            every: measure in the first of so many optimizer steps, and only drop the slopes in the others.
 
         Raises:
             WiringError: with a scaler: no optimizer is known, or one has already stepped. With ``gradients``: a
                 parameter that is not watched. Nothing was measured.
             ConfigurationError: with ``gradients``: no pairs, a parameter that is listed twice, or a gradient of
-                another shape; a tag where the monitor has none, or none where it has one. Nothing was measured.
+                another shape; a tag where the monitor has none, or none where it has one; an impossible ``every``.
+                Nothing was measured.
         """
         counts = _counts(self.tag, tag)
         self._refresh_if_stale()
         given = None if gradients is None else self._watched.check(gradients)
-        if not counts:
+        if not counts or not self._rounds.due(every):
             if given is None:
                 self._discard()
             return
         scale = UNSCALED if scaler is None else read_scaler(scaler, self._progress.steps.optimizers())
-        self._measure(scale, given)
+        self._measure(scale, given, scaler)
 
     @torch.no_grad()
     def _discard(self) -> None:
         """Forget what a backward pass that does not count has left for this monitor alone."""
         for slope in self._watched.gains_of(None).tensors:
             slope.zero_()
+        if not torch.compiler.is_compiling():
+            self._watched.gains_taken(held=False)
         if self._watched.collecting is not None:
             self._watched.collecting.take(self.ring.device)
 
@@ -163,7 +171,7 @@ class GradientMonitor(Windows):
         steps = self._progress.steps
         for optimizer in optimizers:
             if all(optimizer is not known for known in steps.optimizers()):
-                steps.watch(optimizer, self._mark_stepped)
+                steps.watch(optimizer, self._stepped)
 
     def attach(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> StepHook:
         """Measure by a hook inside the step, once per step: no line in the loop.
@@ -202,26 +210,53 @@ class GradientMonitor(Windows):
         """
         return self._watched.collect_in_backward(self.lanes)
 
-    def _measure(self, scale: LossScale, given: dict[int, Tensor] | None = None) -> None:
+    def _measure(
+        self,
+        scale: LossScale,
+        given: dict[int, Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         self._refresh_if_stale()
         if given is None and isinstance(self._flat, FlatGradients):
             self._flat.restore()
+        replace = self._rounds.enter(scaler)
+        if replace:
+            self._correct_gains(anew=given is not None)
         gains = self._watched.gains_of(given)
         collecting = self._watched.collecting
         if given is None and collecting is not None:
             sums, listed = collecting.take(self.ring.device)
-            ops.record_sums_(sums, listed, gains, self._window(), self._rules(), scale)
-            return
+            ops.record_sums_(sums, listed, gains, self._window(replace), self._rules(), scale)
+        else:
+            self._measure_gradients(given, gains, replace, scale)
+        if given is None and not torch.compiler.is_compiling():
+            self._watched.gains_taken(held=self._rounds.open)
+
+    def _measure_gradients(
+        self, given: dict[int, Tensor] | None, gains: Listed, replace: int, scale: LossScale
+    ) -> None:
         gradients = self._watched.gradients_of(given)
         tensors = gradients.tensors
         if not tensors and given is None and not torch.compiler.is_compiling():
             self._watched.warn_of_nothing()
         if tensors and tensors[0].device != self.ring.device:
             self.to(tensors[0].device)
-        rules, names = self._rules(), partial(self._watched.name_of_gradient, given)
+        names = partial(self._watched.name_of_gradient, given)
         flat = flat_place(self._flat, tensors, self._watched.segment_by_id) if given is None else None
-        ops.record_(gradients, gains, self._window(), rules, scale, flat=flat, names=names)
+        ops.record_(gradients, gains, self._window(replace), self._rules(), scale, flat=flat, names=names)
         self._measured.remember(tensors)
+
+    @torch.no_grad()
+    def _correct_gains(self, *, anew: bool) -> None:
+        """Drop from the newest row what belongs to gradients that were cleared; ``anew``: what is given is all."""
+        newest = (self.count - 1).remainder(self.window).view(1)
+        for segment, alpha in self._watched.gains:
+            correction = 0.0 if anew else alpha.correction
+            if correction is not None:
+                row = self.ring.index_select(0, newest)
+                gone = torch.as_tensor(correction, device=row.device) == 0
+                row[:, segment, EXTRA] = row[:, segment, EXTRA].masked_fill(gone, 0.0)
+                self.ring.index_copy_(0, newest, row)
 
     def clip_grad_norm_(
         self, max_norm: float, error_if_nonfinite: bool = False, *, apart: bool = False

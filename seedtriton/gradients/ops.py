@@ -151,8 +151,8 @@ def record_(
     """
     if _traced((*gradients.tensors[:1], window.ring)):
         torch.ops.seedtriton.record_(
-            *map(list, gradients), *map(list, gains), *window, rules.max_norm, rules.eps, *scale,
-            rules.lanes == torch.float64, rules.vanishing_rms, rules.exploding_rms, list(rules.modes),
+            *map(list, gradients), *map(list, gains), *window[:3], rules.max_norm, rules.eps, *scale,
+            rules.lanes == torch.float64, rules.vanishing_rms, rules.exploding_rms, list(rules.modes), window.replace,
         )  # fmt: skip
     else:
         _record_(gradients, gains, window, rules, scale, flat, names)
@@ -386,7 +386,7 @@ _library.define(
     "record_(Tensor(e!)[] gradients, int[] segments, Tensor(a!)[] gains, int[] gain_segments, Tensor(b!) ring, "
     "Tensor(c!) count, Tensor(d!) summary, float max_norm, float eps, Tensor? grad_scale=None, "
     "Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False, "
-    f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}, int[] modes=[]) -> ()"
+    f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}, int[] modes=[], int replace=0) -> ()"
 )
 _library.define("scale_segments_(Tensor(a!)[] tensors, int[] segments, Tensor coefficients) -> ()")
 
@@ -414,9 +414,10 @@ def _record_impl(
     vanishing_rms: float = VANISHING_RMS,
     exploding_rms: float = EXPLODING_RMS,
     modes: Sequence[int] = (),
+    replace: int = 0,
 ) -> None:
     _record_(
-        Listed(gradients, segments), Listed(gains, gain_segments), Window(ring, count, summary),
+        Listed(gradients, segments), Listed(gains, gain_segments), Window(ring, count, summary, replace),
         Rules(max_norm, eps, vanishing_rms, exploding_rms, _lanes(wide), tuple(modes)),
         LossScale(grad_scale, gain_scale, found_inf),
         None, None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigurationError, WiringError
 from .in_backward import BackwardCollector
 from .row import APART, GUARDED, Listed
+from .slope import Alpha
 
 logger = logging.getLogger("seedtriton")
 
@@ -54,32 +55,6 @@ class ParameterSource:
 
     def modules(self) -> list[nn.Module]:
         return [module for item in self._items if isinstance(item, nn.Module) for module in item.modules()]
-
-
-class Alpha:
-    """A blend factor, looked up again each time: ``.to()`` replaces the tensor of a slot."""
-
-    def __init__(self, holder: Any) -> None:
-        self.holder = holder
-
-    @classmethod
-    def of(cls, alpha: Any) -> Alpha:
-        if isinstance(alpha, Tensor):
-            alpha = _Holder(alpha)
-        if not hasattr(alpha, "alpha"):
-            raise ConfigurationError(
-                f"an alpha is a 0-dim tensor or an object with one as attribute `alpha`, got {type(alpha).__name__}"
-            )
-        return cls(alpha)
-
-    def gradient(self) -> Tensor | None:
-        tensor: Tensor | None = self.holder.alpha
-        return None if tensor is None else tensor.grad
-
-
-class _Holder:
-    def __init__(self, alpha: Tensor) -> None:
-        self.alpha = alpha
 
 
 class CallOnLoad:
@@ -210,6 +185,8 @@ class Watched:
         self.gains = [
             (segment, self._alphas[name]) for segment, name in enumerate(self._seeds, start=1) if name in self._alphas
         ]
+        for segment, alpha in self.gains:
+            alpha.watch(found[self.names[segment - 1]])
         self._hook_loads()
         if self.collecting is not None:
             self.collecting.watch(self.tracked)
@@ -266,6 +243,16 @@ class Watched:
                 "zero_grad(set_to_none=True), and loops with torch.autograd.grad pass measure(gradients=...); "
                 "such samples count as empty"
             )
+
+    def gains_taken(self, *, held: bool) -> None:
+        """Every slope was measured and is zero; ``held``: as part of a step that is still to come."""
+        for _, alpha in self.gains:
+            alpha.taken(held=held)
+
+    def stepped(self) -> None:
+        """An optimizer has stepped: the slopes that were measured are final."""
+        for _, alpha in self.gains:
+            alpha.stepped()
 
     def check(self, gradients: Gradients) -> dict[int, Tensor]:
         """Explicit gradients by ``id`` of their parameter or blend factor; refuses what does not fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +16,7 @@ from .row import (
     EXTRA,
     GUARDED,
     MEASURED,
+    REPLACE,
     SUMSQ,
     UNSCALED,
     Listed,
@@ -235,7 +237,7 @@ def _counts(elements: tuple[int, ...], segments: tuple[int, ...], num_segments: 
 def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: LossScale = UNSCALED) -> None:
     """The epilogue: from the first columns to the row and the summary; arguments as ``record_``'s."""
     columns, counts = sums
-    ring, count, summary = window
+    ring, count, summary, replace = window
     device = ring.device
     if scale.gradients is not None:
         columns = columns.clone()
@@ -255,6 +257,13 @@ def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: L
             for slope in slopes:
                 slope.zero_()
     row = torch.cat([columns, known], dim=1)
+    if replace:
+        newest = ring.index_select(0, (count - 1).remainder(ring.shape[0]).view(1))[0]
+        replaced = _is_replaced(newest, count, replace)
+        before = newest[1:, EXTRA].masked_fill(replaced.logical_not(), math.nan)
+        gain = row[1:, EXTRA]
+        row[1:, EXTRA] = torch.where(gain.isnan(), before, gain + before.nan_to_num(0.0, math.inf, -math.inf))
+        count.sub_(replaced.long())
     ring.index_copy_(0, count.remainder(ring.shape[0]).view(1), row.unsqueeze(0))
     count.add_(1)
 
@@ -293,6 +302,14 @@ def _modes(modes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
             torch.tensor([bool(mode & APART) for mode in modes], device=device),
             torch.tensor([not mode & GUARDED for mode in modes], device=device),
         )
+
+
+def _is_replaced(newest: Tensor, count: Tensor, replace: int) -> Tensor:
+    """Whether the newest row, float64 [segments, QUANTITIES], gives way to another: bool 0-dim."""
+    there = count.gt(0)
+    if replace == REPLACE:
+        return there
+    return there & newest[:, SUMSQ].isfinite().all() & newest[0, EXTRA].eq(0.0)
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateDictError
-from .row import QUANTITIES, SUMMARY_HEAD, Window
+from .row import APPEND, QUANTITIES, SUMMARY_HEAD, Window
 
 
 class Ring(nn.Module):
@@ -37,8 +37,10 @@ class Ring(nn.Module):
         self.register_buffer("summary", None, persistent=False)
         self._resize_summary()
 
-    def _window(self) -> Window:
-        return Window(self.ring, self.count, self.summary)
+    def _window(self, replace: int = APPEND) -> Window:
+        # A module's attributes are looked up in three dicts; its buffers in one.
+        buffers = self._buffers
+        return Window(buffers["ring"], buffers["count"], buffers["summary"], replace)  # type: ignore[arg-type]
 
     def _add_column(self) -> None:
         """A segment behind the others; samples so far do not count for it."""

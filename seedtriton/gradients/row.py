@@ -36,6 +36,10 @@ TOTAL_NORM = 0  # root of the sum over all segments that are not apart
 CLIP_COEFFICIENT = 1  # of the host, and of whatever is not apart
 SUMMARY_HEAD = 2
 
+# What becomes of the newest row: it stays; it is replaced; it is replaced unless it is one to drop (not finite, or of a
+# step that was skipped), which stays and is counted.
+APPEND, REPLACE, REPLACE_USABLE = 0, 1, 2
+
 # How a segment is clipped, added up; 0: with the host.
 APART = 1  # by its own norm, with the same limit
 GUARDED = 2  # gradients that are not finite count as zeros, and become zeros
@@ -58,6 +62,7 @@ class RowLayout(NamedTuple):
     summary_head: int = SUMMARY_HEAD
     apart: int = APART
     guarded: int = GUARDED
+    replace: int = REPLACE
 
 
 LAYOUT = RowLayout()
@@ -78,13 +83,16 @@ class Window(NamedTuple):
 
     Attributes:
         ring: float64 [window, segments, QUANTITIES]; row ``count % window`` is overwritten.
-        written: int64 0-dim, samples ever written; 1 is added.
+        written: int64 0-dim, samples ever written; 1 is added, unless a row was replaced.
         summary: float64 [SUMMARY_HEAD + 3 * segments], overwritten.
+        replace: APPEND, REPLACE or REPLACE_USABLE: what becomes of the newest row, which is of the same optimizer step.
+            A blend gain is added to the one in the row that is replaced, because measuring took it away.
     """
 
     ring: Tensor
     written: Tensor
     summary: Tensor
+    replace: int = 0
 
 
 class Rules(NamedTuple):

@@ -15,6 +15,7 @@ from .parameters import Parameters, Watched
 from .progress import Progress
 from .reading import Latest, Reader, Transit, pack
 from .ring import Ring, check_entries
+from .rounds import Rounds
 
 
 class Windows(Ring):
@@ -46,6 +47,7 @@ class Windows(Ring):
         self.window, self.eps, self.host_floor = window, eps, host_floor
         self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
         self._watched, self._progress, self._measured = watched, Progress(), MeasuredGradients()
+        self._rounds = Rounds(self._progress.steps)
         self._transit: Transit | None = None
         self._arrived: Transit | None = None
         for name, parameters in watched.of_seed.items():
@@ -110,6 +112,7 @@ class Windows(Ring):
         self._refresh_if_stale()
         for seed in self.seeds if name is None else [self._watched.known(name)]:
             self._begin_window(1 + self.seeds.index(seed))
+            self._rounds.close()
             self._progress.begin(seed, self._watched.of_seed[seed])
 
     def add_seed(self, name: str, seed: Parameters, *, alpha: Any = None) -> None:
@@ -121,6 +124,7 @@ class Windows(Ring):
         """
         self._watched.add(name, seed, alpha)
         self._add_column()
+        self._rounds.close()
         self._mark_stepped()
         self._progress.begin(name, self._watched.of_seed[name])
 
@@ -134,6 +138,7 @@ class Windows(Ring):
         self._watched.remove(name)
         del self._progress.marks[name]
         self._remove_column(segment)
+        self._rounds.close()
         self._mark_stepped()
 
     def refresh(self) -> None:
@@ -160,6 +165,17 @@ class Windows(Ring):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over ``get_extra_state``, which the load has already checked."""
         self._progress.load_state_dict(state, self._watched.of_seed)
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether something was measured that waits for the step of a known optimizer; another call belongs to it."""
+        return self._rounds.open
+
+    def _stepped(self) -> None:
+        """An optimizer has stepped."""
+        self._rounds.close()
+        self._watched.stepped()
+        self._mark_stepped()
 
     def _mark_stepped(self) -> None:
         """No optimizer step and no clipping since the last measurement: from now on there was one."""

@@ -55,6 +55,7 @@ class GrowthController:
         window: samples that the monitor keeps.
         quarantine: gradients of a seed behind the host that are not finite become zeros when they are measured, so that
             they cost the host no step and no NaN; see ``GradientMonitor``.
+        tag: the loss whose gradients count, in a loop with several (GAN, RL), see ``GradientMonitor``.
         evaluate: validation loss of a model, see ``probing.probe``; with it, G2 asks what blending would do to that
             loss and G5 what the seed contributes. Called when all other questions of the gate are answered well.
         sinks: take every event; a log at level INFO unless told.
@@ -82,6 +83,7 @@ class GrowthController:
         resetting_epochs: int = 1,
         window: int = WINDOW,
         quarantine: bool = True,
+        tag: str | None = None,
         evaluate: Evaluate | None = None,
         sinks: Iterable[Sink | Callable[[Event], None]] | None = None,
     ) -> None:
@@ -96,9 +98,8 @@ class GrowthController:
         self.schedule = schedule or AlphaSchedule()
         self.total_epochs = total_epochs
         self.evaluate = evaluate
-        self._wiring = Wiring(model, self.slots, optimizer, schedulers, window)
+        self._wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag)
         self.monitor: GradientMonitor = self._wiring.monitor
-        self.monitor.quarantine = quarantine
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
         self._position = Position()
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
@@ -169,20 +170,28 @@ class GrowthController:
             self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
 
-    def measure(self, scaler: torch.amp.GradScaler | None = None, *, gradients: Gradients | None = None) -> None:
+    def measure(
+        self,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        gradients: Gradients | None = None,
+        tag: str | None = None,
+        every: int = 1,
+    ) -> None:
         """Measure the gradients of this step: after backward and unscaling, before clipping and the step.
 
-        Also moves every alpha that is on its way one step, from the next forward pass on.
-        Does nothing while no slot holds a living seed. A ``scaler`` is read, never touched; for it and for
-        explicit ``gradients`` see ``GradientMonitor.measure``.
+        Also moves every alpha that is on its way, once per optimizer step, from the next forward pass on. Does nothing
+        while no slot holds a living seed. A ``scaler`` is read, never touched; for all arguments see
+        ``GradientMonitor.measure``.
         """
-        self._position.step += 1
-        if not self._lives:
-            return
-        self.monitor.measure(scaler, gradients=gradients)
-        for life in self._lives.values():
-            if life.alpha.mode != HOLD:
-                life.slot.set_alpha(life.alpha.step())
+        began = not self.monitor.awaits_step
+        if self._lives:
+            self.monitor.measure(scaler, gradients=gradients, tag=tag, every=every)
+        if began and tag == self.monitor.tag:
+            self._position.step += 1
+            for life in self._lives.values():
+                if life.alpha.mode != HOLD:
+                    life.slot.set_alpha(life.alpha.step())
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the host, with all that is blended, by its norm, and every seed behind it by its own; the host's norm.

@@ -24,6 +24,8 @@ class Wiring:
         optimizer: what trains the host and gets a group per seed.
         schedulers: of its learning rates.
         window: samples that the monitor keeps.
+        quarantine: see ``GradientMonitor``, as ``tag``.
+        tag: the loss whose gradients count.
     """
 
     def __init__(
@@ -33,10 +35,14 @@ class Wiring:
         optimizer: torch.optim.Optimizer,
         schedulers: Iterable[Any],
         window: int,
+        quarantine: bool,
+        tag: str | None,
     ) -> None:
         self.model, self.slots, self.optimizer = model, slots, optimizer
         self.groups = SeedGroups(optimizer, schedulers)
-        self.monitor = GradientMonitor(model, {}, window=window, optimizers=optimizer)
+        self.monitor = GradientMonitor(
+            model, {}, window=window, optimizers=optimizer, quarantine=quarantine, tag=tag
+        )
 
     def slot(self, name: str) -> SeedSlot:
         """The slot of this name; ConfigurationError when there is none."""

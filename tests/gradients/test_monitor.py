@@ -639,6 +639,7 @@ def test_a_new_seed_has_its_alpha_and_counts_its_steps_from_now():
     found = monitor.read()
     assert [found[name].optimizer_steps for name in "ab"] == [2, 1]
     assert [found[name].blend_gain for name in "ab"] == [None, None]  # no gradient at all: an empty sample
+    optimizer.step()
     alpha.grad = torch.tensor(-2.0)
     give(late, 1.0)
     monitor.measure()

@@ -234,6 +234,8 @@ def test_a_gain_that_is_not_certain_is_left_to_the_probe():
     for _ in range(10):
         growth.model(torch.randn(9, 5)).square().mean().backward()
         growth.measure()
+        growth.optimizer.zero_grad()
+        growth.optimizer.step()
     assert growth.evidence()["slot"].blend_gain_t > 0.0
     evaluate, growth.evaluate = growth.evaluate, None
     assert names(growth.end_epoch()[0]) == ["blend_gain_insignificant"]

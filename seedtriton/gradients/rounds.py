@@ -1,0 +1,79 @@
+"""One optimizer step, one sample: which measurements belong to the same step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..core.errors import ConfigurationError
+from .progress import StepCounter
+from .row import APPEND, REPLACE, REPLACE_USABLE
+
+# Measurements without a step of a known optimizer after which nobody waits for it any more, and every call is a sample
+# again: more than people accumulate micro-batches, and so many times what was the most so far.
+PATIENCE, TIMES = 64, 4
+
+
+class Rounds:
+    """A round is what is measured between two steps of the known optimizers; in a compiled graph every call is one.
+
+    Args:
+        steps: knows the optimizers; without any, every call is a round.
+    """
+
+    def __init__(self, steps: StepCounter) -> None:
+        self._steps = steps
+        self._scaler_states: Any = None  # of the GradScaler at the last measurement; another after its update()
+        self._calls = 0  # measurements in this round
+        self._most = 0  # in any round that ended with a step
+        self._turns = 0  # rounds that ``due`` was asked about
+
+    @property
+    def known(self) -> bool:
+        """Whether there are optimizers to tell rounds apart by."""
+        return bool(self._steps.optimizers())
+
+    @property
+    def open(self) -> bool:
+        """Whether something was measured that waits for the step."""
+        return self._calls > 0 and self.known and self._calls < max(PATIENCE, TIMES * self._most)
+
+    def due(self, every: int) -> bool:
+        """Whether this round is to be measured, the first of ``every``; ConfigurationError for an impossible one."""
+        if type(every) is not int or every < 1:
+            raise ConfigurationError(f"every must be a whole number of optimizer steps of at least 1, got {every!r}")
+        if torch.compiler.is_compiling():
+            if every > 1:
+                raise ConfigurationError("a compiled measurement cannot count optimizer steps: call it every so often")
+            return True
+        if not self.open:
+            self._turns += 1
+        due = (self._turns - 1) % every == 0
+        if not due:
+            self._calls += 1  # it waits for its step as well
+        return due
+
+    def enter(self, scaler: torch.amp.GradScaler | None) -> int:
+        """Count a measurement; what it does to the newest row: APPEND, REPLACE or REPLACE_USABLE."""
+        if torch.compiler.is_compiling():
+            return APPEND  # what a graph counted would be a constant in it
+        # A scaler that is switched off has none, and skips no step.
+        states = getattr(scaler, "_per_optimizer_states", None)
+        if not self.open:
+            replace = APPEND
+        elif states is None or self._scaler_states is None:
+            # Nobody says whether a step was skipped in between; a row that is not finite tells.
+            replace = REPLACE_USABLE
+        else:
+            replace = REPLACE if states is self._scaler_states else APPEND
+        self._scaler_states = states
+        self._calls += 1
+        return replace
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scaler_states": None}  # no part of a copy
+
+    def close(self) -> None:
+        """An optimizer has stepped, or the window has changed."""
+        self._most, self._calls = max(self._most, self._calls), 0

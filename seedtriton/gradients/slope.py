@@ -1,0 +1,146 @@
+"""The slope of the loss along a blend: alpha's gradient, which belongs to the gradients that the optimizer's step uses.
+
+What adds to ``p.grad`` adds to it. What clears ``p.grad`` has to clear it too, and no optimizer knows of alpha. So
+before a backward pass adds to a slope, the seed's own gradients are looked at: are they still there?
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigurationError
+
+# Gradients of the seed that are looked at, its smallest; one alone may be zero for reasons of its own.
+WITNESSES = 4
+
+
+class Alpha:
+    """A blend factor, looked up again each time: ``.to()`` replaces the tensor of a slot.
+
+    Attributes:
+        holder: has the tensor as its attribute ``alpha``.
+        correction: by what the gain that was measured last, in this same step, has to be multiplied: 0, or a 0-dim
+            bool tensor, because its gradients may have been cleared since. None: they were not.
+    """
+
+    def __init__(self, holder: Any) -> None:
+        self.holder = holder
+        self.correction: Tensor | float | None = None
+        self._witnesses: list[Tensor] = []
+        self._hooked: Tensor | None = None
+        self._added = False  # a backward pass has added to the slope since it was taken
+        self._held = False  # taken, and the step has not come yet: the next measurement adds to it
+        self._stale: Tensor | None = None  # what of the slope belongs to gradients that were cleared
+        self._seen: tuple[int, int] | None = None  # the first witness' gradient before the last backward pass
+
+    @classmethod
+    def of(cls, alpha: Any) -> Alpha:
+        """The blend factor that somebody gave; ConfigurationError when it is none."""
+        if isinstance(alpha, Tensor):
+            alpha = _Holder(alpha)
+        if not hasattr(alpha, "alpha"):
+            raise ConfigurationError(
+                f"an alpha is a 0-dim tensor or an object with one as attribute `alpha`, got {type(alpha).__name__}"
+            )
+        return cls(alpha)
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Take the parameters whose gradients tell whether the slope was cleared: the seed's."""
+        learning = [p for p in parameters if p.requires_grad and p.numel()]
+        self._witnesses = sorted(learning, key=Tensor.numel)[:WITNESSES]
+        self._hook()
+
+    def gradient(self) -> Tensor | None:
+        """The slope so far, None if there is none; what is stale of it is taken out."""
+        self._hook()
+        tensor: Tensor | None = self.holder.alpha
+        slope = None if tensor is None else tensor.grad
+        if slope is not None and self._stale is not None:
+            with torch.no_grad():
+                slope.sub_(self._stale.to(slope.device))
+            self._stale = None
+        return slope
+
+    def taken(self, *, held: bool) -> None:
+        """The slope was measured and set to zero; ``held``: as part of a step that is still to come."""
+        self._added, self._held, self._stale, self.correction = False, held, None, None
+
+    def stepped(self) -> None:
+        """The optimizer has stepped: what was measured is final."""
+        self._held, self.correction = False, None
+
+    def _hook(self) -> None:
+        tensor: Tensor | None = self.holder.alpha
+        if tensor is not self._hooked and not torch.compiler.is_compiling():
+            self._hooked = tensor
+            if tensor is not None and tensor.requires_grad:
+                tensor.register_hook(_BeforeAdding(self))
+
+    @torch.no_grad()
+    def _before_adding(self) -> None:
+        """Before a backward pass adds to the slope: what is there is stale if the gradients it belongs to are gone.
+
+        It is left in ``alpha.grad``, which is the user's to look at, until it is measured.
+        """
+        gradient = self._witnesses[0].grad if self._witnesses else None
+        if (self._added or self._held) and self._witnesses:
+            kept = self._kept(gradient)
+            if kept is not None:
+                slope = self.holder.alpha.grad
+                if self._added and slope is not None:
+                    self._mark_stale(slope, kept)
+                if self._held:
+                    self.correction = kept if self.correction is None else self.correction * kept
+        self._added = True
+        known = gradient is not None and not gradient.is_inference()
+        self._seen = (id(gradient), gradient._version) if known else None  # type: ignore[union-attr]
+
+    def _mark_stale(self, slope: Tensor, kept: Tensor | float) -> None:
+        # NaN and infinities could not be taken out again, so these alone go at once.
+        finite = torch.where(slope.isfinite(), slope, torch.zeros_like(slope))
+        still = torch.zeros_like(slope) if self._stale is None else self._stale
+        is_kept = torch.as_tensor(kept, device=slope.device) != 0
+        slope.copy_(torch.where(is_kept, slope, finite))
+        self._stale = torch.where(is_kept, still, finite)
+
+    def _kept(self, gradient: Tensor | None) -> Tensor | float | None:
+        """0 if the seed's gradients were cleared, None if not; a 0-dim tensor of 0 or 1 where only the device knows."""
+        if gradient is None:
+            return 0.0
+        if self._seen is not None and not gradient.is_inference():
+            # One more backward pass is one more write. Anything else may have been zero_(), or clipping.
+            same = self._seen == (id(gradient), gradient._version - 1)
+            if same:
+                return None
+        present = [w.grad for w in self._witnesses if w.grad is not None]
+        device = self.holder.alpha.device
+        dense = [g.to_dense() if g.layout is not torch.strided else g for g in present]
+        return torch.stack([g.ne(0).any().to(device) for g in dense]).any().float()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of alpha has no hook: the copy of this finds that out by itself.
+        return {**self.__dict__, "_hooked": None, "_seen": None, "_stale": None}
+
+
+class _Holder:
+    def __init__(self, alpha: Tensor) -> None:
+        self.alpha = alpha
+
+
+class _BeforeAdding:
+    """A hook on alpha, which keeps nothing alive and is not saved with it."""
+
+    __torch_unserializable__ = True
+
+    def __init__(self, alpha: Alpha) -> None:
+        self._alpha = weakref.ref(alpha)
+
+    def __call__(self, slope: Tensor) -> None:
+        alpha = self._alpha()
+        if alpha is not None:
+            alpha._before_adding()

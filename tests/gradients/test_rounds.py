@@ -1,0 +1,282 @@
+"""One optimizer step, one sample, and the slope of exactly the gradients that the step uses."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from seedtriton import AlphaSchedule, ConfigurationError, GradientMonitor, GrowthController, SeedSlot, Stage
+from seedtriton.gradients.rounds import PATIENCE
+from seedtriton.gradients.row import EXTRA, SUMSQ
+
+
+class Loop:
+    """A blend by hand: out = x + alpha (s - x), of which the slope at alpha = 0 can be computed apart."""
+
+    def __init__(self, **options):
+        torch.manual_seed(0)
+        self.host, self.seed = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.alpha = torch.zeros((), requires_grad=True)
+        self.optimizer = torch.optim.SGD([*self.host.parameters(), *self.seed.parameters()], lr=1e-2)
+        options = {"optimizers": self.optimizer, **options}
+        self.monitor = GradientMonitor(self.host, {"a": self.seed}, alphas={"a": self.alpha}, **options)
+        self.data = torch.Generator().manual_seed(1)
+        self.true_gain = 0.0
+        self.rows = []
+
+    def backward(self, factor=1.0):
+        """One batch; adds what it adds to the true gain of the gradients that are there now."""
+        x = self.host(torch.randn(8, 4, generator=self.data))
+        s = self.seed(x.detach())
+        out = x + self.alpha * (s - x)
+        out.retain_grad()
+        # The seed learns too, by a loss of its own.
+        (factor * (out.square().mean() + s.square().mean())).backward()
+        self.true_gain -= float((out.grad.double() * (s - x).detach().double()).sum())
+        return self
+
+    def clear(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+        self.true_gain = 0.0
+
+    def norms(self):
+        return [
+            float(sum(p.grad.double().square().sum() for p in part.parameters())) for part in (self.host, self.seed)
+        ]
+
+    def step(self, set_to_none=True):
+        self.rows.append((*self.norms(), self.true_gain))
+        self.optimizer.step()
+        self.clear(set_to_none)
+
+    def check(self, rows=None):
+        """Every row of the ring is that of a step, in order, and there is no other."""
+        rows = self.rows if rows is None else rows
+        assert int(self.monitor.count) == len(rows)
+        for found, (host, seed, gain) in zip(self.monitor.ring, rows):
+            assert found[0, SUMSQ].item() == pytest.approx(host, rel=1e-5)
+            assert found[1, SUMSQ].item() == pytest.approx(seed, rel=1e-5)
+            assert found[1, EXTRA].item() == pytest.approx(gain, rel=1e-5)
+
+
+BOTH = pytest.mark.parametrize("set_to_none", [True, False])
+
+
+@BOTH
+@pytest.mark.parametrize("micro", [1, 2, 3, 5])
+def test_measuring_every_micro_batch_gives_the_samples_of_the_steps(micro, set_to_none):
+    loop = Loop()
+    for _ in range(6):
+        for _ in range(micro):
+            loop.backward()
+            loop.monitor.measure()
+        loop.step(set_to_none)
+    loop.check()
+    assert loop.monitor.read()["a"].samples == 6
+
+
+@BOTH
+def test_measured_once_behind_several_micro_batches_the_slope_is_of_all_of_them(set_to_none):
+    loop = Loop()
+    for micro in (1, 3, 2):
+        for _ in range(micro):
+            loop.backward()
+        loop.monitor.measure()
+        loop.step(set_to_none)
+    loop.check()
+
+
+@BOTH
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("factor", [1.0, 100.0, math.nan, math.inf])
+def test_a_batch_that_was_dropped_leaves_nothing_behind(factor, measured, set_to_none):
+    loop = Loop()
+    for number in range(6):
+        if number % 2:
+            loop.backward(factor)
+            if measured and math.isfinite(factor):
+                loop.monitor.measure()
+            loop.clear(set_to_none)
+        loop.backward().backward()
+        loop.monitor.measure()
+        loop.step(set_to_none)
+    loop.check()
+
+
+@BOTH
+def test_a_second_loss_through_the_seed_is_gone_with_its_gradients(set_to_none):
+    """A generator's loss through a discriminator, an attack, the first pass of SAM: backward, then zero_grad."""
+    loop = Loop()
+    for _ in range(4):
+        loop.backward()
+        loop.monitor.measure()
+        loop.step(set_to_none)
+        loop.backward(37.0)  # and never measured
+        loop.clear(set_to_none)
+    loop.check()
+
+
+def test_gradients_that_were_clipped_or_scaled_are_not_taken_for_cleared_ones():
+    loop = Loop()
+    loop.backward()
+    loop.monitor.measure()
+    with torch.no_grad():
+        for parameter in loop.seed.parameters():
+            parameter.grad.mul_(0.5)
+    loop.backward()
+    loop.monitor.measure()
+    assert loop.monitor.ring[0, 1, EXTRA].item() == pytest.approx(loop.true_gain, rel=1e-5)
+
+
+def test_without_known_optimizers_every_call_is_a_sample():
+    loop = Loop(optimizers=())
+    for _ in range(3):
+        loop.backward()
+        loop.monitor.measure()
+    assert loop.monitor.read()["a"].samples == 3
+
+
+def test_overflows_stay_counted_whoever_tells_of_them():
+    for told in (True, False):
+        loop, scaler = Loop(), torch.amp.GradScaler("cpu", init_scale=4.0)
+        for number in range(6):
+            factor = math.inf if number in (1, 2, 4) else 1.0
+            x = loop.host(torch.randn(8, 4, generator=loop.data))
+            scaler.scale((x + loop.alpha * (loop.seed(x) - x)).square().mean() * factor).backward()
+            if told:
+                loop.monitor.measure(scaler)
+            else:
+                scaler.unscale_(loop.optimizer)
+                loop.monitor.measure()
+            scaler.step(loop.optimizer)
+            scaler.update()
+            loop.optimizer.zero_grad()
+        found = loop.monitor.read()["a"]
+        assert (found.samples, found.dropped, found.optimizer_steps) == (3, 3, 3)
+
+
+def test_an_overflow_in_one_of_several_micro_batches_is_one_dropped_sample():
+    loop, scaler = Loop(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for number in range(4):
+        for micro in range(3):
+            factor = math.inf if (number, micro) == (2, 0) else 1.0
+            x = loop.host(torch.randn(8, 4, generator=loop.data))
+            scaler.scale((x + loop.alpha * (loop.seed(x) - x)).square().mean() * factor).backward()
+            loop.monitor.measure(scaler)
+        scaler.step(loop.optimizer)
+        scaler.update()
+        loop.optimizer.zero_grad()
+    found = loop.monitor.read()["a"]
+    assert (found.samples, found.dropped) == (3, 1)
+
+
+def test_nobody_waits_for_ever_for_an_optimizer_that_does_not_step():
+    loop = Loop()
+    for _ in range(PATIENCE + 9):
+        loop.backward()
+        loop.monitor.measure()
+    assert int(loop.monitor.count) == 10
+
+
+def test_a_seed_that_comes_or_begins_anew_between_measurements_loses_no_sample():
+    loop = Loop()
+    loop.backward()
+    loop.monitor.measure()
+    loop.monitor.reset("a")
+    loop.backward()
+    loop.monitor.measure()
+    assert loop.monitor.read()["a"].samples == 1
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_each_kth_step_is_measured_and_the_slope_is_that_step_s_alone(every):
+    loop = Loop()
+    for _ in range(11):
+        for _ in range(2):
+            loop.backward()
+            loop.monitor.measure(every=every)
+        loop.step()
+    loop.check(loop.rows[::every])
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, None])
+def test_an_impossible_stride_is_refused_and_nothing_is_measured(every):
+    loop = Loop().backward()
+    with pytest.raises(ConfigurationError, match=f"every must be a whole number.*got {every!r}"):
+        loop.monitor.measure(every=every)
+    assert int(loop.monitor.count) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_looks_after_its_own_slope(copied):
+    loop = Loop(optimizers=())
+    loop.backward()
+    host, seed, alpha, monitor = copied((loop.host, loop.seed, loop.alpha, loop.monitor))
+    monitor.measure()
+    optimizer = torch.optim.SGD([*host.parameters(), *seed.parameters()], lr=1e-2)
+    for _ in range(2):  # dropped, then used
+        optimizer.zero_grad()
+        before = None if alpha.grad is None else alpha.grad.clone()
+        x = host(torch.ones(2, 4))
+        (x + alpha * (seed(x) - x)).square().mean().backward()
+    expected = float(before - alpha.grad)
+    monitor.measure()
+    assert monitor.ring[1, 1, EXTRA].item() == pytest.approx(expected, rel=1e-5)
+
+
+# --- through the controller ---
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.slot, self.last = nn.Linear(4, 6), SeedSlot(), nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.last(self.slot(torch.tanh(self.first(x))))
+
+
+def grown(**options):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    growth = GrowthController(model, optimizer, sinks=[], schedule=AlphaSchedule(steps=10), **options)
+    growth.germinate("slot", nn.Linear(6, 6))
+    return model, optimizer, growth
+
+
+@pytest.mark.parametrize("micro, every", [(1, 1), (3, 1), (1, 5), (2, 3)])
+def test_alpha_moves_once_per_optimizer_step(micro, every):
+    model, optimizer, growth = grown()
+    growth._move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
+    for number in range(1, 13):
+        for _ in range(micro):
+            model(torch.randn(4, 4)).square().mean().backward()
+            growth.measure(every=every)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert growth.step == number
+        assert (model.slot.alpha_value == 1.0) == (number >= 10)
+    assert growth.evidence()["slot"].samples == -(-12 // every)
+
+
+def test_a_discriminator_is_measured_by_its_own_loss_alone():
+    model, optimizer, growth = grown(tag="discriminator")
+    generator = nn.Linear(2, 4)
+    theirs = torch.optim.SGD(generator.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        growth.measure(tag="discriminator")
+        optimizer.step()
+        theirs.zero_grad()
+        (100 * model(generator(torch.randn(8, 2)))).square().mean().backward()
+        growth.measure(tag="generator")
+        theirs.step()
+    assert growth.step == 5
+    assert growth.evidence()["slot"].samples == 5
+    with pytest.raises(ConfigurationError, match="say which loss it is now"):
+        growth.measure()
