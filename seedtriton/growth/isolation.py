@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..core.errors import ConfigurationError
-from .blending import call, slope
+from .blending import call, slope, transforming
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,10 @@ class _WallTransformed(_Wall):
 
     @staticmethod
     def jvp(ctx: Any, to_features: Tensor, to_anchor: Tensor) -> Tensor:
-        return torch.zeros_like(to_features)
+        return to_features.clone()
 
 
-def given_to(features: Tensor, anchor: Tensor, copy: bool) -> Tensor:
+def given_to(features: Tensor, anchor: Tensor, *, detached: bool, copy: bool) -> Tensor:
     """What a seed is given of its features: they themselves, or a copy.
 
     torch's group norm on a CPU writes the gradient of a channels_last input whether it is wanted or not: into nothing,
@@ -166,14 +166,16 @@ def given_to(features: Tensor, anchor: Tensor, copy: bool) -> Tensor:
     it go no further.
 
     Args:
-        features: with a graph or without, floating.
+        features: floating, any shape.
         anchor: any tensor that requires a gradient; it gets none.
+        detached: whether they are cut off from the host; what ``torch.func`` may yet want to differentiate is not.
         copy: whether the seed writes into them.
     """
     # As torch counts channels_last, by strides. A contiguous tensor whose last dimensions are 1 may be taken for one
     # here as well, which costs a copy.
     last = features.dim() > 3 and features.stride(1) <= features.stride(-1)
-    if last and not features.requires_grad and features.device.type == "cpu" and torch.is_grad_enabled():
+    wanted = features.requires_grad or not (detached or not transforming())
+    if last and not wanted and features.is_cpu and torch.is_grad_enabled():
         return call(_Wall, _WallTransformed, features, anchor)
     return features.clone() if copy else features
 

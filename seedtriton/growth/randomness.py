@@ -143,7 +143,7 @@ def _generators(device: torch.device) -> tuple[torch.Generator, ...]:
 def _mark(states: list[Tensor]) -> int:
     """A number that tells states of generators apart.
 
-    Of a CPU's 5 KB it reads the first 256 bytes: its position among 624 words, and some of these, which change together.
+    Of a CPU's 5 KB it reads the first 256 bytes: the position among 624 words, and some of those, which change as one.
     """
     mark = 0
     for state in states:

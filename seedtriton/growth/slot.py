@@ -120,11 +120,12 @@ class SeedSlot(nn.Module):
         if seed is None or alpha is None:
             return features
         check_features(features, self.name)
-        if mode == BEHIND or (self.isolate_blending and self.stage is Stage.BLENDING):
-            inner = features.detach()
-        else:  # a fossil's alpha is never 0, so its host needs no shield
-            inner = blending.shield(features, alpha) if alpha.requires_grad else features
-        given = given_to(inner, alpha if alpha.requires_grad else next(seed.parameters()), self._copy_input)
+        apart = mode == BEHIND or (self.isolate_blending and self.stage is Stage.BLENDING)
+        inner = features.detach() if apart else features
+        if not apart and alpha.requires_grad:  # a fossil's alpha is never 0, so its host needs no shield
+            inner = blending.shield(features, alpha)
+        anchor = alpha if alpha.requires_grad else next(seed.parameters())
+        given = given_to(inner, anchor, detached=apart, copy=self._copy_input)
         if mode == BLENDED:
             return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
         compiling = torch.compiler.is_compiling()

@@ -114,9 +114,7 @@ def prepare(
             dtype = probe.dtype
     seed.to(device=device, dtype=dtype)
     tried = (True, False) if probe is None else _try(seed, probe, dtype, name)
-    if unfinished:
-        _leave_inference_mode(seed)
-        _refuse_dull(seed)
+    _refuse_dull(seed)
     return tried
 
 
@@ -127,8 +125,7 @@ def _refuse_dull(seed: nn.Module) -> None:
 
 def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None) -> tuple[bool, bool]:
     with undisturbed(seed, probe.device), torch.enable_grad():
-        converted = probe if dtype is None or torch.is_autocast_enabled(probe.device.type) else probe.to(dtype)
-        features = converted.detach().clone()
+        features = probe.detach().to(dtype, copy=True)
         version = features._version
         output = seed(features)
     check_output(features, output, name)
@@ -151,7 +148,8 @@ def _described(value: Any) -> str:
 
 
 def _is_inference(tensor: Tensor) -> bool:
-    return not is_lazy(tensor) and tensor.is_inference()
+    with torch._C.DisableTorchFunctionSubclass():  # one that waits for its shape answers nothing
+        return tensor.is_inference()
 
 
 def _leave_inference_mode(module: nn.Module) -> None:
@@ -165,7 +163,13 @@ def _leave_inference_mode(module: nn.Module) -> None:
                     if tensor is None or not _is_inference(tensor):
                         continue
                     if id(tensor) not in made:
-                        fresh = tensor.clone()
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
+                        made[id(tensor)] = _normal(tensor)
                     store[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    if is_lazy(tensor):
+        made: Any = type(tensor)
+        fresh: Tensor = made(tensor.requires_grad, tensor.device, tensor.dtype)
+        return fresh
+    return nn.Parameter(tensor.clone(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor.clone()

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import pack_sequence
 
-from seedtriton import AlphaSchedule, GrowthController, SeedSlot, Stage, StraightThrough, WiringError
+from seedtriton import AlphaSchedule, GateThresholds, GrowthController, SeedSlot, Stage, StraightThrough, WiringError
 from seedtriton.growth.blending import BLENDS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -217,6 +217,24 @@ def train(model, optimizer, growth):
     optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_transforms_see_through_a_slot_of_channels_last_features(stage):
+    slot, x = SeedSlot(), torch.randn(3, 8, 4, 4).double()
+    slot.germinate(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()), probe=x)  # torch has no jvp of such a group norm
+    move_to(slot, stage)
+    x, along = (t.to(memory_format=torch.channels_last) for t in (x, torch.randn_like(x)))
+    other = copy.deepcopy(slot)
+
+    def each(function):
+        return lambda x: vmap(lambda one: function(one[None]))(x).pow(3).sum()
+
+    found = [
+        (jvp(place, (given,), (along,))[1], grad(lambda x, f=place: f(x).pow(3).sum())(given), grad(each(place))(given))
+        for place, given in ((slot, x), (other, x.contiguous()))
+    ]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("blend", BLENDS)
 def test_a_life_under_inference_mode_goes_on_outside(blend):
     model, optimizer, growth = grown(schedule=AlphaSchedule(steps=0))
@@ -242,6 +260,43 @@ def test_a_life_under_inference_mode_goes_on_outside(blend):
         growth.germinate("slot", lambda: Residual(7), probe=torch.randn(3, 7))
     train(model, optimizer, growth)
     assert growth.evidence()["slot"].samples == 1
+
+
+ACTIONS = {
+    "prune": lambda growth: growth.prune("1"),
+    "fade": lambda growth: growth.prune("1", steps=1),
+    "keep": lambda growth: growth.set_alpha_target("1", 1.0, steps=0),
+    "end_epoch": lambda growth: growth.end_epoch(accuracy=0.5),
+    "advance": lambda growth: growth.advance("2"),
+    "germinate": lambda growth: growth.germinate("3", Residual(7)),
+}
+
+
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("actions", [("prune",), ("fade", "keep"), ("fade", "end_epoch"), ("advance",), ("germinate",)])
+def test_each_step_of_a_life_may_be_taken_under_inference_mode(actions, ready):
+    model = nn.Sequential(nn.Linear(5, 7), SeedSlot(), SeedSlot(), SeedSlot(), nn.Linear(7, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    limits = GateThresholds(**dict.fromkeys(("min_training_epochs", "min_samples", "min_blend_gain_t")))
+    growth = GrowthController(model, optimizer, thresholds=limits, schedule=AlphaSchedule(steps=0), sinks=[])
+    for name in "12":
+        growth.germinate(name, Residual(7))
+    if ready:
+        growth._mover.move(growth._lives["1"], Stage.BLENDING, "told", "script")
+        growth.measure()
+    for action in actions:
+        if action in ("keep", "fade") and not ready:
+            continue
+        train(model, optimizer, growth)
+        with torch.inference_mode():
+            ACTIONS[action](growth)
+        buffers = (*model.parameters(), *model.buffers(), *growth.monitor.buffers())
+        assert not any(tensor.is_inference() for tensor in buffers)
+        for _ in range(2):
+            train(model, optimizer, growth)
+            growth.evidence()
+        growth.monitor.reset()
+        train(model, optimizer, growth)
 
 
 def test_a_state_loaded_under_inference_mode_can_be_trained():
@@ -364,6 +419,14 @@ def test_a_lazy_seed_is_finished_by_the_probe():
     assert torch.equal(torch.random.get_rng_state(), before)
     train(model, optimizer, growth)
     assert growth.evidence()["slot"].samples == 1
+
+
+def test_a_lazy_seed_of_inference_mode_can_be_trained():
+    model, optimizer, growth = grown()
+    with torch.inference_mode():
+        growth.germinate("slot", lazy(), probe=torch.randn(3, 7))
+    assert not any(t.is_inference() for t in model.parameters())
+    train(model, optimizer, growth)
 
 
 def test_a_lazy_seed_without_a_probe_is_refused_with_the_way_out():
