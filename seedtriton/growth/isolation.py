@@ -143,40 +143,25 @@ class _Wall(Function):
         return None, None
 
 
-class _WallTransformed(_Wall):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(features: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
-        return features.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
-
-    @staticmethod
-    def jvp(ctx: Any, to_features: Tensor, to_anchor: Tensor) -> Tensor:
-        return to_features.clone()
-
-
-def given_to(features: Tensor, anchor: Tensor, *, detached: bool, copy: bool) -> Tensor:
+def given_to(features: Tensor, anchor: Tensor, copy: bool) -> Tensor:
     """What a seed is given of its features: they themselves, or a copy.
 
     torch's group norm on a CPU writes the gradient of a channels_last input whether it is wanted or not: into nothing,
     which ends the process, where the input needs none. Such features come as a copy that takes a gradient and lets
-    it go no further.
+    it go no further. (``torch.func`` has another backward pass, and may yet differentiate what seems to need none.)
 
     Args:
         features: floating, any shape.
         anchor: any tensor that requires a gradient; it gets none.
-        detached: whether they are cut off from the host; what ``torch.func`` may yet want to differentiate is not.
         copy: whether the seed writes into them.
     """
     # As torch counts channels_last, by strides. A contiguous tensor whose last dimensions are 1 may be taken for one
     # here as well, which costs a copy.
     last = features.dim() > 3 and features.stride(1) <= features.stride(-1)
-    wanted = features.requires_grad or not (detached or not transforming())
-    if last and not wanted and features.is_cpu and torch.is_grad_enabled():
-        return call(_Wall, _WallTransformed, features, anchor)
+    quick = torch.compiler.is_compiling() or not transforming()
+    if last and quick and features.is_cpu and not features.requires_grad and torch.is_grad_enabled():
+        walled: Tensor = _Wall.apply(features, anchor)
+        return walled
     return features.clone() if copy else features
 
 

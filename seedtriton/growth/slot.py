@@ -125,7 +125,7 @@ class SeedSlot(nn.Module):
         if not apart and alpha.requires_grad:  # a fossil's alpha is never 0, so its host needs no shield
             inner = blending.shield(features, alpha)
         anchor = alpha if alpha.requires_grad else next(seed.parameters())
-        given = given_to(inner, anchor, detached=apart, copy=self._copy_input)
+        given = given_to(inner, anchor, self._copy_input)
         if mode == BLENDED:
             return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
         compiling = torch.compiler.is_compiling()

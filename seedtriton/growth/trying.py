@@ -100,27 +100,20 @@ def prepare(
     Raises:
         WiringError: it has no trainable parameter, waits for features that nobody gave, or changes the shape or dtype.
     """
-    unfinished = is_unfinished(seed)
-    if unfinished and probe is None:
+    if is_unfinished(seed) and probe is None:
         raise WiringError(
             f"the seed for {slot_named(name)} has layers that wait for their first features (nn.LazyLinear and its "
             "like): germinate(..., probe=features) finishes them"
         )
-    if not unfinished:
-        _refuse_dull(seed)
     if probe is not None:
         device = device or probe.device
         if dtype is None and not torch.is_autocast_enabled(probe.device.type):
             dtype = probe.dtype
     seed.to(device=device, dtype=dtype)
     tried = (True, False) if probe is None else _try(seed, probe, dtype, name)
-    _refuse_dull(seed)
-    return tried
-
-
-def _refuse_dull(seed: nn.Module) -> None:
     if not any(p.numel() for p in seed.parameters() if p.requires_grad):
         raise WiringError("the seed has no trainable parameter: it could never learn")
+    return tried
 
 
 def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None) -> tuple[bool, bool]:

@@ -60,11 +60,19 @@ for functional in (False, True):
                             slot.set_alpha(0.5)
                         for _ in range(2):
                             slot(x).square().sum().backward()
-x = torch.randn(2, 8, 3, 4, 5).to(memory_format=torch.channels_last_3d)
+for x, groups in (
+    (torch.randn(2, 8, 3, 4, 5).to(memory_format=torch.channels_last_3d), 4),
+    (torch.randn(2, 1, 6, 6).to(memory_format=torch.channels_last), 1),
+):
+    slot = SeedSlot()
+    slot.germinate(nn.Sequential(nn.ReLU(), nn.GroupNorm(groups, x.shape[1])))
+    slot.move(Stage.TRAINING)
+    slot(x).sum().backward()
+x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
 slot = SeedSlot()
 slot.germinate(Norm(False))
 slot.move(Stage.TRAINING)
-slot(x).sum().backward()
+torch.compile(slot, backend="aot_eager", fullgraph=True)(x).sum().backward()
 print("alive")
 """
 
@@ -267,7 +275,7 @@ ACTIONS = {
     "fade": lambda growth: growth.prune("1", steps=1),
     "keep": lambda growth: growth.set_alpha_target("1", 1.0, steps=0),
     "end_epoch": lambda growth: growth.end_epoch(accuracy=0.5),
-    "advance": lambda growth: growth.advance("2"),
+    "advance": lambda growth: growth.advance("1").passed or pytest.fail("it should become a fossil"),
     "germinate": lambda growth: growth.germinate("3", Residual(7)),
 }
 
@@ -277,15 +285,16 @@ ACTIONS = {
 def test_each_step_of_a_life_may_be_taken_under_inference_mode(actions, ready):
     model = nn.Sequential(nn.Linear(5, 7), SeedSlot(), SeedSlot(), SeedSlot(), nn.Linear(7, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    limits = GateThresholds(**dict.fromkeys(("min_training_epochs", "min_samples", "min_blend_gain_t")))
+    limits = GateThresholds(min_holding_epochs=None, max_accuracy_drop=None)
     growth = GrowthController(model, optimizer, thresholds=limits, schedule=AlphaSchedule(steps=0), sinks=[])
     for name in "12":
         growth.germinate(name, Residual(7))
     if ready:
         growth._mover.move(growth._lives["1"], Stage.BLENDING, "told", "script")
-        growth.measure()
+    if ready and actions == ("advance",):
+        growth._mover.move(growth._lives["1"], Stage.HOLDING, "told", "script")
     for action in actions:
-        if action in ("keep", "fade") and not ready:
+        if action in ("keep", "fade", "advance") and not ready:
             continue
         train(model, optimizer, growth)
         with torch.inference_mode():
