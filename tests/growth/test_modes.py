@@ -65,7 +65,7 @@ for x, groups in (
     (torch.randn(2, 1, 6, 6).to(memory_format=torch.channels_last), 1),
 ):
     slot = SeedSlot()
-    slot.germinate(nn.Sequential(nn.ReLU(), nn.GroupNorm(groups, x.shape[1])))
+    slot.germinate(nn.GroupNorm(groups, x.shape[1]))
     slot.move(Stage.TRAINING)
     slot(x).sum().backward()
 x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
