@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.lifecycle import RESTING, Lifecycle, Stage
 from . import blending, slot_state
-from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, leaks
+from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, leaks, uses_group_norm
 from .randomness import SeedRandom
 from .slot_state import SavedSlot
 from .trying import (
@@ -86,6 +86,7 @@ class SeedSlot(nn.Module):
         self._alpha_value = 0.0
         self._mode: str | None = None
         self._copy_input = False
+        self._group_norm = True
         self._checks_due = 0
         self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
@@ -124,12 +125,12 @@ class SeedSlot(nn.Module):
         inner = features.detach() if apart else features
         if not apart and alpha.requires_grad:  # a fossil's alpha is never 0, so its host needs no shield
             inner = blending.shield(features, alpha)
-        anchor = alpha if alpha.requires_grad else next(seed.parameters())
-        given = given_to(inner, anchor, self._copy_input)
-        if mode == BLENDED:
-            return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
         compiling = torch.compiler.is_compiling()
         looking = self._checks_due > 0 and not compiling and not blending.transforming()
+        anchor = alpha if alpha.requires_grad else next(seed.parameters())
+        given = given_to(inner, anchor, copy=self._copy_input, wall=looking or self._group_norm)
+        if mode == BLENDED:
+            return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
         version = given._version if looking else 0
         output, learned = (seed(given), None) if compiling else self.random.run(seed, given, looking)
         full = self._candidate(features, inner, output)
@@ -183,7 +184,7 @@ class SeedSlot(nn.Module):
             check_features(probe, self.name)
         with normal_tensors():
             module = seed_module(seed)
-            writes, leaky = prepare(module, probe, device, dtype, self.name)
+            self._group_norm, writes, leaky = prepare(module, probe, device, dtype, self.name)
             first = next(p for p in module.parameters() if p.requires_grad)
             gate = None
             if blend == blending.GATE and probe is not None:
@@ -358,10 +359,11 @@ class SeedSlot(nn.Module):
         self._alpha_value = 0.0
         self.preserves_shape = None
         self.isolate_blending = False
+        self._group_norm = True  # until somebody looked
         self.random = SeedRandom()
 
     def _look(self, full: Tensor, wrote: bool, shared: bool) -> None:
-        """Count leaks, and learn whether the seed writes into its input: only then it gets a copy."""
+        """Count leaks, and learn what the seed's input has to be: a copy, behind a wall, or neither."""
         self._checks_due -= 1
         self.preserves_shape = True
         assert self.seed is not None
@@ -369,6 +371,7 @@ class SeedSlot(nn.Module):
         own = [self.alpha, *(tensor for module in self.modules_of_seed() for tensor in own_tensors(module))]
         self.isolation_violations += int((wrote and shared) or leaks(full, own) > 0)
         self._copy_input = wrote or may_write(self.seed)
+        self._group_norm = uses_group_norm(full)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
         super()._apply(fn, recurse)

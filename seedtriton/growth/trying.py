@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import ConfigurationError, WiringError
-from .isolation import leaks
+from .isolation import leaks, uses_group_norm
 from .randomness import undisturbed
 
 
@@ -87,12 +87,12 @@ def check_output(features: Tensor, output: object, name: str | None) -> None:
 
 def prepare(
     seed: nn.Module, probe: Tensor | None, device: torch.device | None, dtype: torch.dtype | None, name: str | None
-) -> tuple[bool, bool]:
-    """Bring a seed to its place and try it: whether it writes into its input, whether it reaches outside itself.
+) -> tuple[bool, bool, bool]:
+    """Bring a seed to its place and try it: has it a group norm, does it write into its input, reach outside itself?
 
     Args:
         seed: the module; moved and converted, and layers that wait for their first features are finished.
-        probe: features to try it on; without them nobody knows, and it is taken for one that writes.
+        probe: features to try it on; without them nobody knows, and it is taken for one that has, and that writes.
         device: where it goes; to the probe unless told.
         dtype: of its floating parameters; the probe's unless told, and under autocast its own.
         name: the slot's path in the model, for errors.
@@ -110,19 +110,20 @@ def prepare(
         if dtype is None and not torch.is_autocast_enabled(probe.device.type):
             dtype = probe.dtype
     seed.to(device=device, dtype=dtype)
-    tried = (True, False) if probe is None else _try(seed, probe, dtype, name)
+    tried = (True, True, False) if probe is None else _try(seed, probe, dtype, name)
     if not any(p.numel() for p in seed.parameters() if p.requires_grad):
         raise WiringError("the seed has no trainable parameter: it could never learn")
     return tried
 
 
-def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None) -> tuple[bool, bool]:
+def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None) -> tuple[bool, bool, bool]:
     with undisturbed(seed, probe.device), torch.enable_grad():
         features = probe.detach().to(dtype, copy=True)
         version = features._version
         output = seed(features)
     check_output(features, output, name)
-    return features._version != version or may_write(seed), leaks(output, own_tensors(seed)) > 0
+    wrote = features._version != version or may_write(seed)
+    return uses_group_norm(output), wrote, leaks(output, own_tensors(seed)) > 0
 
 
 def own_tensors(seed: nn.Module) -> list[Tensor]:

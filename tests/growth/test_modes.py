@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from seedtriton import AlphaSchedule, GateThresholds, GrowthController, SeedSlot, Stage, StraightThrough, WiringError
 from seedtriton.growth.blending import BLENDS
+from seedtriton.growth.slot import ISOLATION_CHECKS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAGES = [Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED]
@@ -83,6 +84,35 @@ def test_group_norm_behind_a_channels_last_host_leaves_the_process_alive():
         [sys.executable, "-c", CRASHES], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_only_a_seed_with_a_group_norm_pays_for_a_gradient_of_its_input(probed):
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    for seed, pays in ((nn.GroupNorm(2, 8), True), (nn.Conv2d(8, 8, 1), False)):
+        slot, wanted = SeedSlot(), []
+        slot.germinate(seed, probe=x if probed else None)
+        slot.seed.register_forward_pre_hook(lambda _, given, into=wanted: into.append(given[0].requires_grad))
+        move_to(slot, Stage.TRAINING)
+        for _ in range(ISOLATION_CHECKS + 1):
+            slot(x)
+        assert wanted == [True] * ISOLATION_CHECKS + [pays]
+        compiled = SeedSlot()  # there nobody looks, and the probe says
+        compiled.germinate(copy.deepcopy(seed), probe=x if probed else None)
+        assert compiled._group_norm == (pays or not probed)
+
+
+def test_what_is_known_of_one_seeds_norms_is_not_believed_of_the_next():
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    slot, other, wanted = SeedSlot(), SeedSlot(), []
+    other.germinate(nn.GroupNorm(2, 8))
+    state = {**move_to(other, Stage.TRAINING).lifecycle_state(), "checks_due": 0}
+    slot.germinate(nn.Conv2d(8, 8, 1), probe=x)
+    slot.vacate()
+    slot.load_lifecycle_state(state, nn.GroupNorm(2, 8))
+    slot.seed.register_forward_pre_hook(lambda _, given: wanted.append(given[0].requires_grad))
+    slot(x)
+    assert wanted == [True]
 
 
 @pytest.mark.parametrize("stage", [Stage.TRAINING, Stage.BLENDING])
