@@ -509,3 +509,14 @@ def test_channels_last_hosts_in_a_whole_network():
         model.slot.move(stage)
         model(x).square().sum().backward()
         assert all(p.grad is not None for p in model.slot.parameters())
+
+
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_writing_into_what_a_seed_was_given_is_an_error_and_not_a_wrong_gradient(stage):
+    slot = SeedSlot()
+    slot.germinate(Residual(4))
+    move_to(slot, stage)
+    features = torch.randn(5, 4, requires_grad=True) * 1
+    features += slot(features)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        features.sum().backward()
