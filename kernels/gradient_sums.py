@@ -409,7 +409,8 @@ def record_(
     with _launch.guard(device), _launch.lock():
         tables = _launch.find_tables(
             *gradients, num_segments, device, ("record", size, *row, replace, tuple(gains.segments), modes),
-            gain_pointers, (*gain_table, *modes, *row, size, replace), () if outside is None else outside.counts, buffer, settled,
+            gain_pointers, (*gain_table, *modes, *row, size, replace), () if outside is None else outside.counts,
+            buffer, settled,
         )  # fmt: skip
         numbers = (rules.max_norm, rules.eps, rules.vanishing_rms, rules.exploding_rms)
         arguments = _arguments(tables, buffer, summary, columns, tuple(map(_address, scalars)), numbers)

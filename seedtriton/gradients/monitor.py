@@ -118,10 +118,10 @@ class GradientMonitor(Windows):
         tag: str | None = None,
         every: int = 1,
     ) -> None:
-        """Measure the gradients that exist now: one sample for each optimizer step. Waits for nothing, changes no gradient.
+        """Measure the gradients that exist now: one sample per optimizer step. Waits for nothing, changes no gradient.
 
-        A second call before the step, of micro-batches or hooks that fire twice, replaces the sample of the first. Without
-        known optimizers every call is a sample.
+        A second call before the step, of micro-batches or hooks that fire twice, replaces the sample of the first.
+        Without known optimizers every call is a sample.
 
         Of the blend factors the gradient is taken, it is zero afterwards. It goes with the seed's gradients: what
         clears those (zero_grad, both ways) drops it, and what of it came before.

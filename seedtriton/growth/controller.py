@@ -262,7 +262,6 @@ class GrowthController:
             self._move(life, verdict.target, str(verdict), "script")
         return verdict
 
-    @normal_tensors()
     def set_alpha_target(
         self, slot: str, target: float, *, steps: int | None = None, curve: str | None = None
     ) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..core.errors import ConfigurationError
-from .blending import call, slope
+from .blending import call, slope, transforming
 
 
 @dataclass(frozen=True)
@@ -187,38 +187,26 @@ class _Wall(Function):
         return None, None
 
 
-class _WallTransformed(_Wall):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(features: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
-        return features.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
-
-    @staticmethod
-    def jvp(ctx: Any, to_features: Tensor, to_anchor: Tensor) -> Tensor:
-        return torch.zeros_like(to_features)
-
-
-def given_to(features: Tensor, anchor: Tensor, copy: bool) -> Tensor:
+def given_to(features: Tensor, anchor: Tensor, *, copy: bool, wall: bool) -> Tensor:
     """What a seed is given of its features: they themselves, or a copy.
 
     torch's group norm on a CPU writes the gradient of a channels_last input whether it is wanted or not: into nothing,
     which ends the process, where the input needs none. Such features come as a copy that takes a gradient and lets
-    it go no further.
+    it go no further. (``torch.func`` has another backward pass, and may yet differentiate what seems to need none.)
 
     Args:
-        features: with a graph or without, floating.
+        features: floating, any shape.
         anchor: any tensor that requires a gradient; it gets none.
         copy: whether the seed writes into them.
+        wall: whether the seed may have a group norm; otherwise a copy and the gradient of its input are saved.
     """
     # As torch counts channels_last, by strides. A contiguous tensor whose last dimensions are 1 may be taken for one
     # here as well, which costs a copy.
-    last = features.dim() > 3 and features.stride(1) <= features.stride(-1)
-    if last and not features.requires_grad and features.device.type == "cpu" and torch.is_grad_enabled():
-        return call(_Wall, _WallTransformed, features, anchor)
+    last = wall and features.dim() > 3 and features.stride(1) <= features.stride(-1)
+    quick = torch.compiler.is_compiling() or not transforming()
+    if last and quick and features.is_cpu and not features.requires_grad and torch.is_grad_enabled():
+        walled: Tensor = _Wall.apply(features, anchor)
+        return walled
     return features.clone() if copy else features
 
 
@@ -249,19 +237,26 @@ def leaks(output: Tensor, own: Iterable[Tensor]) -> int:
     as small as the seed; not for use inside a compiled region.
     """
     allowed = {id(tensor) for tensor in own}
-    foreign = set()
     if output.grad_fn is None:
         # A leaf, or no graph at all: then the output itself is what a backward pass would reach.
         return int(output.requires_grad and id(output) not in allowed)
-    seen = set()
+    # An AccumulateGrad node has its leaf.
+    leaves = {id(node.variable) for node in _nodes(output) if getattr(node, "variable", None) is not None}
+    return len(leaves - allowed)
+
+
+def uses_group_norm(output: Tensor) -> bool:
+    """Whether a group norm is in the graph of a seed's output; see ``given_to``."""
+    return any(node.name().startswith("NativeGroupNormBackward") for node in _nodes(output))
+
+
+def _nodes(output: Tensor) -> set[Any]:
+    """Every node of the graph that ends in ``output``."""
+    seen: set[Any] = set()
     waiting = [output.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # an AccumulateGrad node
-        if leaf is not None and id(leaf) not in allowed:
-            foreign.add(id(leaf))
-        waiting += [following for following, _ in node.next_functions if following is not None]
-    return len(foreign)
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen

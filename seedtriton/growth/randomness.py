@@ -1,8 +1,8 @@
 """The random numbers of a seed behind the host: its own, so that the host's masks are those without it.
 
-A generator's state is saved before the seed runs and put back behind it. In between a seed that draws finds numbers
-that depend on three things: the slot, the host's state at that moment, and how often it was asked at that state. So a
-forward pass that a checkpoint runs again, with the host's state put back, gives the same masks.
+A generator's state is saved before the seed runs and put back behind it. In between a seed that draws finds numbers of
+its slot, others in every pass. Where a checkpoint may run a pass again they depend on the host's state as well, which
+the checkpoint puts back, so that the second run draws the masks of the first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ..core.errors import StateDictError
 
 Learned = Callable[[], None]
 _CPU = (torch.default_generator,)
+# Private; without it every pass counts as one that a checkpoint may run again.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class SeedRandom:
@@ -33,7 +35,8 @@ class SeedRandom:
 
     Attributes:
         key: what tells this seed's numbers from those of others; None before there is a seed.
-        tick: how often the seed has drawn at one state of the host.
+        tick: counts the passes in which the seed may have drawn; those under a checkpoint only where the host draws
+            nothing, so that the host's state does not tell them apart.
         spent: mark of a host's state at which a backward pass has reached the seed.
         draws: whether it was seen to draw; None before anybody looked.
     """
@@ -101,16 +104,18 @@ class SeedRandom:
         if self.key is None:
             self.begin("")
         assert self.key is not None
-        mark, learned = _mark(states), None
+        mark, learned = 0, None
         if not _checkpointed():
             self.tick += 1
-        elif torch._C._current_graph_task_id() == -1:
-            # Outside of a backward pass: a checkpoint's first run. The second must find its tick, so that waits for the
-            # next first run behind a backward pass that has reached the seed.
-            if mark == self.spent:
-                self.tick += 1
-                self.spent = None
-            learned = partial(setattr, self, "spent", mark)
+        else:
+            mark = _mark(states)
+            if torch._C._current_graph_task_id() == -1:
+                # Outside of a backward pass: a checkpoint's first run. The second must find its tick, so that waits for
+                # the next first run behind a backward pass that has reached the seed.
+                if mark == self.spent:
+                    self.tick += 1
+                    self.spent = None
+                learned = partial(setattr, self, "spent", mark)
         number = zlib.crc32(b"%d %d" % (self.key, self.tick), mark)
         for generator in generators:
             generator.manual_seed(number)
@@ -143,7 +148,7 @@ def _generators(device: torch.device) -> tuple[torch.Generator, ...]:
 def _mark(states: list[Tensor]) -> int:
     """A number that tells states of generators apart.
 
-    Of a CPU's 5 KB it reads the first 256 bytes: its position among 624 words, and some of these; all change together.
+    Of a CPU's 5 KB it reads the first 256 bytes: the position among 624 words, and some of those, which change as one.
     """
     mark = 0
     for state in states:
@@ -156,5 +161,4 @@ def _checkpointed() -> bool:
 
     Of a reentrant one nothing is to be seen, and need not: its first run is without gradients, and without the seed.
     """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
+    return _top_hooks is None or _top_hooks(True) is not None

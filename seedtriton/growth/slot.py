@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.lifecycle import Lifecycle, Stage
 from . import blending, slot_state
-from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, handed_on, leaks
+from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, handed_on, leaks, uses_group_norm
 from .randomness import SeedRandom
 from .slot_state import SavedSlot
 from .trying import (
@@ -88,6 +88,7 @@ class SeedSlot(nn.Module):
         self._alpha_value = 0.0
         self._mode: str | None = None
         self._copy_input = False
+        self._group_norm = True
         self._checks_due = 0
         self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
@@ -135,15 +136,16 @@ class SeedSlot(nn.Module):
         if seed is None or alpha is None:
             return features
         check_features(features, self.name)
-        if mode == BEHIND or (self.isolate_blending and self.stage is Stage.BLENDING):
-            inner = features.detach()
-        else:  # a fossil's alpha is never 0, so its host needs no shield
-            inner = blending.shield(features, alpha) if alpha.requires_grad else features
-        given = given_to(inner, alpha if alpha.requires_grad else next(seed.parameters()), self._copy_input)
-        if mode == BLENDED:
-            return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
+        apart = mode == BEHIND or (self.isolate_blending and self.stage is Stage.BLENDING)
+        inner = features.detach() if apart else features
+        if not apart and alpha.requires_grad:  # a fossil's alpha is never 0, so its host needs no shield
+            inner = blending.shield(features, alpha)
         compiling = torch.compiler.is_compiling()
         looking = self._checks_due > 0 and not compiling and not blending.transforming()
+        anchor = alpha if alpha.requires_grad else next(seed.parameters())
+        given = given_to(inner, anchor, copy=self._copy_input, wall=looking or self._group_norm)
+        if mode == BLENDED:
+            return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
         version = given._version if looking else 0
         output, learned = (seed(given), None) if compiling else self.random.run(seed, given, looking)
         full = self._candidate(features, inner, output)
@@ -199,19 +201,19 @@ class SeedSlot(nn.Module):
             check_features(probe, self.name)
         with normal_tensors():
             module = seed_module(seed)
-            writes, leaky, kept = prepare(module, probe, device, dtype, self.name)
+            tried = prepare(module, probe, device, dtype, self.name)
             first = next(p for p in module.parameters() if p.requires_grad)
             gate = None
             if blend == blending.GATE and probe is not None:
                 gate = blending.gate_for(probe, tuple(gate_dims or ()), channel_dim).to(first.device, first.dtype)
             self._place(module, gate, blend, first.device)
-        self._copy_input, self._handed_on = writes, kept
+        self._group_norm, self._copy_input, self._handed_on = tried.group_norm, tried.writes, tried.handed_on
         self.preserves_shape = True if probe is not None else None
         self.isolation, self.isolate_blending = isolation or TrustRegion(), bool(isolate_blending)
         self.random.begin(self.name or "")
         # A compiled forward pass is not looked at, but its graph is the one of the probe: a leak there is a leak
         # in every pass.
-        self.isolation_violations = ISOLATION_CHECKS if leaky else 0
+        self.isolation_violations = ISOLATION_CHECKS if tried.leaky else 0
         self.move(Stage.GERMINATED)
 
     def move(self, target: Stage, reason: str = "", initiator: str = "script") -> None:
@@ -365,10 +367,11 @@ class SeedSlot(nn.Module):
         self._alpha_value = 0.0
         self.preserves_shape = self._handed_on = None
         self.isolate_blending = False
+        self._group_norm = True  # until somebody looked
         self.random = SeedRandom()
 
     def _look(self, full: Tensor, wrote: bool, shared: bool) -> None:
-        """Count leaks, and learn whether the seed writes into its input: only then it gets a copy."""
+        """Count leaks, and learn what the seed's input has to be: a copy, behind a wall, or neither."""
         self._checks_due -= 1
         self.preserves_shape = True
         assert self.seed is not None
@@ -376,6 +379,7 @@ class SeedSlot(nn.Module):
         own = [self.alpha, *(tensor for module in self.modules_of_seed() for tensor in own_tensors(module))]
         self.isolation_violations += int((wrote and shared) or leaks(full, own) > 0)
         self._copy_input = wrote or may_write(self.seed)
+        self._group_norm = uses_group_norm(full)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
         super()._apply(fn, recurse)

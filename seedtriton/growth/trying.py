@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import ConfigurationError, WiringError
-from .isolation import handed_on, leaks
+from .isolation import handed_on, leaks, uses_group_norm
 from .randomness import undisturbed
+
+
+class Tried(NamedTuple):
+    """What a trial run of a seed has shown; the defaults are those of one that was not tried.
+
+    Attributes:
+        group_norm: it may have a group norm, see ``isolation.given_to``.
+        writes: it may write into its input.
+        leaky: it reaches outside itself.
+        handed_on: see ``isolation.handed_on``.
+    """
+
+    group_norm: bool = True
+    writes: bool = True
+    leaky: bool = False
+    handed_on: Tensor | None = None
 
 
 def seed_module(seed: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -87,12 +103,12 @@ def check_output(features: Tensor, output: object, name: str | None) -> None:
 
 def prepare(
     seed: nn.Module, probe: Tensor | None, device: torch.device | None, dtype: torch.dtype | None, name: str | None
-) -> tuple[bool, bool, Tensor | None]:
-    """Bring a seed to its place and try it: does it write into its input, does it reach outside itself; ``handed_on``.
+) -> Tried:
+    """Bring a seed to its place and try it.
 
     Args:
         seed: the module; moved and converted, and layers that wait for their first features are finished.
-        probe: features to try it on; without them nobody knows, and it is taken for one that writes.
+        probe: features to try it on; without them nobody knows, and it is taken for one that has, and that writes.
         device: where it goes; to the probe unless told.
         dtype: of its floating parameters; the probe's unless told, and under autocast its own.
         name: the slot's path in the model, for errors.
@@ -100,42 +116,31 @@ def prepare(
     Raises:
         WiringError: it has no trainable parameter, waits for features that nobody gave, or changes the shape or dtype.
     """
-    unfinished = is_unfinished(seed)
-    if unfinished and probe is None:
+    if is_unfinished(seed) and probe is None:
         raise WiringError(
             f"the seed for {slot_named(name)} has layers that wait for their first features (nn.LazyLinear and its "
             "like): germinate(..., probe=features) finishes them"
         )
-    if not unfinished:
-        _refuse_dull(seed)
     if probe is not None:
         device = device or probe.device
         if dtype is None and not torch.is_autocast_enabled(probe.device.type):
             dtype = probe.dtype
     seed.to(device=device, dtype=dtype)
-    tried = (True, False, None) if probe is None else _try(seed, probe, dtype, name)
-    if unfinished:
-        _leave_inference_mode(seed)
-        _refuse_dull(seed)
+    tried = Tried() if probe is None else _try(seed, probe, dtype, name)
+    if not any(p.numel() for p in seed.parameters() if p.requires_grad):
+        raise WiringError("the seed has no trainable parameter: it could never learn")
     return tried
 
 
-def _refuse_dull(seed: nn.Module) -> None:
-    if not any(p.numel() for p in seed.parameters() if p.requires_grad):
-        raise WiringError("the seed has no trainable parameter: it could never learn")
-
-
-def _try(
-    seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None
-) -> tuple[bool, bool, Tensor]:
+def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | None) -> Tried:
     with undisturbed(seed, probe.device), torch.enable_grad():
-        converted = probe if dtype is None or torch.is_autocast_enabled(probe.device.type) else probe.to(dtype)
-        features = converted.detach().clone()
+        features = probe.detach().to(dtype, copy=True)
         version = features._version
         output = seed(features)
     check_output(features, output, name)
-    writes = features._version != version or may_write(seed)
-    return writes, leaks(output, own_tensors(seed)) > 0, handed_on(converted, output)
+    wrote = features._version != version or may_write(seed)
+    leaky = leaks(output, own_tensors(seed)) > 0
+    return Tried(uses_group_norm(output), wrote, leaky, handed_on(probe.detach().to(output.dtype), output))
 
 
 def own_tensors(seed: nn.Module) -> list[Tensor]:
@@ -154,7 +159,8 @@ def _described(value: Any) -> str:
 
 
 def _is_inference(tensor: Tensor) -> bool:
-    return not is_lazy(tensor) and tensor.is_inference()
+    with torch._C.DisableTorchFunctionSubclass():  # one that waits for its shape answers nothing
+        return tensor.is_inference()
 
 
 def _leave_inference_mode(module: nn.Module) -> None:
@@ -168,7 +174,13 @@ def _leave_inference_mode(module: nn.Module) -> None:
                     if tensor is None or not _is_inference(tensor):
                         continue
                     if id(tensor) not in made:
-                        fresh = tensor.clone()
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
+                        made[id(tensor)] = _normal(tensor)
                     store[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    if is_lazy(tensor):
+        made: Any = type(tensor)
+        fresh: Tensor = made(tensor.requires_grad, tensor.device, tensor.dtype)
+        return fresh
+    return nn.Parameter(tensor.clone(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor.clone()

@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import pack_sequence
 
-from seedtriton import AlphaSchedule, GrowthController, SeedSlot, Stage, StraightThrough, WiringError
+from seedtriton import AlphaSchedule, GateThresholds, GrowthController, SeedSlot, Stage, StraightThrough, WiringError
 from seedtriton.growth.blending import BLENDS
+from seedtriton.growth.slot import ISOLATION_CHECKS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAGES = [Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED]
@@ -60,11 +61,19 @@ for functional in (False, True):
                             slot.set_alpha(0.5)
                         for _ in range(2):
                             slot(x).square().sum().backward()
-x = torch.randn(2, 8, 3, 4, 5).to(memory_format=torch.channels_last_3d)
+for x, groups in (
+    (torch.randn(2, 8, 3, 4, 5).to(memory_format=torch.channels_last_3d), 4),
+    (torch.randn(2, 1, 6, 6).to(memory_format=torch.channels_last), 1),
+):
+    slot = SeedSlot()
+    slot.germinate(nn.GroupNorm(groups, x.shape[1]))
+    slot.move(Stage.TRAINING)
+    slot(x).sum().backward()
+x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
 slot = SeedSlot()
 slot.germinate(Norm(False))
 slot.move(Stage.TRAINING)
-slot(x).sum().backward()
+torch.compile(slot, backend="aot_eager", fullgraph=True)(x).sum().backward()
 print("alive")
 """
 
@@ -75,6 +84,35 @@ def test_group_norm_behind_a_channels_last_host_leaves_the_process_alive():
         [sys.executable, "-c", CRASHES], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_only_a_seed_with_a_group_norm_pays_for_a_gradient_of_its_input(probed):
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    for seed, pays in ((nn.GroupNorm(2, 8), True), (nn.Conv2d(8, 8, 1), False)):
+        slot, wanted = SeedSlot(), []
+        slot.germinate(seed, probe=x if probed else None)
+        slot.seed.register_forward_pre_hook(lambda _, given, into=wanted: into.append(given[0].requires_grad))
+        move_to(slot, Stage.TRAINING)
+        for _ in range(ISOLATION_CHECKS + 1):
+            slot(x)
+        assert wanted == [True] * ISOLATION_CHECKS + [pays]
+        compiled = SeedSlot()  # there nobody looks, and the probe says
+        compiled.germinate(copy.deepcopy(seed), probe=x if probed else None)
+        assert compiled._group_norm == (pays or not probed)
+
+
+def test_what_is_known_of_one_seeds_norms_is_not_believed_of_the_next():
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    slot, other, wanted = SeedSlot(), SeedSlot(), []
+    other.germinate(nn.GroupNorm(2, 8))
+    state = {**move_to(other, Stage.TRAINING).lifecycle_state(), "checks_due": 0}
+    slot.germinate(nn.Conv2d(8, 8, 1), probe=x)
+    slot.vacate()
+    slot.load_lifecycle_state(state, nn.GroupNorm(2, 8))
+    slot.seed.register_forward_pre_hook(lambda _, given: wanted.append(given[0].requires_grad))
+    slot(x)
+    assert wanted == [True]
 
 
 @pytest.mark.parametrize("stage", [Stage.TRAINING, Stage.BLENDING])
@@ -217,6 +255,24 @@ def train(model, optimizer, growth):
     optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_transforms_see_through_a_slot_of_channels_last_features(stage):
+    slot, x = SeedSlot(), torch.randn(3, 8, 4, 4).double()
+    slot.germinate(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()), probe=x)  # torch has no jvp of such a group norm
+    move_to(slot, stage)
+    x, along = (t.to(memory_format=torch.channels_last) for t in (x, torch.randn_like(x)))
+    other = copy.deepcopy(slot)
+
+    def each(function):
+        return lambda x: vmap(lambda one: function(one[None]))(x).pow(3).sum()
+
+    found = [
+        (jvp(place, (given,), (along,))[1], grad(lambda x, f=place: f(x).pow(3).sum())(given), grad(each(place))(given))
+        for place, given in ((slot, x), (other, x.contiguous()))
+    ]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("blend", BLENDS)
 def test_a_life_under_inference_mode_goes_on_outside(blend):
     model, optimizer, growth = grown(schedule=AlphaSchedule(steps=0))
@@ -242,6 +298,44 @@ def test_a_life_under_inference_mode_goes_on_outside(blend):
         growth.germinate("slot", lambda: Residual(7), probe=torch.randn(3, 7))
     train(model, optimizer, growth)
     assert growth.evidence()["slot"].samples == 1
+
+
+ACTIONS = {
+    "prune": lambda growth: growth.prune("1"),
+    "fade": lambda growth: growth.prune("1", steps=1),
+    "keep": lambda growth: growth.set_alpha_target("1", 1.0, steps=0),
+    "end_epoch": lambda growth: growth.end_epoch(accuracy=0.5),
+    "advance": lambda growth: growth.advance("1").passed or pytest.fail("it should become a fossil"),
+    "germinate": lambda growth: growth.germinate("3", Residual(7)),
+}
+
+
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("actions", [("prune",), ("fade", "keep"), ("fade", "end_epoch"), ("advance",), ("germinate",)])
+def test_each_step_of_a_life_may_be_taken_under_inference_mode(actions, ready):
+    model = nn.Sequential(nn.Linear(5, 7), SeedSlot(), SeedSlot(), SeedSlot(), nn.Linear(7, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    limits = GateThresholds(min_holding_epochs=None, max_accuracy_drop=None)
+    growth = GrowthController(model, optimizer, thresholds=limits, schedule=AlphaSchedule(steps=0), sinks=[])
+    for name in "12":
+        growth.germinate(name, Residual(7))
+    if ready:
+        growth._mover.move(growth._lives["1"], Stage.BLENDING, "told", "script")
+    if ready and actions == ("advance",):
+        growth._mover.move(growth._lives["1"], Stage.HOLDING, "told", "script")
+    for action in actions:
+        if action in ("keep", "fade", "advance") and not ready:
+            continue
+        train(model, optimizer, growth)
+        with torch.inference_mode():
+            ACTIONS[action](growth)
+        buffers = (*model.parameters(), *model.buffers(), *growth.monitor.buffers())
+        assert not any(tensor.is_inference() for tensor in buffers)
+        for _ in range(2):
+            train(model, optimizer, growth)
+            growth.evidence()
+        growth.monitor.reset()
+        train(model, optimizer, growth)
 
 
 def test_a_state_loaded_under_inference_mode_can_be_trained():
@@ -366,6 +460,14 @@ def test_a_lazy_seed_is_finished_by_the_probe():
     assert growth.evidence()["slot"].samples == 1
 
 
+def test_a_lazy_seed_of_inference_mode_can_be_trained():
+    model, optimizer, growth = grown()
+    with torch.inference_mode():
+        growth.germinate("slot", lazy(), probe=torch.randn(3, 7))
+    assert not any(t.is_inference() for t in model.parameters())
+    train(model, optimizer, growth)
+
+
 def test_a_lazy_seed_without_a_probe_is_refused_with_the_way_out():
     model, _, growth = grown()
     with pytest.raises(WiringError, match=r"slot 'slot'.*probe=features"):
@@ -407,3 +509,14 @@ def test_channels_last_hosts_in_a_whole_network():
         model.slot.move(stage)
         model(x).square().sum().backward()
         assert all(p.grad is not None for p in model.slot.parameters())
+
+
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_writing_into_what_a_seed_was_given_is_an_error_and_not_a_wrong_gradient(stage):
+    slot = SeedSlot()
+    slot.germinate(Residual(4))
+    move_to(slot, stage)
+    features = torch.randn(5, 4, requires_grad=True) * 1
+    features += slot(features)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        features.sum().backward()

@@ -177,6 +177,21 @@ def test_a_checkpoints_second_run_draws_the_masks_of_the_first(around, order, dr
         assert all(torch.equal(a, b) for a, b in zip(firsts, seconds))
 
 
+def test_under_a_checkpoint_passes_of_a_host_that_draws_are_told_apart_in_any_order():
+    """The schedule of a pipeline: a second forward pass before the first backward pass, and so on."""
+    grown, _ = pair(around=False)
+    inputs, masks, waiting = torch.randn(8, 4, requires_grad=True), grown.slot.seed.masks, []
+    firsts, seconds = [], []
+    for _ in range(4):
+        waiting.append(grown(inputs).square().sum())
+        firsts.append(masks[-1])
+        if len(waiting) == 2:
+            waiting.pop(0).backward()
+            seconds.append(masks[-1])
+    assert all(torch.equal(a, b) for a, b in zip(firsts, seconds))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(firsts, 2))
+
+
 def test_with_some_results_kept_and_some_recomputed_the_seeds_gradient_is_right():
     """A selective checkpoint mixes tensors of both runs: with other masks in the second the gradient would be wrong."""
 

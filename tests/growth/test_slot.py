@@ -238,6 +238,13 @@ def test_only_a_seed_that_writes_into_its_input_pays_for_a_copy():
     assert seen[2] == seen[3]
 
 
+def test_a_seed_that_writes_into_its_input_leaves_the_probe_alone():
+    probe = torch.randn(3, 4)
+    before = probe.clone()
+    SeedSlot().germinate(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), probe=probe)
+    assert torch.equal(probe, before)
+
+
 def addresses_of_input(slot, passes):
     """For every forward pass, whether the seed got the very memory of the features."""
     shared, x = [], torch.randn(3, 4)
