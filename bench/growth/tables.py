@@ -27,7 +27,7 @@ def markdown(record, name):
 
     Then the same in short for the other optimizers, and what the gates would know of the seeds behind the host.
     """
-    head, optimizers = record["header"], _names(record["runs"], "optimizer")
+    head, optimizers = record["header"], dict.fromkeys(map(_optimizer, record["runs"]))
     runs = _of(record, FIRST)
     seeds = len({run["random_seed"] for run in runs})
     phases = head["phases"]
@@ -51,7 +51,12 @@ def markdown(record, name):
 
 
 def _of(record, optimizer):
-    return [run for run in record["runs"] if run["optimizer"] == optimizer]
+    return [run for run in record["runs"] if _optimizer(run) == optimizer]
+
+
+def _optimizer(run):
+    """Of the first raw output there was one only, and nobody looked behind the host."""
+    return run.get("optimizer", FIRST)
 
 
 def _in_short(runs, title):
@@ -74,7 +79,9 @@ def _in_short(runs, title):
 
 def _behind(runs):
     """The rules behind the host at the end of TRAINING: t of the blend gain, and how far the weights went."""
-    found = [run for run in runs if run["behind"]]
+    found = [run for run in runs if run.get("behind")]
+    if not found:
+        return []
     tasks, steps = _names(found, "task"), found[0]["behind"]["steps"]
     lines = [
         "At the end of TRAINING, median t of the blend gain and, in brackets, median gain; then the displacement of "

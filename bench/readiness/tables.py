@@ -49,9 +49,9 @@ def markdown(record, name, fresh=None, fresh_name=""):
 
 
 def _by_optimizer(runs):
-    """The runs of the first optimizer, and those of each of the others by its name."""
-    names = dict.fromkeys(run["optimizer"] for run in runs)
-    found = {name: [run for run in runs if run["optimizer"] == name] for name in names}
+    """The runs of the first optimizer, which was the only one at first, and those of each of the others by its name."""
+    named = [(run.get("optimizer", FIRST), run) for run in runs]
+    found = {name: [run for by, run in named if by == name] for name in dict.fromkeys(by for by, _ in named)}
     return found.pop(FIRST, []), found
 
 
