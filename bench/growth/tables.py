@@ -61,9 +61,10 @@ def _optimizer(run):
 
 def _in_short(runs, title):
     """Medians of both numbers in one table."""
-    tasks = _names(runs, "task")
+    tasks, seeds = _names(runs, "task"), len({run["random_seed"] for run in runs})
     lines = [
-        f"{title}, medians: highest loss while blending as a multiple of the loss at germination, loss in the end:",
+        f"{title}, medians of {seeds}: highest loss while blending as a multiple of the loss at germination, loss in "
+        "the end:",
         "",
         "| TRAINING by | " + " | ".join(task.replace("_", " ") for task in tasks) + " | ends below no growth |",
         "|---|" + "---|" * (len(tasks) + 1),

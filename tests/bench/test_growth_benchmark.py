@@ -216,7 +216,7 @@ def test_tables_give_median_and_worst(quick):
     runs += [run_of(growth.NO_GROWTH, seed, worst=0.9, final=0.1 * seed, optimizer="SGD") for seed in range(3)]
     head = {**record["header"], "phases": phases, "rates": {"AdamW": None, "SGD": 0.02}}
     text = growth_report.markdown({"header": head, "runs": runs}, "raw.json")
-    assert "SGD at 0.02, medians" in text
+    assert "SGD at 0.02, medians of 3:" in text
     assert f"| {growth.OLD_RULE} | 2, 0.1 | 1 of 3 |" in text
     assert f"| {growth.NO_GROWTH} | 0.9, 0.1 | - |" in text
     assert f"| AdamW, {growth.DEFAULT} | 3.0 (0.5) | 0.1, 0.1 | inf, inf |" in text
