@@ -26,10 +26,12 @@ import torch
 from torch import nn
 
 from bench.machine import header
-from bench.optimizers import ADAMW, FAST_SGD, MUON, SGD
+from bench.optimizers import ADAMW, FAST_SGD, MUON, OPTIMIZERS, SGD
 from bench.tasks import TASKS, BatchStream, Task
 from seedtriton import GateThresholds, GrowthController, Stage, StraightThrough, TrustRegion
+from seedtriton.core.evidence import GAIN_SAMPLES, t_statistic
 from seedtriton.core.schedules import AlphaSchedule
+from seedtriton.gradients.progress import Mark
 from seedtriton.growth.isolation import NORM
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -50,12 +52,14 @@ STRATEGIES = (NO_GROWTH, AT_ONCE, *ISOLATIONS, GATED, SHADOW, LARGER)
 DEFAULT = next(name for name, isolation in ISOLATIONS.items() if isolation == TrustRegion())
 # What is run under which optimizer: everything under the first, what decides under the others.
 DECISIVE = (NO_GROWTH, AT_ONCE, STRAIGHT_THROUGH, OLD_RULE, DEFAULT, GATED)
+UNPROMISED = (FAST_SGD,)  # here to be seen
 ROWS = {ADAMW: STRATEGIES, SGD: DECISIVE, MUON: DECISIVE, FAST_SGD: DECISIVE}
 
-SEEDS = 5
+SEEDS = {ADAMW: 5, SGD: 3, MUON: 3, FAST_SGD: 3}  # random seeds of each
 EVERY = 10  # steps between two looks at the validation loss while blending
 WATCHED = 100  # steps after the ramp that still count as blending
 EPOCH = 40  # steps between two questions to the gates
+LOOKS = (100, 200)  # steps behind the host after which its seed is looked at, and at the end
 MAX_RISE = 0.05  # of the validation loss while blending, over its value at germination
 
 
@@ -118,6 +122,25 @@ class Life:
         self.optimizer.step()
         self.steps += 1
 
+    def learn_behind(self, steps: int) -> dict[str, list[Any]]:
+        """Steps in TRAINING; at each look, and at the end, what the gates would know of the seed.
+
+        Mean and t of the blend gain are over the last ``GAIN_SAMPLES`` steps, displacement is since germination.
+        """
+        parameters, gains = list(self.seed.parameters()), []
+        mark = Mark.of(parameters, 0)
+        found: dict[str, list[Any]] = {"steps": [], "gain": [], "t": [], "displacement": []}
+        for step in range(1, steps + 1):
+            self.slot.alpha.grad = None
+            self.step()
+            gains.append(-self.slot.alpha.grad.item())
+            if step in LOOKS or step == steps:
+                known = [gain for gain in gains[-GAIN_SAMPLES:] if math.isfinite(gain)]
+                values = (step, statistics.fmean(known) if known else None, t_statistic(known)[0])
+                for name, value in zip(found, (*values, mark.displacement(parameters).item())):
+                    found[name].append(value)
+        return found
+
     def blend_by_gates(self, steps: int, ramp: AlphaSchedule) -> tuple[float | None, list[float]]:
         """Let a controller decide for ``steps``: the loss when it began to blend, None if never, and those since."""
         task, began, before = self.task, steps, None
@@ -164,17 +187,18 @@ def run(case: Case) -> dict[str, Any]:
         life.slot.set_alpha(1.0)
     for _ in range(task.warm_steps if phases.warm is None else phases.warm):
         life.step()
-    at_germination = life.validate()
+    at_germination, behind = life.validate(), None
     if strategy == GATED:
         before_blending, losses = life.blend_by_gates(phases.training + phases.ramp.steps + phases.after, phases.ramp)
     else:
-        before_blending, losses = _by_step_count(life, strategy, phases)
+        before_blending, losses, behind = _by_step_count(life, strategy, phases)
     return {
         "task": case.task,
         "optimizer": case.optimizer,
         "strategy": strategy,
         "random_seed": case.random_seed,
         "loss_at_germination": at_germination,
+        "behind": behind,
         "loss_before_blending": before_blending,
         # Without growth: what the host alone did in these steps.
         "worst_while_blending": None if strategy == LARGER else max(losses, default=None),
@@ -186,8 +210,11 @@ def run(case: Case) -> dict[str, Any]:
     }
 
 
-def _by_step_count(life: Life, strategy: str, phases: Phases) -> tuple[float, list[float]]:
-    """Behind the host, blended and on, each for so many steps: the loss before blending, and those while."""
+def _by_step_count(life: Life, strategy: str, phases: Phases) -> tuple[float, list[float], dict[str, Any] | None]:
+    """Behind the host, blended and on, each for so many steps.
+
+    Returns the loss before blending, those while, and what ``learn_behind`` says, for an isolation.
+    """
     grows = strategy not in (NO_GROWTH, LARGER)
     behind = 0 if strategy == AT_ONCE else phases.training
     if grows:
@@ -195,7 +222,8 @@ def _by_step_count(life: Life, strategy: str, phases: Phases) -> tuple[float, li
     if strategy in (AT_ONCE, SHADOW):
         # The shadow's host is undisturbed as well: at alpha 0 a blend is exactly the host.
         life.slot.move(Stage.BLENDING)
-    for _ in range(behind):
+    known = life.learn_behind(behind) if strategy in ISOLATIONS else None
+    for _ in range(0 if known else behind):
         life.step(shadow=strategy == SHADOW)
     before_blending = life.validate()
     if strategy in ISOLATIONS:
@@ -210,7 +238,7 @@ def _by_step_count(life: Life, strategy: str, phases: Phases) -> tuple[float, li
             losses.append(life.validate())
     for _ in range(phases.training - behind + phases.ramp.steps + phases.after - watched):
         life.step()
-    return before_blending, losses
+    return before_blending, losses, known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,21 +259,26 @@ def rise(found: dict[str, Any], since: str = "loss_at_germination") -> float:
 
 def bars(runs: Sequence[dict[str, Any]], strategy: str = DEFAULT) -> Iterator[Bar]:
     """What is promised of the library's default way to train behind the host, and of its gates."""
-    grown = [found for found in runs if found["strategy"] == strategy]
-    for task in dict.fromkeys(found["task"] for found in grown):
-        ours = {found["random_seed"]: found for found in grown if found["task"] == task}
-        alone = {
-            found["random_seed"]: found["final_loss"]
-            for found in runs
-            if found["strategy"] == NO_GROWTH and found["task"] == task
+    promised = [found for found in runs if found["optimizer"] not in UNPROMISED]
+    for optimizer, task in dict.fromkeys((found["optimizer"], found["task"]) for found in promised):
+        of = {
+            name: {
+                found["random_seed"]: found
+                for found in promised
+                if (found["optimizer"], found["task"], found["strategy"]) == (optimizer, task, name)
+            }
+            for name in (strategy, NO_GROWTH)
         }
+        ours, alone = of[strategy], {seed: found["final_loss"] for seed, found in of[NO_GROWTH].items()}
+        if not ours:
+            continue
         blended = [found for found in ours.values() if found["worst_while_blending"] is not None]
         rises = [rise(found) for found in blended]
         later = max((rise(found, "loss_before_blending") for found in blended), default=0.0)
         within = sum(one <= MAX_RISE for one in rises)
         yield Bar(
             within == len(rises),
-            f"{task}: {strategy} rises while blending by at most {MAX_RISE:.0%} over germination: "
+            f"{optimizer}, {task}: {strategy} rises while blending by at most {MAX_RISE:.0%} over germination: "
             f"{max(rises, default=0.0):+.1%}, {within} of {len(rises)} runs that blended ({later:+.1%} over the moment "
             "before blending)",
         )
@@ -254,7 +287,7 @@ def bars(runs: Sequence[dict[str, Any]], strategy: str = DEFAULT) -> Iterator[Ba
         better = sum(found["final_loss"] < alone[random_seed] for random_seed, found in ours.items())
         yield Bar(
             middle < without,
-            f"{task}: {strategy} ends lower than no growth: {middle:.4f} against {without:.4f}, "
+            f"{optimizer}, {task}: {strategy} ends lower than no growth: {middle:.4f} against {without:.4f}, "
             f"{better} of {len(finals)} runs",
         )
 
@@ -267,7 +300,8 @@ def run_all(cases: Sequence[Case], processes: int) -> list[dict[str, Any]]:
         runs.append(found)
         worst = found["worst_while_blending"]
         print(
-            f"{len(runs):3d}/{len(cases)} {found['task']:11s} {found['strategy']:17s} {found['random_seed']}: "
+            f"{len(runs):3d}/{len(cases)} {found['optimizer']:8s} {found['task']:11s} {found['strategy']:23s} "
+            f"{found['random_seed']}: "
             f"germination {found['loss_at_germination']:.4f}, worst {'-' if worst is None else f'{worst:.4f}'}, "
             f"final {found['final_loss']:.4f}, {found['seconds']:.1f} s",
             flush=True,
@@ -287,7 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, write, and print what became of the bars; 1 when one is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--seeds", type=int, help=f"random seeds per task and strategy, {SEEDS} unless told")
+    parser.add_argument("--optimizers", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument("--seeds", type=int, help=f"random seeds per task and strategy, by optimizer {SEEDS}")
     parser.add_argument("--warm", type=int, help="steps of the host alone; each task's own unless told")
     parser.add_argument("--quick", action="store_true", help="two tasks, few strategies and random seeds, fewer steps")
     parser.add_argument("--processes", type=int, default=2, help="at the same time, one thread each; 2 unless told")
@@ -298,13 +333,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if number is not None and number < 1:
             parser.error(f"--{name} must be at least 1, got {number}")
     tasks = chosen.tasks or (QUICK_TASKS if chosen.quick else list(TASKS))
-    seeds = chosen.seeds or (QUICK_SEEDS if chosen.quick else SEEDS)
+    seeds = chosen.seeds or (QUICK_SEEDS if chosen.quick else None)
     phases = dataclasses.replace(QUICK_PHASES if chosen.quick else Phases(), warm=chosen.warm)
+    optimizers = chosen.optimizers or ([ADAMW] if chosen.quick else list(ROWS))
     cases = [
-        Case(task, strategy, random_seed, phases)
+        Case(task, strategy, random_seed, phases, optimizer)
+        for optimizer in optimizers
         for task in tasks
-        for strategy in (QUICK_STRATEGIES if chosen.quick else STRATEGIES)
-        for random_seed in range(seeds)
+        for strategy in (QUICK_STRATEGIES if chosen.quick else ROWS[optimizer])
+        for random_seed in range(seeds or SEEDS[optimizer])
     ]
     # Before the first run: files may change while it goes on.
     head = {
@@ -313,10 +350,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "processes": chosen.processes,
         "phases": dataclasses.asdict(phases),
         "default": DEFAULT,
+        "rates": {name: OPTIMIZERS[name].lr for name in optimizers},
     }
     runs = run_all(cases, chosen.processes)
     output = chosen.output
-    if output is None and seeds >= SEEDS and not (chosen.quick or chosen.tasks or chosen.warm):
+    partial = chosen.quick or chosen.seeds or chosen.tasks or chosen.warm or chosen.optimizers
+    if output is None and not partial:
         output = ROOT / "bench" / "results" / f"growth-{datetime.date.today()}.json"
     if output is not None:
         output.write_text(json.dumps({"header": head, "runs": runs}, indent=1) + "\n", encoding="utf-8")

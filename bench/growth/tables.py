@@ -1,5 +1,6 @@
 """The growth benchmark's raw output as two tables and as a picture."""
 
+import math
 import statistics
 
 # Colour-blind safe (Okabe and Ito, two of Tol's), in the order in which strategies appear.
@@ -18,9 +19,16 @@ WORST = ("worst while blending\n/ at germination", _over_germination)
 FINAL = ("final loss", lambda run: run["final_loss"])
 
 
+FIRST = "AdamW"  # the optimizer of the large tables and of the picture
+
+
 def markdown(record, name):
-    """How far the loss rose while blending, and where it ended: median and worst over the random seeds."""
-    runs, head = record["runs"], record["header"]
+    """How far the loss rose while blending, and where it ended: median and worst over the random seeds.
+
+    Then the same in short for the other optimizers, and what the gates would know of the seeds behind the host.
+    """
+    head, optimizers = record["header"], dict.fromkeys(map(_optimizer, record["runs"]))
+    runs = _of(record, FIRST)
     seeds = len({run["random_seed"] for run in runs})
     phases = head["phases"]
     said = (
@@ -35,7 +43,79 @@ def markdown(record, name):
     )
     lines = [said, "", safe, "", *_table(runs, WORST[1], "{:.2f}"), "", "Loss in the end:", ""]
     lines += [*_table(runs, FINAL[1], "{:.3f}"), "", "The host improves while a seed trains. Of all runs:", ""]
-    return "\n".join([*lines, *_summary(runs)])
+    lines += _summary(runs)
+    for optimizer in optimizers:
+        if optimizer != FIRST:
+            lines += ["", *_in_short(_of(record, optimizer), f"{optimizer} at {head['rates'][optimizer]}")]
+    return "\n".join([*lines, "", *_behind(record["runs"])])
+
+
+def _of(record, optimizer):
+    return [run for run in record["runs"] if _optimizer(run) == optimizer]
+
+
+def _optimizer(run):
+    """Of the first raw output there was one only, and nobody looked behind the host."""
+    return run.get("optimizer", FIRST)
+
+
+def _in_short(runs, title):
+    """Medians of both numbers in one table."""
+    tasks, seeds = _names(runs, "task"), len({run["random_seed"] for run in runs})
+    lines = [
+        f"{title}, medians of {seeds}: highest loss while blending as a multiple of the loss at germination, loss in "
+        "the end:",
+        "",
+        "| TRAINING by | " + " | ".join(task.replace("_", " ") for task in tasks) + " | ends below no growth |",
+        "|---|" + "---|" * (len(tasks) + 1),
+    ]
+    for strategy in _names(runs, "strategy"):
+        cells = []
+        for task in tasks:
+            worst, final = (_values(runs, task, strategy, value) for _, value in (WORST, FINAL))
+            cells.append(f"{_median(worst, '{:.3g}')}, {_median(final, '{:.3g}')}")
+        lines.append(f"| {strategy} | " + " | ".join(cells) + f" | {_below(runs, strategy)} |")
+    return lines
+
+
+def _behind(runs):
+    """The rules behind the host at the end of TRAINING: t of the blend gain, and how far the weights went."""
+    found = [run for run in runs if run.get("behind")]
+    if not found:
+        return []
+    tasks, steps = _names(found, "task"), found[0]["behind"]["steps"]
+    lines = [
+        "At the end of TRAINING, median t of the blend gain and, in brackets, median gain; then the displacement of "
+        f"the seeds' weights after {steps[0]} and {steps[-1]} steps, median and largest of all tasks:",
+        "",
+        "| optimizer, TRAINING by | "
+        + " | ".join(task.replace("_", " ") for task in tasks)
+        + f" | moved, {steps[0]} steps | moved, {steps[-1]} steps |",
+        "|---|" + "---|" * (len(tasks) + 2),
+    ]
+    for optimizer in _names(found, "optimizer"):
+        for strategy in _names(found, "strategy"):
+            chosen = [run for run in found if (run["optimizer"], run["strategy"]) == (optimizer, strategy)]
+            cells = []
+            for task in tasks:
+                of = [run["behind"] for run in chosen if run["task"] == task]
+                t, gain = ([one[name][-1] for one in of if one[name][-1] is not None] for name in ("t", "gain"))
+                cells.append(f"{_median(t, '{:.1f}')} ({_median(gain, '{:.2g}')})")
+            for look in (0, -1):
+                moved = [_finite(run["behind"]["displacement"][look]) for run in chosen]
+                cells.append(f"{_median(moved, '{:.2g}')}, {max(moved, default=math.nan):.2g}")
+            if chosen:
+                lines.append(f"| {optimizer}, {strategy} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _finite(displacement):
+    """Weights that are no number any more went furthest of all."""
+    return math.inf if math.isnan(displacement) else displacement
+
+
+def _median(values, form):
+    return form.format(statistics.median(values)) if values else "-"
 
 
 def _table(runs, value, form):
@@ -54,17 +134,22 @@ def _table(runs, value, form):
 
 def _summary(runs):
     """Per strategy over all tasks: the largest rise once blending begins, and how often it ends below no growth."""
-    alone = {(run["task"], run["random_seed"]): run["final_loss"] for run in runs if run["strategy"] == "no growth"}
     lines = ["| TRAINING by | largest rise over the moment before blending | ends below no growth |", "|---|---|---|"]
     for strategy in _names(runs, "strategy"):
         found = [run for run in runs if run["strategy"] == strategy]
         blended = [run for run in found if run["worst_while_blending"] is not None]
         rises = [run["worst_while_blending"] / run["loss_before_blending"] - 1 for run in blended]
-        lower = sum(run["final_loss"] < alone[run["task"], run["random_seed"]] for run in found)
         rise = f"{max(rises):+.1%}" if rises else "-"
-        below = "-" if strategy == "no growth" else f"{lower} of {len(found)}"
-        lines.append(f"| {strategy} | {rise} | {below} |")
+        lines.append(f"| {strategy} | {rise} | {_below(runs, strategy)} |")
     return lines
+
+
+def _below(runs, strategy):
+    """How many lives ended lower than the same host alone."""
+    alone = {(run["task"], run["random_seed"]): run["final_loss"] for run in runs if run["strategy"] == "no growth"}
+    found = [run for run in runs if run["strategy"] == strategy]
+    lower = sum(run["final_loss"] < alone[run["task"], run["random_seed"]] for run in found)
+    return "-" if strategy == "no growth" else f"{lower} of {len(found)}"
 
 
 def _names(runs, key):
@@ -83,7 +168,7 @@ def figure(record, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = record["runs"]
+    runs = _of(record, FIRST)
     tasks, strategies = _names(runs, "task"), _names(runs, "strategy")
     plt.rcParams.update({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False})
     panels, axes = plt.subplots(

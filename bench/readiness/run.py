@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.machine import header
+from bench.optimizers import ADAMW, MUON, SGD
 from bench.readiness.scenarios import BROKEN, SCENARIOS, Run, Scenario
 from bench.readiness.tables import table
 from bench.tasks import TASKS, Task
@@ -31,6 +32,7 @@ from seedtriton.growth.probing import probe, twin_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SLOT = "slot"
+OPTIMIZERS = {ADAMW: 5, SGD: 3, MUON: 3}  # random seeds of each
 EPOCHS, STEPS = 10, 40  # of TRAINING; verdicts are given at the end of each epoch
 TRUTH_AT = (0.1, 1.0)
 # Standard errors of the truth, and the least change of the loss that counts: about one chance in 400 that the
@@ -132,7 +134,7 @@ def warm_host(task: Task, random_seed: int) -> tuple[torch.nn.Module, torch.opti
     """The host after training alone, with its optimizer."""
     torch.manual_seed(random_seed)
     model = task.make_host()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr)
+    optimizer = task.make_optimizer(model)
     batches = task.batches(random_seed)
     for _ in range(task.warm_steps):
         task.loss(model, next(batches)).backward()
@@ -215,11 +217,11 @@ def verdicts(scenario: Scenario, rows: Sequence[dict[str, Any]]) -> dict[str, di
     return found
 
 
-def case(job: tuple[str, int, int]) -> list[dict[str, Any]]:
-    """All scenarios of one task and one random seed; they share the warm host."""
-    name, random_seed, epochs = job
+def case(job: tuple[str, str, int, int]) -> list[dict[str, Any]]:
+    """All scenarios of one optimizer, one task and one random seed; they share the warm host."""
+    optimizer, name, random_seed, epochs = job
     torch.set_num_threads(1)
-    task = TASKS[name]()
+    task = TASKS[name]().trained_by(optimizer)
     warmed: list[tuple[Task, Any]] = []
 
     def warm(wanted: Task, random_seed: int) -> Any:
@@ -236,16 +238,15 @@ def case(job: tuple[str, int, int]) -> list[dict[str, Any]]:
         begun = time.perf_counter()
         rows = train(scenario, task, random_seed, epochs, warm)
         results.append({
-            "task": name, "random_seed": random_seed, "scenario": scenario.name, "kind": scenario.kind,
-            "causes": list(scenario.causes), "verdicts": verdicts(scenario, rows), "epochs": rows,
-            "seconds": time.perf_counter() - begun,
+            "task": name, "optimizer": optimizer, "random_seed": random_seed, "scenario": scenario.name,
+            "kind": scenario.kind, "causes": list(scenario.causes), "verdicts": verdicts(scenario, rows),
+            "epochs": rows, "seconds": time.perf_counter() - begun,
         })  # fmt: skip
     return results
 
 
-def run(tasks: Sequence[str], random_seeds: Sequence[int], epochs: int, processes: int) -> list[dict[str, Any]]:
-    """All cases."""
-    jobs = [(task, random_seed, epochs) for random_seed in random_seeds for task in tasks]
+def run(jobs: Sequence[tuple[str, str, int, int]], processes: int) -> list[dict[str, Any]]:
+    """All cases, one after the other or in several processes."""
     if processes == 1:
         return [result for job in jobs for result in case(job)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -275,7 +276,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
         verdict = result["verdicts"]["G2"]
         row = result["epochs"][verdict["epoch"] - 1]
         print(
-            f"WRONG  {result['scenario']} / {result['task']} / {result['random_seed']}: "
+            f"WRONG  {result['optimizer']} / {result['scenario']} / {result['task']} / {result['random_seed']}: "
             f"{'passed' if verdict['passed'] else 'refused'} in epoch {verdict['epoch']}, truth {row['truth']}, "
             f"loss {row['loss']:.4g}, changes {row['changes']}, errors {row['errors']}, t {row['t']}, "
             f"refused for {row['refused_for']}"
@@ -286,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 1 when our gate was wrong anywhere."""
     parser = argparse.ArgumentParser(prog="python -m bench.readiness", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=5, help="random seeds (default: %(default)s)")
+    parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
+    parser.add_argument("--seeds", type=int, help=f"random seeds (default: by optimizer, {OPTIMIZERS})")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--processes", type=int, default=2)
@@ -294,10 +296,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=pathlib.Path, help="JSON to write")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.tasks, options.seeds, options.processes = ["digits_mlp", "spirals"], 1, 1
+        options.tasks, options.optimizers, options.seeds, options.processes = ["digits_mlp", "spirals"], [ADAMW], 1, 1
     begun = time.perf_counter()
-    random_seeds = range(options.first_seed, options.first_seed + options.seeds)
-    results = run(options.tasks, random_seeds, options.epochs, options.processes)
+    jobs = [
+        (optimizer, task, options.first_seed + index, options.epochs)
+        for optimizer in options.optimizers
+        for index in range(options.seeds or OPTIMIZERS[optimizer])
+        for task in options.tasks
+    ]
+    results = run(jobs, options.processes)
     seconds = time.perf_counter() - begun
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

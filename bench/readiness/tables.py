@@ -5,39 +5,73 @@ DEAD = 1e-5  # ratios below it are all the same in the picture
 HEADS = ("ratio >= 0.05", "RMS ratio >= 0.10 (esper-lite)", "G2, gradients alone", "G2 with probe")
 
 
+FIRST = "AdamW"  # the optimizer of the large table
+
+
 def markdown(record, name, fresh=None, fresh_name=""):
     """What was run, how often each judge was wrong, and about what; ``fresh`` is of random seeds not looked at."""
-    runs = record["runs"]
+    runs, others = _by_optimizer(record["runs"])
     tasks, seeds = ({run[key] for run in runs} for key in ("task", "random_seed"))
     scenarios = {run["scenario"] for run in runs}
     ready = [run for run in runs if _judged(run) and run["verdicts"]["G2 with improvement"]["truth"] == "ready"]
     refused = sum(not run["verdicts"]["G2 with improvement"]["passed"] for run in ready)
     said = (
         f"{len(runs)} seeds: {len(scenarios)} scenarios, {len(tasks)} tasks, {len(seeds)} random seeds, one set of "
-        f"limits; torch {record['torch']} on a CPU ([raw output](bench/results/{name}), `python -m bench.readiness`). "
-        "The truth is measured: what blending at alpha 0.1 and 1 does to the loss of samples that no gate has seen. "
-        "*p*: let a seed pass that was not ready; *r*: refused one that was. Either is right within the noise, and for "
-        "a seed that helps no more than it did before it was trained. Where measuring is broken, only a refusal is."
+        f"limits, {FIRST}; torch {record['torch']} on a CPU "
+        f"([raw output](bench/results/{name}), `python -m bench.readiness`). The truth is measured: what blending at "
+        "alpha 0.1 and 1 does to the loss of samples that no gate has seen. *p*: let a seed pass that was not ready; "
+        "*r*: refused one that was. Either is right within the noise, and for a seed that helps no more than it did "
+        "before it was trained. Where measuring is broken, only a refusal is."
     )
     said_of_accuracy = (
         f"Asked as well for the rise of the accuracy by one point that the original gate had, ours would have refused "
         f"{refused} of {len(ready)} seeds that were ready."
     )
     lines = [said, "", table(runs), "", said_of_accuracy]
+    if others:
+        lines += ["", *_other_optimizers(others)]
     if fresh is not None:
-        counts = ", ".join(f"{head}: {_wrong(fresh['runs'], judge)}" for judge, head in zip(JUDGES, HEADS))
+        again, others_again = _by_optimizer(fresh["runs"])
+        counts = ", ".join(f"{head}: {_wrong(again, judge)}" for judge, head in zip(JUDGES, HEADS))
+        counts += "".join(f"; G2 with probe under {by}: {_wrong(rest, 'G2')}" for by, rest in others_again.items())
         lines += [
             "",
             "The limits were settled by looking at those runs. On other random seeds, run once afterwards, "
             f"{len(fresh['runs'])} runs ([raw output](bench/results/{fresh_name})) had these wrong verdicts: {counts}.",
         ]
-    lucky = [_lucky_refusals(one["runs"]) for one in (record, fresh) if one is not None]
+    lucky = [_lucky_refusals(_by_optimizer(one["runs"])[0]) for one in (record, fresh) if one is not None]
     lines += [
         "",
         "That luck is no readiness was decided when an earlier run had shown it. Counted as ready, it would add "
         f"{' and '.join(map(str, lucky))} refusals to G2 with probe.",
     ]
     return "\n".join(lines)
+
+
+def _by_optimizer(runs):
+    """The runs of the first optimizer, which was the only one at first, and those of each of the others by its name."""
+    named = [(run.get("optimizer", FIRST), run) for run in runs]
+    found = {name: [run for by, run in named if by == name] for name in dict.fromkeys(by for by, _ in named)}
+    return found.pop(FIRST, []), found
+
+
+def _other_optimizers(others):
+    """How often our gate was wrong under the other optimizers, and about what."""
+    cells = [f"{name}: ready / not / either | G2 with probe | G2 says" for name in others]
+    seeds = max(len({run["random_seed"] for run in runs}) for runs in others.values())
+    lines = [
+        f"The same by other optimizers, {seeds} random seeds each (SGD with momentum 0.9 at 0.02; the Muon of "
+        "[bench/optimizers.py](bench/optimizers.py) at 0.01):",
+        "",
+        "| scenario | " + " | ".join(cells) + " |",
+        "|---|" + "---|---|---|" * len(others),
+    ]
+    for scenario in dict.fromkeys(run["scenario"] for runs in others.values() for run in runs):
+        rows = [[run for run in runs if run["scenario"] == scenario] for runs in others.values()]
+        cells = [f"{_truths(one)} | {_wrong(one, 'G2')} | {_says(one)}" for one in rows]
+        lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
+    totals = [f"{_truths(runs)} | **{_wrong(runs, 'G2')}** | of {len(runs)}" for runs in others.values()]
+    return [*lines, "| **all** | " + " | ".join(totals) + " |"]
 
 
 def _lucky_refusals(runs):

@@ -46,6 +46,7 @@ def test_the_raw_output_has_every_field(quick):
     _, record = quick
     assert record["header"].keys() == {
         "command", "date", "torch", "python", "commit", "machine", "threads", "processes", "phases", "default",
+        "rates",
     }  # fmt: skip
     assert record["header"]["torch"] == torch.__version__
     assert record["header"]["command"].startswith("python -m bench.growth --quick")
@@ -53,8 +54,10 @@ def test_the_raw_output_has_every_field(quick):
     numbers = {"loss_at_germination", "loss_before_blending", "worst_while_blending", "final_loss", "seconds"}
     for run in record["runs"]:
         assert run.keys() == numbers | {
-            "task", "strategy", "random_seed", "final_accuracy", "parameters", "steps",
+            "task", "optimizer", "strategy", "random_seed", "final_accuracy", "parameters", "steps", "behind",
         }  # fmt: skip
+        assert run["optimizer"] == "AdamW"
+        assert (run["behind"] is None) == (run["strategy"] not in growth.ISOLATIONS)
         assert all(type(run[name]) is float and run[name] > 0 for name in numbers)
         assert (run["final_accuracy"] is None) == (run["task"] == "regression")
 
@@ -130,10 +133,16 @@ def test_a_shadow_learns_at_full_amplitude_and_its_host_as_without_it():
     assert life.slot.alpha_value == 0.0
 
 
-def run_of(strategy, random_seed=0, germination=1.0, worst=1.0, final=0.5):
+def behind(t, gain, early, late):
+    return {"steps": [100, 600], "t": [None, t], "gain": [0.0, gain], "displacement": [early, late]}
+
+
+def run_of(strategy, random_seed=0, germination=1.0, worst=1.0, final=0.5, optimizer="AdamW", behind=None):
     return {
-        "task": "spirals", "strategy": strategy, "random_seed": random_seed, "loss_at_germination": germination,
+        "task": "spirals", "optimizer": optimizer, "strategy": strategy, "random_seed": random_seed,
+        "loss_at_germination": germination,
         "loss_before_blending": germination, "worst_while_blending": worst, "final_loss": final,
+        "behind": behind,
     }  # fmt: skip
 
 
@@ -201,7 +210,17 @@ def test_tables_give_median_and_worst(quick):
     runs = [run_of(growth.DEFAULT, seed, worst=worst, final=seed) for seed, worst in enumerate((3.0, 0.5, 1.5))]
     runs.append(run_of(growth.LARGER, worst=None, final=0.25))
     runs += [run_of(growth.NO_GROWTH, seed, worst=1.05, final=1.5) for seed in range(3)]
-    text = growth_report.markdown({"header": {**record["header"], "phases": phases}, "runs": runs}, "raw.json")
+    runs[0]["behind"] = behind(3.0, 0.5, 0.1, math.nan)
+    runs += [run_of(growth.OLD_RULE, seed, worst=2.0, final=0.1, optimizer="SGD") for seed in range(3)]
+    runs[-1]["behind"] = behind(None, None, 2.0, 4.0)
+    runs += [run_of(growth.NO_GROWTH, seed, worst=0.9, final=0.1 * seed, optimizer="SGD") for seed in range(3)]
+    head = {**record["header"], "phases": phases, "rates": {"AdamW": None, "SGD": 0.02}}
+    text = growth_report.markdown({"header": head, "runs": runs}, "raw.json")
+    assert "SGD at 0.02, medians of 3:" in text
+    assert f"| {growth.OLD_RULE} | 2, 0.1 | 1 of 3 |" in text
+    assert f"| {growth.NO_GROWTH} | 0.9, 0.1 | - |" in text
+    assert f"| AdamW, {growth.DEFAULT} | 3.0 (0.5) | 0.1, 0.1 | inf, inf |" in text
+    assert f"| SGD, {growth.OLD_RULE} | - (-) | 2, 2 | 4, 4 |" in text
     assert f"| {growth.DEFAULT} | 1.50 / 3.00 |" in text
     assert f"| {growth.DEFAULT} | 1.000 / 2.000 |" in text
     assert f"| {growth.DEFAULT} | +200.0% | 2 of 3 |" in text
@@ -218,3 +237,24 @@ def test_the_picture_is_drawn_even_of_a_loss_that_left_every_scale(quick, tmp_pa
     runs = [*record["runs"], run_of(growth.LARGER, worst=None), run_of(growth.AT_ONCE, worst=math.inf, final=1e9)]
     growth_report.figure({**record, "runs": runs}, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bar_is_of_one_optimizer_and_none_is_promised_where_no_rule_works():
+    runs = [run_of(growth.NO_GROWTH, final=0.9), run_of(growth.DEFAULT, final=0.1)]
+    runs += [run_of(growth.NO_GROWTH, final=0.2, optimizer="SGD"), run_of(growth.DEFAULT, final=0.5, optimizer="SGD")]
+    runs += [run_of(growth.NO_GROWTH, optimizer="fast SGD"), run_of(growth.DEFAULT, worst=9.0, optimizer="fast SGD")]
+    bars = list(growth.bars(runs))
+    assert [bar.passed for bar in bars] == [True, True, True, False]
+    assert [str(bar).split()[1] for bar in bars] == ["AdamW,", "AdamW,", "SGD,", "SGD,"]
+
+
+@pytest.mark.parametrize("optimizer", growth.ROWS)
+def test_a_life_by_every_optimizer_says_what_the_gates_would_know(optimizer):
+    found = growth.run(growth.Case("spirals", growth.DEFAULT, 0, SHORT, optimizer))
+    assert found["optimizer"] == optimizer
+    assert found["behind"]["steps"] == [SHORT.training]
+    (moved,), (gain,), (t,) = (found["behind"][name] for name in ("displacement", "gain", "t"))
+    assert 0.0 < moved < 1.0
+    assert math.isfinite(gain)
+    assert math.isfinite(t)
+    assert found["final_loss"] != growth.run(growth.Case("spirals", growth.OLD_RULE, 0, SHORT, optimizer))["final_loss"]

@@ -32,12 +32,15 @@ from seedtriton.core.verdict import PERMISSIVE, STRICT, Check, Gate, SeedStatus
 NAN, INF = math.nan, math.inf
 
 ALWAYS_ASKED = {"stage", "measured"}
+# Told, whatever the thresholds, and nothing depends on it.
+TOLD = {"identity"}
 # question: the threshold that switches it off
 QUESTIONS = {
     "finite": "max_dropped_share",
     "clipping": "max_plateau_share",
     "optimizer": "require_optimizer",
     "displacement": "min_displacement",
+    "runaway": "max_displacement",
     "live_share": "min_live_share",
     "gradient_ratio": "min_gradient_ratio",
     "exploding": "max_gradient_ratio",
@@ -70,6 +73,7 @@ LIMITS = [
     ("samples", "samples", 32, 31, "samples_sufficient", "samples_insufficient"),
     ("age", "age", 20, 21, "samples_fresh", "samples_stale"),
     ("displacement", "displacement", 1e-4, math.nextafter(1e-4, 0), "weights_moved", "weights_not_moved"),
+    ("runaway", "displacement", 1e4, math.nextafter(1e4, INF), "weights_bounded", "weights_ran_away"),
     ("live_share", "live_share", 0.5, math.nextafter(0.5, 0), "gradients_alive", "gradients_dead"),
     (
         "clipping", "plateau_share", 0.5, math.nextafter(0.5, 1),
@@ -121,6 +125,7 @@ def seed_status(**changes):
         "parameters": 50,
         "preserves_shape": True,
         "improvement": 3.0,
+        "handed_on": 1.0,
         "accuracy_change": 0.0,
         "alpha": 1.0,
     }
@@ -160,8 +165,8 @@ def test_g2_asks_these_questions_and_a_good_seed_passes_all():
     verdict = judge()
     assert (verdict.gate, verdict.target, verdict.seed, verdict.mode) == (Gate.G2, Stage.BLENDING, "s", STRICT)
     assert verdict.passed is True
-    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys() | OFF.keys()
-    assert len(verdict.checks) == 20
+    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | TOLD | QUESTIONS.keys() | OFF.keys()
+    assert len(verdict.checks) == 22
     unasked = {check.question for check in verdict.checks if check.passed is None}
     assert unasked == OFF.keys() | {"probe_gain", "probe_harm"}
     assert {check.question for check in judge(probe=probed()).checks if check.passed is not True} == OFF.keys()
@@ -234,7 +239,7 @@ def test_what_is_not_known_does_not_pass(question, field):
     assert verdict.passed is False
     assert (check.passed, check.value) == (False, None)
     assert check.name.endswith(("_never_measured", "_undefined"))
-    assert set(failed(verdict)) <= {question, "gradient_ratio", "exploding"}
+    assert set(failed(verdict)) <= {question, "gradient_ratio", "exploding", "runaway"}
 
 
 @pytest.mark.parametrize(
@@ -552,8 +557,8 @@ def test_unknown_progress_does_not_matter_in_permissive_mode():
 def test_permissive_asks_six_questions_and_lists_the_others():
     verdict = judge(mode=PERMISSIVE)
     asked = {check.question for check in verdict.checks if check.passed is not None}
-    assert asked == {"stage", "measured", "finite", "exploding", "exploding_tensors", "epochs"}
-    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | QUESTIONS.keys() | OFF.keys()
+    assert asked == {"stage", "measured", "finite", "exploding", "exploding_tensors", "epochs"} | TOLD
+    assert {check.question for check in verdict.checks} == ALWAYS_ASKED | TOLD | QUESTIONS.keys() | OFF.keys()
     assert {check.reason for check in verdict.checks if check.passed is None} == {"not asked: permissive"}
     assert verdict.mode == PERMISSIVE
 
@@ -567,6 +572,7 @@ def test_permissive_asks_six_questions_and_lists_the_others():
         {"samples": 1},
         {"age": 999},
         {"displacement": 0.0},
+        {"displacement": 1e6},
         {"live_share": 0.0},
         {"blend_gain_t": -9.0},
         {"in_optimizer": False},
@@ -710,7 +716,7 @@ def test_g0_wants_a_free_slot_and_something_to_train():
 def test_g1_wants_a_germinated_seed_that_keeps_the_shape():
     passed = judge(Stage.TRAINING, stage=Stage.GERMINATED, evidence=None)
     assert (passed.gate, passed.passed) == (Gate.G1, True)
-    assert [check.name for check in passed.checks] == ["germinated", "shape_preserved"]
+    assert [check.name for check in passed.checks] == ["germinated", "shape_preserved", "seed_hands_on_host"]
     changed = judge(Stage.TRAINING, stage=Stage.GERMINATED, preserves_shape=False)
     assert [check.name for check in changed.failed] == ["shape_changed"]
     untried = judge(Stage.TRAINING, stage=Stage.GERMINATED, preserves_shape=None)
@@ -718,6 +724,35 @@ def test_g1_wants_a_germinated_seed_that_keeps_the_shape():
     assert (answer(untried, "shape").name, answer(untried, "shape").passed) == ("shape_untried", None)
     for stage in set(Stage) - {Stage.GERMINATED}:
         assert [check.name for check in judge(Stage.TRAINING, stage=stage).failed] == ["not_germinated"]
+
+
+@pytest.mark.parametrize("mode", [STRICT, PERMISSIVE])
+@pytest.mark.parametrize("target, stage", [(Stage.TRAINING, Stage.GERMINATED), (Stage.BLENDING, Stage.TRAINING)])
+def test_a_seed_that_replaces_the_hosts_features_is_told_and_let_pass(target, stage, mode):
+    at, below = 0.5, math.nextafter(0.5, 0)
+    fine, told, unknown = (judge(target, stage=stage, mode=mode, handed_on=value) for value in (at, below, None))
+    assert fine.passed is told.passed is unknown.passed is True
+    assert (answer(fine, "identity").name, answer(fine, "identity").passed) == ("seed_hands_on_host", True)
+    assert fine.warnings == unknown.warnings == ()
+    (check,) = told.warnings
+    assert (check.name, check.passed, check.value, check.limit) == ("seed_replaces_host", None, below, at)
+    assert (answer(unknown, "identity").name, answer(unknown, "identity").passed) == ("identity", None)
+    assert str(told).startswith(f"{told.gate} passed 's' for {target}: ")
+    assert "; seed_replaces_host_0.50 (" in str(told)
+    assert "f(x) instead of x + f(x)" in str(told)
+    assert "seed_replaces_host" in str(judge(target, stage=Stage.HOLDING, mode=mode, handed_on=0.0))
+    assert "seed_replaces_host" not in str(fine) + str(unknown)
+
+
+def test_weights_that_ran_away_are_not_weights_that_moved():
+    """27 124 times their own size, as SGD with momentum did with 0.1's rule, passed as moved."""
+    refused = judge(displacement=27_124.0)
+    assert [check.name for check in refused.failed] == ["weights_ran_away"]
+    assert failed(judge(displacement=NAN)) == ["displacement", "runaway"]
+    # Whoever asks one of them only is not told of the other.
+    without = GateThresholds().without("min_displacement")
+    assert failed(judge(thresholds=without, displacement=0.0)) == []
+    assert failed(judge(thresholds=without, displacement=None)) == ["runaway"]
 
 
 # changes, question, yes, no; the first value stands at its limit, the second one step beyond.
@@ -837,7 +872,7 @@ SHARES = {
     "min_health",
 }  # fmt: skip
 NUMBERS = {
-    "min_training_improvement", "min_gradient_ratio", "max_gradient_ratio", "min_displacement",
+    "min_training_improvement", "min_gradient_ratio", "max_gradient_ratio", "min_displacement", "max_displacement",
     "min_blend_gain_t", "max_accuracy_drop", "min_probe_gain", "max_probe_harm", "min_contribution",
     "min_probed_gain_t",
 }  # fmt: skip

@@ -126,7 +126,8 @@ def test_a_state_that_does_not_fit_is_refused_and_named(name):
     for version in (0, 2, "1", None, True):
         with pytest.raises(StateDictError, match=f"version {version!r}.*reads version 1"):
             load(name, {**saved(name), "version": version})
-    for key in saved(name).keys() - {"version"}:
+    later = GateThresholds.LATER.keys() if name.startswith("thresholds") else set()
+    for key in saved(name).keys() - {"version"} - later:
         short = saved(name)
         del short[key]
         with pytest.raises(StateDictError, match=rf"missing \['{key}'\]"):
@@ -138,6 +139,18 @@ def test_a_state_that_does_not_fit_is_refused_and_named(name):
     for other, kind in ((None, "NoneType"), ([], "list"), ("state", "str")):
         with pytest.raises(StateDictError, match=f"must be a dict, got {kind}"):
             load(name, other)
+
+
+def test_thresholds_of_a_release_without_a_question_do_not_ask_it():
+    """0.1 had no upper limit of the displacement: its thresholds go on deciding as they did."""
+    old = GateThresholds(min_samples=5).state_dict()
+    del old["max_displacement"]
+    restored = GateThresholds.from_state_dict(through_json(old))
+    assert restored == GateThresholds(min_samples=5, max_displacement=None)
+    assert "max_displacement" not in old
+    gates = {**QualityGates().state_dict(), "thresholds": old}
+    assert QualityGates.from_state_dict(gates).thresholds == restored
+    assert GateThresholds.LATER == {"max_displacement": None}
 
 
 def test_missing_and_unknown_keys_are_told_together():

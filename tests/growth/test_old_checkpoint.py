@@ -13,6 +13,8 @@ import torch
 from resuming import Run
 from same import same
 
+from seedtriton import StraightThrough, TrustRegion
+
 DATA = pathlib.Path(__file__).parent / "data" / "controller-0.1.pt.xz"
 
 
@@ -30,6 +32,9 @@ def test_a_state_of_the_first_release_is_taken_over_bit_for_bit(saved, step, sta
     assert (str(run.model.early.stage), str(run.model.late.stage)) == stages
     assert (run.model.late.frozen is not None) == (step == 24)
     now = run.state()
+    # The rule of the seeds is the one that they were trained by.
+    assert run.model.early.isolation == TrustRegion(0.3, "norm")
+    assert run.model.late.isolation == StraightThrough()
     for part in ("growth", "model", "optimizer", "scheduler", "step"):
         assert same(now[part], old[part]), part
     # And it goes on from there.
