@@ -20,6 +20,7 @@ class MeasuredGradients:
     """Which gradients the last measurement was of, so that clipping knows whether its sums are still true."""
 
     def __init__(self) -> None:
+        self._asked = False  # whether anybody clips: a note of every gradient is a sixth of a measurement
         self.forget()
 
     def forget(self) -> None:
@@ -32,13 +33,19 @@ class MeasuredGradients:
     def remember(self, gradients: Sequence[Tensor]) -> None:
         """Note what was measured."""
         self._measured = True
+        if not self._asked:
+            return
         # Weak: no gradient may live longer because it was measured. Not while compiling: what is set there is
         # set for good, and clipping then makes its own pass.
         self._witnesses = [] if torch.compiler.is_compiling() else list(map(weakref.ref, gradients))
         self._versions = 0 if torch.compiler.is_compiling() else sum(map(_version_of, gradients))
 
     def are(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether the last measurement was of these very gradients, in their present state."""
+        """Whether the last measurement was of these very gradients, in their present state.
+
+        The first time that it is asked nobody knows, and clipping makes a pass of its own.
+        """
+        self._asked = True
         return (
             self._measured
             and len(gradients) == len(self._witnesses) > 0

@@ -181,8 +181,7 @@ class GrowthController:
         """Measure the gradients of this step: after backward and unscaling, before clipping and the step.
 
         Also moves every alpha that is on its way, once per optimizer step, from the next forward pass on. Does nothing
-        while no slot holds a living seed. A ``scaler`` is read, never touched; for all arguments see
-        ``GradientMonitor.measure``.
+        while no slot holds a living seed. For the arguments see ``GradientMonitor.measure``.
         """
         began = not self.monitor.awaits_step
         if self._lives:

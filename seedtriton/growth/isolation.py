@@ -230,6 +230,13 @@ def handed_on(features: Tensor, output: Tensor) -> Tensor:
     return (output.to(wide) * centred).sum() / centred.square().sum()
 
 
+def as_number(number: Tensor | float | None) -> float | None:
+    """A 0-dim tensor, or what was made of it before, as a number; None when it is not finite. Waits for the device."""
+    if number is None or (isinstance(number, Tensor) and number.is_meta) or not math.isfinite(number):
+        return None
+    return float(number)
+
+
 def leaks(output: Tensor, own: Iterable[Tensor]) -> int:
     """How many leaves outside ``own`` a backward pass from ``output`` would reach.
 

@@ -6,7 +6,6 @@ decides nothing: who may move, and when, is the gates' and the controller's busi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,17 @@ from torch import Tensor, nn
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.lifecycle import Lifecycle, Stage
 from . import blending, slot_state
-from .isolation import Isolation, StraightThrough, TrustRegion, behind, given_to, handed_on, leaks, uses_group_norm
+from .isolation import (
+    Isolation,
+    StraightThrough,
+    TrustRegion,
+    as_number,
+    behind,
+    given_to,
+    handed_on,
+    leaks,
+    uses_group_norm,
+)
 from .randomness import SeedRandom
 from .slot_state import SavedSlot
 from .trying import (
@@ -87,8 +96,7 @@ class SeedSlot(nn.Module):
         self._handed_on: Tensor | float | None = None
         self._alpha_value = 0.0
         self._mode: str | None = None
-        self._copy_input = False
-        self._group_norm = True
+        self._copy_input, self._group_norm = False, True
         self._checks_due = 0
         self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
@@ -111,13 +119,11 @@ class SeedSlot(nn.Module):
     @property
     def handed_on(self) -> float | None:
         """``isolation.handed_on`` at the first look, None if unknown; waits for the device, once."""
-        number = self._handed_on
-        unknown = number is None or (isinstance(number, Tensor) and number.is_meta) or not math.isfinite(number)
-        self._handed_on = None if unknown else float(number)  # type: ignore[arg-type]
-        return self._handed_on
+        self._handed_on = found = as_number(self._handed_on)
+        return found
 
     def modules_of_seed(self) -> list[nn.Module]:
-        """Everything that trains, is measured and goes as the seed: the seed, and its gate network if it has one."""
+        """Everything that trains, is measured and goes as the seed: it, and its gate network if it has one."""
         return [module for module in (self.seed, self.gate) if module is not None]
 
     def forward(self, features: Tensor) -> Tensor:
@@ -175,8 +181,7 @@ class SeedSlot(nn.Module):
             probe: features as the slot will see them, any batch size. The seed is run on them once, in eval
                 mode, without a change of random state. Without it the first forward pass checks.
             isolation: how it will train; ``TrustRegion()`` unless told.
-            blend: "add", "multiply" or "gate", see ``blending.candidate``. A gate network belongs to the seed: it
-                learns with it, and is made for the channels of the probe.
+            blend: "add", "multiply" or "gate", see ``blending.candidate``; a gate network learns with the seed.
             gate_dims: dimensions over which a gate is one value, see ``blending.GateNetwork``; none unless told.
             channel_dim: where a gate finds the channels, see there.
             isolate_blending: send the host no gradient through the seed in BLENDING: it gets its own, times 1 - alpha.
