@@ -31,6 +31,11 @@ class _Found(NamedTuple):
     seen: tuple[int, int] | None
     run: int | None
 
+    @property
+    def used_up(self) -> bool:
+        """Whether the sum is all that is left, now that the pass has ended."""
+        return self.run is None or (self.run == _COMPILED and self.parameter.grad is None)
+
 
 class BackwardCollector:
     """A hook per parameter that sums its gradient as soon as it is complete, before somebody steps and frees it.
@@ -71,13 +76,8 @@ class BackwardCollector:
         for gone in self._handles.keys() - wanted.keys():
             self._handles.pop(gone)[1].remove()
         for key, parameter in wanted.items():
-            if (parameter.requires_grad or _could_train(parameter)) and not self._hooked(parameter):
+            if key not in self._handles and (parameter.requires_grad or _could_train(parameter)):
                 self._handles[key] = parameter, self._hook(parameter)
-
-    def _hooked(self, parameter: Tensor) -> bool:
-        """Whether the hook is on, and was not lost when torch swapped the tensor for a converted one."""
-        known = self._handles.get(id(parameter))
-        return known is not None and known[1].id in (getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
 
     def _hook(self, parameter: Tensor) -> Any:
         frozen = not parameter.requires_grad
@@ -113,13 +113,16 @@ class BackwardCollector:
                 f"the gradient of a parameter of shape {tuple(parameter.shape)} is gone before it was measured: call "
                 "collect_in_backward() before you register the hooks that step and free it"
             )
+        sumsq = ops.segmented_sumsq([gradient], [0], 1, lanes=self._lanes)
+        self._spent = False
+        if torch.compiler.is_compiling():
+            self._found[id(parameter)] = _Found(parameter, sumsq, None, _COMPILED)
+            return
         run = torch._C._current_graph_task_id()
         if run not in self._runs:
             self._runs[run] = []
             Variable._execution_engine.queue_callback(partial(self._end, run))
         self._runs[run].append(id(parameter))
-        sumsq = ops.segmented_sumsq([gradient], [0], 1, lanes=self._lanes)
-        self._spent = False
         self._found[id(parameter)] = _Found(parameter, sumsq, _state(parameter), run)
 
     def _end(self, run: int) -> None:
@@ -141,7 +144,7 @@ class BackwardCollector:
             if torch._C._current_graph_task_id() != _NO_RUN:
                 self._end(run)
         self._runs.clear()
-        self._found = {key: found for key, found in self._found.items() if found.run is None}
+        self._found = {key: found for key, found in self._found.items() if found.used_up}
         return bool(self._found)
 
     def refuse_clipping(self, gradients: Sequence[Tensor]) -> None:
@@ -169,6 +172,7 @@ class BackwardCollector:
 
 
 _NO_RUN = -1  # what torch calls the backward pass outside of one
+_COMPILED = -2  # one under compiled autograd, of which nobody says when it ends
 
 
 def _state(parameter: Tensor) -> tuple[int, int] | None:

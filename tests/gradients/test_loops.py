@@ -375,23 +375,6 @@ def test_optimizers_that_step_in_backward_are_measured_while_it_runs():
     assert inside.monitor.read()["a"].empty == 1
 
 
-def test_what_is_collected_twice_is_one_tensor_with_the_squares_of_both():
-    loop = Loop(scaled=False)
-    loop.monitor.collect_in_backward()
-    for passes in (1, 2):
-        state = torch.random.get_rng_state()
-        for _ in range(passes):
-            torch.random.set_rng_state(state)
-            loop.loss().backward()
-            for parameter in (*loop.host.parameters(), *loop.seed.parameters()):
-                parameter.grad = None
-        torch.random.set_rng_state(state)
-        loop.monitor.measure()
-    once, twice = loop.monitor.ring[:2]
-    torch.testing.assert_close(twice[:, SUMSQ], 2 * once[:, SUMSQ])
-    assert torch.equal(twice[:, LIVE : EXTRA], once[:, LIVE : EXTRA])
-
-
 def test_collecting_after_the_hooks_that_free_is_refused_with_the_way_out():
     loop = InBackward(scaled=False)
     loop.step_in_backward()
