@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
-
 from muon import Muon
+from torch import nn
+from used import Used
+
 from seedtriton import GradientMonitor, WiringError
 from seedtriton.gradients.row import EXTRA, SUMSQ
-from used import Used
 
 
 class Overwriting(torch.optim.Optimizer):
@@ -43,7 +43,9 @@ SCALED = ("nesterov foreach", "adamw fused", "adamw", "overwriting")
 class Loop:
     """A host and a seed with an optimizer each, a parameter in none, and a blend factor."""
 
-    def __init__(self, first="nesterov foreach", last="adamw", scaler=None, attached=True, given=True, quarantine=False):
+    def __init__(
+        self, first="adamw", last="adamw", scaler=None, attached=True, given=True, quarantine=False
+    ):
         torch.manual_seed(0)
         self.host, self.seed, self.loose = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
         self.alpha = torch.zeros((), requires_grad=True)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from used import Used
 
 from seedtriton import GradientMonitor, WiringError
 from seedtriton.gradients.row import EXTRA, SUMSQ
-from used import Used
 
 
 class Loop:
@@ -61,6 +61,13 @@ class Loop:
 
     def backward(self, step, seeds=None, factor=1.0):
         self.scaler.scale(self.loss(step, seeds, factor)).backward()
+
+    def fail(self):
+        """A backward pass that has reached the seeds when it fails."""
+        hidden = Fail.apply(self.host(torch.ones(1, 4)))
+        loss = sum(seed(hidden).sum() for seed in self.grown)
+        with pytest.raises(MemoryError):
+            loss.backward()
 
     def clear(self, set_to_none=True):
         for module in (self.host, *self.grown):
@@ -128,9 +135,7 @@ def test_a_batch_that_is_dropped_is_in_no_later_sample(failing, set_to_none):
     loop = Loop(seeds=2)
     for step in range(3):
         if failing:
-            with pytest.raises(MemoryError):
-                hidden = Fail.apply(loop.host(torch.ones(1, 4)))
-                sum(seed(hidden).sum() for seed in loop.grown).backward()
+            loop.fail()
             assert loop.grown[1].weight.grad is not None
         else:
             loop.backward(100 + step, factor=50.0)
@@ -146,9 +151,7 @@ def test_a_batch_that_is_dropped_is_in_no_later_sample(failing, set_to_none):
 def test_a_batch_that_fails_after_some_have_stepped_is_in_no_later_sample():
     loop = Loop(seeds=2)
     loop.step_in_backward()
-    with pytest.raises(MemoryError):
-        hidden = Fail.apply(loop.host(torch.ones(1, 4)))
-        sum(seed(hidden).sum() for seed in loop.grown).backward()
+    loop.fail()
     loop.used.drop()
     loop.backward(0, seeds=loop.grown[:1])
     loop.monitor.measure()
@@ -333,7 +336,7 @@ def test_a_seed_that_left_is_in_no_sample_and_has_no_hook():
     loop.backward(0)
     loop.monitor.remove_seed("a")
     loop.monitor.measure()
-    noted = {segment: gradient for segment, gradient in loop.used.noted.values()}
+    noted = dict(loop.used.noted.values())
     assert sorted(noted) == [0, 1, 2]
     expected = [sum(float(g.square().sum()) for k, g in loop.used.noted.values() if k == kept) for kept in (0, 2)]
     assert loop.monitor.ring[0, :, SUMSQ].tolist() == pytest.approx(expected)

@@ -17,7 +17,7 @@ from seedtriton import (
 )
 from seedtriton.core.evidence import NEVER_MEASURED, NO_GRADIENT
 from seedtriton.gradients import loss_scale
-from seedtriton.gradients.row import EXTRA, LIVE, SUMSQ, TENSORS
+from seedtriton.gradients.row import LIVE, SUMSQ, TENSORS
 
 OVERFLOW = 5  # the step whose loss is made infinite
 
