@@ -14,13 +14,15 @@ from . import ops, reference
 from .row import SUMSQ, TOTAL_NORM, Listed, Rules, Window
 
 _version_of = attrgetter("_version")
+# Measurements without clipping after which their gradients are no longer noted.
+UNASKED = 64
 
 
 class MeasuredGradients:
     """Which gradients the last measurement was of, so that clipping knows whether its sums are still true."""
 
     def __init__(self) -> None:
-        self._asked = False  # whether anybody clips: a note of every gradient is a sixth of a measurement
+        self._unasked = 0  # measurements since somebody clipped
         self.forget()
 
     def forget(self) -> None:
@@ -33,7 +35,9 @@ class MeasuredGradients:
     def remember(self, gradients: Sequence[Tensor]) -> None:
         """Note what was measured."""
         self._measured = True
-        if not self._asked:
+        # A note of every gradient is a sixth of a measurement: not for those who never clip.
+        self._unasked += 1
+        if self._unasked > UNASKED:
             return
         # Weak: no gradient may live longer because it was measured. Not while compiling: what is set there is
         # set for good, and clipping then makes its own pass.
@@ -43,9 +47,9 @@ class MeasuredGradients:
     def are(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the last measurement was of these very gradients, in their present state.
 
-        The first time that it is asked nobody knows, and clipping makes a pass of its own.
+        Not asked for several measurements nobody knows, and clipping makes a pass of its own.
         """
-        self._asked = True
+        self._unasked = 0
         return (
             self._measured
             and len(gradients) == len(self._witnesses) > 0

@@ -4,38 +4,91 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from ..core.errors import WiringError
 from . import ops
+from .early import EarlySums
+
+
+class _Found(NamedTuple):
+    """The newest gradient of a parameter.
+
+    Attributes:
+        parameter: whose it is.
+        sumsq: float64 [1], its sum of squares.
+        seen: ``_state`` of the gradient then.
+        run: the backward pass, while it is not known to have ended; None: it has, and used the gradient up.
+    """
+
+    parameter: Tensor
+    sumsq: Tensor
+    seen: tuple[int, int] | None
+    run: int | None
+
+    @property
+    def used_up(self) -> bool:
+        """Whether the sum is all that is left, now that the pass has ended."""
+        return self.run is None or (self.run == _COMPILED and self.parameter.grad is None)
 
 
 class BackwardCollector:
-    """A hook per parameter that adds its gradient to its segment as soon as it is complete.
+    """A hook per parameter that sums its gradient as soon as it is complete, before somebody steps and frees it.
 
-    An operation per parameter, where a measurement after backward is one launch for all: only for loops that
-    have no moment at which all gradients exist.
+    An operation per parameter, where a measurement after backward is one launch for all: only for loops that have no
+    moment at which all gradients exist.
+
+    Whether a sum counts is decided when the pass ends. A gradient that is still there as the hook saw it is measured
+    later where it lies, with all that happens to it until then: accumulation, ``unscale_``, a batch that is dropped.
+    Of one that was freed or written to inside the pass the sum is kept, until it is measured or there is a newer one:
+    each step in backward uses its own gradient, so two of them are never added up.
     """
 
     def __init__(self, segment_of: Callable[[Tensor], int | None], lanes: torch.dtype) -> None:
         self._segment_of = weakref.WeakMethod(segment_of)
         self._lanes = lanes
-        # Per tensor, because what its size and the loss scale say of it is judged when the sample is closed. By
-        # segment and the parameter's id: sum of squares (float64 [1]) and elements.
-        self._found: dict[tuple[int, int], tuple[Tensor, int]] = {}
-        # By id, with a weak reference that tells whether the id is still this parameter's.
-        self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+        self._found: dict[int, _Found] = {}
+        # By backward pass, which is what autograd calls a graph task: a reentrant one is a pass within a pass.
+        self._runs: dict[int, list[int]] = {}
+        self._handles: dict[int, tuple[Tensor, Any]] = {}
+        self._spent = False
 
-    def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Put the hook on those that have none yet: order matters, so it is never put on again."""
+    def watch(self, parameters: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
+        """Put the hook on those that have none yet, and take it from others: order matters, so it stays where it is.
+
+        Frozen ones get it too: once they are thawed, the hooks that step come behind it.
+
+        Raises:
+            WiringError: one of them, ``name_of`` it, is no leaf; no hook was put on or taken away.
+        """
         for parameter in parameters:
-            known = self._handles.get(id(parameter))
-            if parameter.requires_grad and (known is None or known[0]() is not parameter):
-                handle = parameter.register_post_accumulate_grad_hook(self)
-                self._handles[id(parameter)] = weakref.ref(parameter), handle
+            if not parameter.is_leaf:
+                raise WiringError(
+                    f"{name_of(parameter)} is no leaf: backward leaves it no gradient that could be collected; "
+                    "give the monitor the parameters that it is computed from"
+                )
+        wanted = {id(parameter): parameter for parameter in parameters}
+        for gone in self._handles.keys() - wanted.keys():
+            self._handles.pop(gone)[1].remove()
+        for key, parameter in wanted.items():
+            if key not in self._handles and (parameter.requires_grad or _could_train(parameter)):
+                self._handles[key] = parameter, self._hook(parameter)
+
+    def _hook(self, parameter: Tensor) -> Any:
+        frozen = not parameter.requires_grad
+        # Torch takes a hook only from what requires a gradient, and keeps it when that changes.
+        if frozen:
+            parameter.requires_grad_(True)
+        try:
+            return parameter.register_post_accumulate_grad_hook(self)
+        finally:
+            if frozen:
+                parameter.requires_grad_(False)
 
     @property
     def active(self) -> bool:
@@ -50,10 +103,9 @@ class BackwardCollector:
 
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
-        """Add one gradient; WiringError when somebody has already freed it."""
+        """Sum one gradient; WiringError when somebody has already freed it."""
         method = self._segment_of()
-        segment = None if method is None else method(parameter)
-        if segment is None:
+        if method is None or method(parameter) is None:
             return
         gradient = parameter.grad
         if gradient is None:
@@ -62,15 +114,73 @@ class BackwardCollector:
                 "collect_in_backward() before you register the hooks that step and free it"
             )
         sumsq = ops.segmented_sumsq([gradient], [0], 1, lanes=self._lanes)
-        before = self._found.get((segment, id(parameter)))
-        if before is not None:
-            sumsq = before[0] + sumsq.to(before[0].device)
-        self._found[segment, id(parameter)] = sumsq, gradient.numel()
+        self._spent = False
+        if torch.compiler.is_compiling():
+            self._found[id(parameter)] = _Found(parameter, sumsq, None, _COMPILED)
+            return
+        run = torch._C._current_graph_task_id()
+        if run not in self._runs:
+            self._runs[run] = []
+            Variable._execution_engine.queue_callback(partial(self._end, run))
+        self._runs[run].append(id(parameter))
+        self._found[id(parameter)] = _Found(parameter, sumsq, _state(parameter), run)
 
-    def take(self, device: torch.device) -> tuple[Tensor, tuple[list[int], list[int]]]:
-        """Of each tensor so far the sum of squares (float64 [n]), then elements and segments; starts afresh."""
-        found, self._found = self._found, {}
-        sums = [sumsq.to(device) for sumsq, _ in found.values()]
-        elements = [size for _, size in found.values()]
-        none = torch.empty(0, dtype=torch.float64, device=device)
-        return torch.cat([none, *sums]), (elements, [segment for segment, _ in found])
+    def _end(self, run: int) -> None:
+        """A backward pass has ended: of what it left alone no sum is needed."""
+        for key in self._runs.pop(run, ()):
+            found = self._found.get(key)
+            if found is None or found.run != run:
+                continue
+            if _state(found.parameter) == found.seen:
+                del self._found[key]
+            else:
+                self._found[key] = found._replace(run=None)
+
+    def used_up(self) -> bool:
+        """Whether there are sums of gradients that a backward pass has used up."""
+        # Measured inside backward, as a hook at its end would, the pass is as good as over. Outside, a pass that has
+        # not ended has failed, and its batch with it.
+        for run in list(self._runs):
+            if torch._C._current_graph_task_id() != _NO_RUN:
+                self._end(run)
+        self._runs.clear()
+        self._found = {key: found for key, found in self._found.items() if found.used_up}
+        return bool(self._found)
+
+    def refuse_clipping(self, gradients: Sequence[Tensor]) -> None:
+        """WiringError when there are no gradients because all of this step were used up in backward."""
+        if not gradients and (self._spent or self.used_up()):
+            raise WiringError(
+                "backward has stepped with the gradients and freed them, so none is left to clip: clip in the hook "
+                "that steps, before the step and after collect_in_backward() put its own"
+            )
+
+    def clear(self) -> None:
+        """Forget all that was collected so far."""
+        self._runs.clear()
+        self._found.clear()
+
+    def take(self, early: EarlySums, scale: Tensor | None) -> None:
+        """Move what was used up to ``early``; it is ``scale`` times too large, as backward left it. Starts afresh."""
+        if self.used_up():
+            self._spent = True
+            found = [found for found in self._found.values() if found.parameter not in early]
+            device = found[0].sumsq.device if found else None
+            sums = [one.sumsq.to(device) for one in found]
+            early.add([one.parameter for one in found], torch.cat(sums) if sums else torch.empty(0), scale)
+        self.clear()
+
+
+_NO_RUN = -1  # what torch calls the backward pass outside of one
+_COMPILED = -2  # one under compiled autograd, of which nobody says when it ends
+
+
+def _state(parameter: Tensor) -> tuple[int, int] | None:
+    """Which gradient it has, and how often that was written to. No reference: it must not live longer for it."""
+    gradient = parameter.grad
+    return None if gradient is None else (id(gradient), gradient._version)
+
+
+def _could_train(parameter: Tensor) -> bool:
+    """Whether it could be thawed: no integers, as of quantised weights, and nothing made in inference mode."""
+    return (parameter.is_floating_point() or parameter.is_complex()) and not parameter.is_inference()

@@ -55,6 +55,25 @@ def read_scaler(
     return mixed(scale)
 
 
+def scale_of(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> LossScale:
+    """The state of the gradients of one optimizer that is about to step, has stepped or does not step this time."""
+    # A scaler hands an optimizer that unscales by itself what it needs, for the duration of the step.
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        return LossScale(scale, scale, getattr(optimizer, "found_inf", None))
+    return UNSCALED if scaler is None else read_scaler(scaler, (optimizer,), in_step=True)
+
+
+def scale_of_all(scales: Sequence[LossScale], scaler: torch.amp.GradScaler | None) -> LossScale:
+    """What holds for a sample of optimizers with these scales: what nobody unscales, and whether one will skip."""
+    scale: Tensor | None = scaler._scale if scaler is not None and scaler.is_enabled() else None
+    if scale is None:
+        scale = next((known.gains for known in scales if known.gains is not None), None)
+    found = [known.found_inf for known in scales if known.found_inf is not None]
+    skips = torch.stack([inf.to(found[0].device).reshape(()) for inf in found]).sum() if found else None
+    return LossScale(scale, scale, skips)
+
+
 def step_if_grads(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
     """``scaler.step(optimizer)``, unless no parameter of the optimizer has a gradient.
 

@@ -7,7 +7,7 @@ statistic is computed on the host, in evidence.py, when somebody reads (windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from ..core.errors import ConfigurationError
 from ..core.evidence import HOST_FLOOR, RATIO_EPS
 from . import ops
 from .clipping import check_max_norm, refuse_nonfinite, summary_of
+from .early import EarlySums
 from .flat import FlatGradients, flat_place
 from .in_backward import BackwardCollector
 from .loss_scale import read_scaler
@@ -154,7 +155,7 @@ class GradientMonitor(Windows):
                 self._discard()
             return
         scale = UNSCALED if scaler is None else read_scaler(scaler, self._progress.steps.optimizers())
-        self._measure(scale, given, scaler)
+        self._measure(scale, given, scaler=scaler)
 
     @torch.no_grad()
     def _discard(self) -> None:
@@ -164,7 +165,7 @@ class GradientMonitor(Windows):
         if not torch.compiler.is_compiling():
             self._watched.gains_taken(held=False)
         if self._watched.collecting is not None:
-            self._watched.collecting.take(self.ring.device)
+            self._watched.collecting.clear()
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
         """Count the steps of more optimizers: those that train the seeds, if they are not the host's."""
@@ -174,11 +175,17 @@ class GradientMonitor(Windows):
                 steps.watch(optimizer, self._stepped)
 
     def attach(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> StepHook:
-        """Measure by a hook inside the step, once per step: no line in the loop.
+        """Measure by a hook inside the step: no line in the loop, and one sample per round of steps.
+
+        Of several optimizers, each one's gradients are summed as they are before its own step: between the steps they
+        may be cleared, clipped or unscaled, and a step may overwrite them. The last one closes the sample; what no
+        step of the round has used is measured then. A round in which the last one does not step, or a scaler skips
+        it, is no sample.
 
         Args:
             optimizers: in the order in which they step.
-            scaler: the GradScaler in use, if any.
+            scaler: the GradScaler in use, if any. Of each optimizer it is looked up whether its gradients are unscaled;
+                those of a parameter in no optimizer never are.
 
         Returns:
             A handle; ``handle.remove()`` ends it.
@@ -195,38 +202,61 @@ class GradientMonitor(Windows):
                 "measure(tag=...), or leave the tag out when these optimizers step for that loss only"
             )
         self.watch(*optimizers)
-        return StepHook(self._measure, optimizers, scaler)
+        return StepHook(self, optimizers, scaler, self._progress.steps.optimizers)
 
     def collect_in_backward(self) -> BackwardCollector:
         """Take the sums while backward runs, for optimizers that step inside it and free each gradient.
 
-        Call it before registering the hooks that step. ``measure()`` after backward then closes the sample; it
-        looks at no gradient any more. Not for accumulation over several backward passes: squares of partial
-        gradients would be added. Nor under DDP, where a gradient is complete only after backward: these would be
-        the sums of one process alone.
+        Call it before registering the hooks that clip, step and free: of what they free or write to, ``measure()``
+        after backward takes the sum from before. When they ran several times since the last sample, it is that of the
+        newest gradient. A gradient that backward has left alone is measured where it lies, as without collecting, so
+        accumulation, ``unscale_``, ``measure(scaler)``, ``attach(...)`` and dropped batches are right. Not under DDP,
+        where a gradient is complete only after backward: these would be the sums of one process alone.
+
+        Frozen parameters have the hook too, and take part once they are thawed.
 
         Returns:
             A handle; ``handle.remove()`` ends it.
+
+        Raises:
+            WiringError: a parameter is no leaf. Later, in backward: a hook that was registered before has freed the
+                gradient; in ``clip_grad_norm_``: there is nothing left to clip.
         """
         return self._watched.collect_in_backward(self.lanes)
+
+    def _take(self, parameters: Iterable[Tensor] | None, scale: LossScale, early: EarlySums) -> None:
+        """Sum the gradients of these parameters (None: of all) as they are now, for a sample that is closed later."""
+        self._refresh_if_stale()
+        if self._watched.collecting is not None:
+            self._watched.collecting.take(early, scale.gains)
+        wanted = self._watched.tracked if parameters is None else parameters
+        early.take(wanted, self._watched.segment_of, self._rules(), scale)
 
     def _measure(
         self,
         scale: LossScale,
         given: dict[int, Tensor] | None = None,
+        early: EarlySums | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        """One sample: of the gradients that were given, or of those that exist, or of the sums taken of all of them."""
         self._refresh_if_stale()
         if given is None and isinstance(self._flat, FlatGradients):
             self._flat.restore()
         replace = self._rounds.enter(scaler)
         if replace:
             self._correct_gains(anew=given is not None)
-        gains = self._watched.gains_of(given)
         collecting = self._watched.collecting
-        if given is None and collecting is not None:
-            sums, listed = collecting.take(self.ring.device)
-            ops.record_sums_(sums, listed, gains, self._window(replace), self._rules(), scale)
+        if given is None and early is None and collecting is not None and collecting.used_up():
+            self._take(None, scale, early := EarlySums())
+        gains = self._watched.gains_of(given)
+        if early:
+            if early.device != self.ring.device:
+                self.to(early.device)
+            sums, listed = early.listed(self._watched.segment_of, self.ring.device)
+            unscaled = scale._replace(gradients=None)
+            ops.record_sums_(sums, listed, gains, self._window(replace), self._rules(), unscaled)
+            self._measured.forget()
         else:
             self._measure_gradients(given, gains, replace, scale)
         if given is None and not torch.compiler.is_compiling():
@@ -279,11 +309,14 @@ class GradientMonitor(Windows):
 
         Raises:
             ConfigurationError: ``max_norm`` is not above 0.
+            WiringError: optimizers that step in backward have used all gradients up; see ``collect_in_backward``.
             RuntimeError: that norm is not finite, when that was asked for; nothing was scaled.
         """
         check_max_norm(max_norm)
         self._refresh_if_stale()
         gradients, known = self._watched.gradients_of(None), self._rules()
+        if self._watched.collecting is not None:
+            self._watched.collecting.refuse_clipping(gradients.tensors)
         measured = self._measured.are(gradients.tensors)
         self.max_norm, self._apart = max_norm, apart
         rules = self._rules()

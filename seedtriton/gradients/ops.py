@@ -18,7 +18,9 @@ from . import backend, reference
 from .row import (
     CLIP_EPS,
     EXPLODING_RMS,
+    GUARDED,
     LAYOUT,
+    SUMSQ,
     TOTAL_NORM,
     UNSCALED,
     VANISHING_RMS,
@@ -29,6 +31,7 @@ from .row import (
     Rules,
     Window,
     coefficients_of,
+    kept_of,
 )
 
 LANES = (torch.float32, torch.float64)
@@ -288,6 +291,14 @@ def record_sums_(
         reference.finish_(outside, gains, window, rules, scale)
         return
     _launch_record(Listed((), ()), gains, window, rules, scale, None, None, outside)
+
+
+def quarantine_(gradients: Listed, sums: Tensor, rules: Rules) -> None:
+    """What ``record_`` does to guarded segments that are not finite; ``sums`` is float64 [n], of each gradient."""
+    if any(mode & GUARDED for mode in rules.modes):
+        sizes = list(map(Tensor.numel, gradients.tensors))
+        columns = reference.columns_of_sums(sums, sizes, gradients.segments, len(rules.modes), rules, None)
+        _scale_(gradients, kept_of(reference.summarize(columns[:, SUMSQ], rules)), clear=True)
 
 
 def _named(

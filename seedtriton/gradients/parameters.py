@@ -134,9 +134,12 @@ class Watched:
 
     def collect_in_backward(self, lanes: torch.dtype) -> BackwardCollector:
         """Put a hook on every parameter, and on those that ``refresh()`` finds later."""
-        self._collector = BackwardCollector(self.segment_of, lanes)
-        self._collector.watch(self.tracked)
-        return self._collector
+        collector = BackwardCollector(self.segment_of, lanes)
+        collector.watch(self.tracked, self.name_of)
+        if self._collector is not None:
+            self._collector.remove()
+        self._collector = collector
+        return collector
 
     def add(self, name: str, seed: Parameters, alpha: Any) -> None:
         """Watch one more seed; whatever is raised, nothing has changed."""
@@ -189,7 +192,7 @@ class Watched:
             alpha.watch(found[self.names[segment - 1]])
         self._hook_loads()
         if self.collecting is not None:
-            self.collecting.watch(self.tracked)
+            self.collecting.watch(self.tracked, self.name_of)
         self.stale = False
 
     def _hook_loads(self) -> None:

@@ -1,38 +1,76 @@
-"""Measuring by a hook inside optimizer.step(), once per step, also with several optimizers and a loss scale."""
+"""Measuring by hooks inside optimizer.step(), one sample per round of steps, with one optimizer or several."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from ..core.errors import WiringError
-from .loss_scale import mixed, read_scaler
-from .row import UNSCALED, LossScale
+from .early import EarlySums
+from .loss_scale import scale_of, scale_of_all
+from .row import LossScale
+
+
+class Measuring(Protocol):
+    """What a hook asks of the monitor, without keeping it alive."""
+
+    def _take(self, parameters: Iterable[Tensor] | None, scale: LossScale, early: EarlySums) -> None: ...
+
+    def _measure(
+        self, scale: LossScale, given: dict[int, Tensor] | None = None, early: EarlySums | None = None
+    ) -> None: ...
+
+
+class _Round:
+    """The steps of several optimizers that one sample is of.
+
+    Attributes:
+        early: the gradients of those that have stepped.
+        stepped: their ids.
+        scales: how their gradients were scaled.
+        closed: None, or how many operations autograd had recorded when the last optimizer closed the sample.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        self.early = EarlySums()
+        self.stepped: set[int] = set()
+        self.scales: list[LossScale] = []
+        self.closed: int | None = None
+        # The very table, which scaler.update() replaces: it says later on what became of this round.
+        self._states = {} if scaler is None else scaler._per_optimizer_states
+
+    def skipped(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the scaler was asked to step the optimizer in this round, and its hook never ran."""
+        state = self._states.get(id(optimizer))
+        return state is not None and state["stage"] is OptState.STEPPED and id(optimizer) not in self.stepped
 
 
 class StepHook:
-    """Hooks on the first and the last of some optimizers, of which one measures.
+    """A hook on the step of each of some optimizers.
 
-    Normally it is the last: by then a scaler has unscaled the gradients of all of them. Optimizers that
-    unscale by themselves (fused ones) do so in their own step, and leave their gradients unscaled: then it is
-    the first, when the gradients of all are still scaled alike.
+    The step of a single one is measured. Of several, each one's gradients are summed when it is about to step, because
+    the step may overwrite them and the loop clear them behind it. The last one closes the sample, with those that no
+    step has used: of optimizers that rest, or that a scaler skips, and of no optimizer.
     """
 
     def __init__(
         self,
-        measure: Callable[[LossScale], None],
+        monitor: Measuring,
         optimizers: Sequence[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler | None,
+        known: Callable[[], Iterable[torch.optim.Optimizer]],
     ) -> None:
-        self._measure = weakref.WeakMethod(measure)
-        self._optimizers = tuple(optimizers)
-        self._scaler = scaler
-        self._measured_by_first = False
-        ends = dict.fromkeys((optimizers[0], optimizers[-1]))
-        self._handles = [optimizer.register_step_pre_hook(self) for optimizer in ends]
+        """``known`` returns all optimizers of the monitor, these among them."""
+        self._monitor = weakref.ref(monitor)
+        self._optimizers = tuple(dict.fromkeys(optimizers))
+        self._scaler, self._known = scaler, known
+        self._round: _Round | None = None
+        self._handles = [optimizer.register_step_pre_hook(self) for optimizer in self._optimizers]
 
     def remove(self) -> None:
         """End it."""
@@ -40,9 +78,9 @@ class StepHook:
             handle.remove()
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure, if this is the optimizer to do it at; WiringError for a step with a closure."""
-        measure = self._measure()
-        if measure is None:
+        """Sum or measure; WiringError for a step with a closure."""
+        monitor = self._monitor()
+        if monitor is None:
             return
         # torch passes the optimizer itself among the arguments.
         if any(value is not None and value is not optimizer for value in (*args, kwargs.get("closure"))):
@@ -50,15 +88,45 @@ class StepHook:
                 "optimizer.step(closure) makes the gradients inside the step, after this hook: "
                 "call measure() at the end of the closure (in Lightning: on_before_optimizer_step) instead"
             )
-        first, last = self._optimizers[0], self._optimizers[-1]
-        # A scaler hands an optimizer that unscales by itself what it needs, for the duration of the step.
-        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        if optimizer is first and scale is not None:
-            self._measured_by_first = first is not last
-            measure(LossScale(scale, scale, found_inf))
-        elif optimizer is last and self._measured_by_first:
-            self._measured_by_first = False
-        elif optimizer is last and scale is not None:
-            measure(mixed(scale))
-        elif optimizer is last:
-            measure(UNSCALED if self._scaler is None else read_scaler(self._scaler, self._optimizers, in_step=True))
+        if len(self._optimizers) == 1:
+            monitor._measure(scale_of(optimizer, self._scaler))
+        elif optimizer is self._optimizers[-1]:
+            self._close(monitor, optimizer)
+        else:
+            self._begin_or_go_on(monitor, optimizer)
+
+    def _begin_or_go_on(self, monitor: Measuring, optimizer: torch.optim.Optimizer) -> None:
+        """One that is not the last steps."""
+        now = self._round
+        if now is not None and now.closed == _recorded() and id(optimizer) not in now.stepped:
+            # It steps behind the one that was told to be the last: no forward pass since, so its gradients were there.
+            return
+        if now is None or now.closed is not None or id(optimizer) in now.stepped:
+            # The last one may have been skipped: what was summed for its sample is nobody's.
+            now = self._round = _Round(self._scaler)
+        self._take(monitor, now, optimizer)
+        now.stepped.add(id(optimizer))
+
+    def _close(self, monitor: Measuring, last: torch.optim.Optimizer) -> None:
+        """The last one steps."""
+        now = self._round
+        if now is None or now.closed is not None or now.skipped(last):
+            now = self._round = _Round(self._scaler)
+        for optimizer in [known for known in self._known() if id(known) not in now.stepped]:
+            self._take(monitor, now, optimizer)
+        now.stepped.add(id(last))
+        early, scale = now.early, scale_of_all(now.scales, self._scaler)
+        # A round that is over holds no sums, only what tells who steps too late.
+        now.early, now.scales, now.closed = EarlySums(), [], _recorded()
+        monitor._take(None, scale, early)
+        monitor._measure(scale, early=early)
+
+    def _take(self, monitor: Measuring, now: _Round, optimizer: torch.optim.Optimizer) -> None:
+        scale = scale_of(optimizer, self._scaler)
+        monitor._take((p for group in optimizer.param_groups for p in group["params"]), scale, now.early)
+        now.scales.append(scale)
+
+
+def _recorded() -> int:
+    """How many operations autograd has recorded in this thread: the same number, no forward pass in between."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from seedtriton import (
 )
 from seedtriton.core.evidence import NEVER_MEASURED, NO_GRADIENT
 from seedtriton.gradients import loss_scale
-from seedtriton.gradients.row import EXTRA, LIVE, SUMSQ, TENSORS
+from seedtriton.gradients.row import LIVE, SUMSQ, TENSORS
 
 OVERFLOW = 5  # the step whose loss is made infinite
 
@@ -387,24 +387,6 @@ def test_optimizers_that_step_in_backward_are_measured_while_it_runs():
     inside.loss().backward()
     inside.monitor.measure()
     assert inside.monitor.read()["a"].empty == 1
-
-
-def test_what_is_collected_twice_is_one_tensor_with_the_squares_of_both():
-    loop = Loop(scaled=False)
-    loop.monitor.collect_in_backward()
-    for passes in (1, 2):
-        state = torch.random.get_rng_state()
-        for _ in range(passes):
-            torch.random.set_rng_state(state)
-            loop.loss().backward()
-            for parameter in (*loop.host.parameters(), *loop.seed.parameters()):
-                parameter.grad = None
-        torch.random.set_rng_state(state)
-        loop.monitor.measure()
-        loop.stay()
-    once, twice = loop.monitor.ring[:2]
-    torch.testing.assert_close(twice[:, SUMSQ], 2 * once[:, SUMSQ])
-    assert torch.equal(twice[:, LIVE : EXTRA], once[:, LIVE : EXTRA])
 
 
 def test_collecting_after_the_hooks_that_free_is_refused_with_the_way_out():
