@@ -34,15 +34,16 @@ class MeasuredGradients:
 
     def remember(self, gradients: Sequence[Tensor]) -> None:
         """Note what was measured."""
-        self._measured = True
+        self._measured, self._witnesses, self._versions = True, [], 0
+        # Not while compiling: what is set there is set for good, and clipping then makes its own pass.
+        if torch.compiler.is_compiling():
+            return
         # A note of every gradient is a sixth of a measurement: not for those who never clip.
         self._unasked += 1
-        if self._unasked > UNASKED:
-            return
-        # Weak: no gradient may live longer because it was measured. Not while compiling: what is set there is
-        # set for good, and clipping then makes its own pass.
-        self._witnesses = [] if torch.compiler.is_compiling() else list(map(weakref.ref, gradients))
-        self._versions = 0 if torch.compiler.is_compiling() else sum(map(_version_of, gradients))
+        if self._unasked <= UNASKED:
+            # Weak: no gradient may live longer because it was measured.
+            self._witnesses = list(map(weakref.ref, gradients))
+            self._versions = sum(map(_version_of, gradients))
 
     def are(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the last measurement was of these very gradients, in their present state.

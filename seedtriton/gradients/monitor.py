@@ -162,8 +162,7 @@ class GradientMonitor(Windows):
         """Forget what a backward pass that does not count has left for this monitor alone."""
         for slope in self._watched.gains_of(None).tensors:
             slope.zero_()
-        if not torch.compiler.is_compiling():
-            self._watched.gains_taken(held=False)
+        self._watched.gains_taken(held=False)
         if self._watched.collecting is not None:
             self._watched.collecting.clear()
 
@@ -259,8 +258,8 @@ class GradientMonitor(Windows):
             self._measured.forget()
         else:
             self._measure_gradients(given, gains, replace, scale)
-        if given is None and not torch.compiler.is_compiling():
-            self._watched.gains_taken(held=self._rounds.open)
+        if given is None:
+            self._watched.gains_taken(held=not torch.compiler.is_compiling() and self._rounds.open)
 
     def _measure_gradients(
         self, given: dict[int, Tensor] | None, gains: Listed, replace: int, scale: LossScale

@@ -93,7 +93,7 @@ def check_output(features: Tensor, output: object, name: str | None) -> None:
     if output.is_nested or output.layout is not torch.strided:
         raise WiringError(f"{slot_named(name)}: a seed returns a dense tensor, this one returned {output.layout}")
     if output.shape != features.shape or (
-        output.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type)
+        output.dtype != features.dtype and not _autocasting(features.device)
     ):
         raise WiringError(
             f"{slot_named(name)}: a seed must keep shape and dtype: features {tuple(features.shape)} {features.dtype}, "
@@ -123,7 +123,7 @@ def prepare(
         )
     if probe is not None:
         device = device or probe.device
-        if dtype is None and not torch.is_autocast_enabled(probe.device.type):
+        if dtype is None and not _autocasting(probe.device):
             dtype = probe.dtype
     seed.to(device=device, dtype=dtype)
     tried = Tried() if probe is None else _try(seed, probe, dtype, name)
@@ -141,6 +141,10 @@ def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | 
     wrote = features._version != version or may_write(seed)
     leaky = leaks(output, own_tensors(seed)) > 0
     return Tried(uses_group_norm(output), wrote, leaky, handed_on(probe.detach().to(output.dtype), output))
+
+
+def _autocasting(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def own_tensors(seed: nn.Module) -> list[Tensor]:
