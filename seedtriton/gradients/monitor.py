@@ -7,7 +7,7 @@ statistic is computed on the host, in evidence.py, when somebody reads (windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from .clipping import check_max_norm, refuse_nonfinite, summary_of
 from .flat import FlatGradients, flat_place
 from .in_backward import BackwardCollector
 from .loss_scale import read_scaler
+from .optimizers import each_plain
 from .parameters import Gradients, Parameters, Watched
 from .row import EXPLODING_RMS, UNSCALED, VANISHING_RMS, LossScale, Rules
 from .step_hook import StepHook
@@ -42,7 +43,8 @@ class GradientMonitor(Windows):
         window: samples kept.
         alphas: by name, the blend factor of a seed: a 0-dim tensor that requires a gradient, or an object with
             such an attribute ``alpha``. Its gradient is the blend gain; it is set to zero once measured.
-        optimizers: what trains the seeds; without them membership, steps and staleness are unknown.
+        optimizers: what trains the seeds, one or a sequence; without them membership, steps and staleness are unknown.
+            Wrappers are looked through (accelerate, Trainer, Lightning, schedule-free, Lookahead, SAM).
         eps: added to the host's norm in the ratio.
         host_floor: host norm below which the ratio is undefined.
         lanes: dtype in which squares are first summed; see ``ops.segmented_sumsq``.
@@ -71,7 +73,7 @@ class GradientMonitor(Windows):
         *,
         window: int = WINDOW,
         alphas: Mapping[str, Any] | None = None,
-        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+        optimizers: Any = (),
         eps: float = RATIO_EPS,
         host_floor: float = HOST_FLOOR,
         lanes: torch.dtype = torch.float32,
@@ -95,7 +97,7 @@ class GradientMonitor(Windows):
         super().__init__(Watched(host, seeds, alphas or {}), window, eps, host_floor, vanishing_rms, exploding_rms)
         self.lanes, self.tag, self._flat = lanes, tag, flat
         self.max_norm, self._apart, self.quarantine = math.inf, False, quarantine
-        self.watch(*([optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers))
+        self.watch(optimizers)
 
     def _rules(self) -> Rules:
         """As the ops take them: limits that no tensor, or no finite one, is beyond stand for None."""
@@ -158,14 +160,21 @@ class GradientMonitor(Windows):
         if self._watched.collecting is not None:
             self._watched.collecting.take(self.ring.device)
 
-    def watch(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Count the steps of more optimizers: those that train the seeds, if they are not the host's."""
+    def watch(self, *optimizers: Any) -> None:
+        """Count the steps of more optimizers: those that train the seeds, if they are not the host's.
+
+        Wrappers are looked through (``optimizers.chain_of``).
+
+        Raises:
+            ConfigurationError: something is no optimizer; nothing has changed.
+            WiringError: one cannot be watched; nothing has changed.
+        """
         steps = self._progress.steps
-        for optimizer in optimizers:
+        for optimizer in each_plain(optimizers):
             if all(optimizer is not known for known in steps.optimizers()):
                 steps.watch(optimizer, self._mark_stepped)
 
-    def attach(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> StepHook:
+    def attach(self, *optimizers: Any, scaler: torch.amp.GradScaler | None = None) -> StepHook:
         """Measure by a hook inside the step, once per step: no line in the loop.
 
         Args:
@@ -187,7 +196,7 @@ class GradientMonitor(Windows):
                 "measure(tag=...), or leave the tag out when these optimizers step for that loss only"
             )
         self.watch(*optimizers)
-        return StepHook(self._measure, optimizers, scaler)
+        return StepHook(self._measure, each_plain(optimizers), scaler)
 
     def collect_in_backward(self) -> BackwardCollector:
         """Take the sums while backward runs, for optimizers that step inside it and free each gradient.

@@ -41,11 +41,13 @@ class GrowthController:
 
     Args:
         model: contains one ``SeedSlot`` or more; DDP and compiled wrappers are looked through.
-        optimizer: what trains the host; a seed gets a parameter group of its own in it.
+        optimizer: what trains the host; a seed gets a parameter group of its own in it. Wrappers (accelerate, Trainer,
+            Lightning, schedule-free, Lookahead) are looked through.
         thresholds: limits of the gates.
         mode: "strict" or "permissive", see ``QualityGates``.
         schedule: the first ramp of alpha, in optimizer steps.
-        schedulers: learning-rate schedulers of the optimizer; they must learn of every new group.
+        schedulers: learning-rate schedulers of the optimizer; they must learn of every new group. Wrappers are looked
+            through; see ``add_scheduler`` for one that is made later.
         total_epochs: length of the whole training, for thresholds that depend on its progress.
         auto_advance: gates that move a seed by themselves in ``end_epoch`` (G1 in ``germinate``); the others only
             report, and ``advance`` moves.
@@ -60,8 +62,8 @@ class GrowthController:
         sinks: take every event; a log at level INFO unless told.
 
     Raises:
-        WiringError: the model has no slot.
-        ConfigurationError: an impossible number of epochs, or a gate that does not move a seed.
+        WiringError: the model has no slot, an optimizer that cannot be watched, a scheduler of another optimizer.
+        ConfigurationError: an impossible number of epochs, a gate that does not move a seed, or no optimizer.
     """
 
     VERSION = checkpoint.VERSION
@@ -91,12 +93,13 @@ class GrowthController:
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
         check_epochs(total_epochs, self.rests)
         self.auto_advance = check_moving_gates(auto_advance)
-        self.model, self.optimizer = model, optimizer
+        self.model = model
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
         self.total_epochs = total_epochs
         self.evaluate = evaluate
         self._wiring = Wiring(model, self.slots, optimizer, schedulers, window)
+        self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
         self.monitor.quarantine = quarantine
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
@@ -168,6 +171,10 @@ class GrowthController:
         if verdict.passed and verdict.gate in self.auto_advance:
             self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
+
+    def add_scheduler(self, scheduler: Any) -> None:
+        """Tell of a learning-rate scheduler that was made later; it is refused as ``Schedulers.add`` does."""
+        self._wiring.groups.add_scheduler(scheduler)
 
     def measure(self, scaler: torch.amp.GradScaler | None = None, *, gradients: Gradients | None = None) -> None:
         """Measure the gradients of this step: after backward and unscaling, before clipping and the step.

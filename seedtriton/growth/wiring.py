@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
-from ..core.lifecycle import Stage
 from ..gradients.monitor import GradientMonitor
 from .groups import SeedGroups
 from .slot import SeedSlot
@@ -21,7 +19,7 @@ class Wiring:
     Args:
         model: the module itself, see ``unwrap``.
         slots: ``slots_of`` it.
-        optimizer: what trains the host and gets a group per seed.
+        optimizer: what trains the host and gets a group per seed; wrappers are looked through.
         schedulers: of its learning rates.
         window: samples that the monitor keeps.
     """
@@ -30,13 +28,14 @@ class Wiring:
         self,
         model: nn.Module,
         slots: Mapping[str, SeedSlot],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         schedulers: Iterable[Any],
         window: int,
     ) -> None:
-        self.model, self.slots, self.optimizer = model, slots, optimizer
+        self.model, self.slots = model, slots
         self.groups = SeedGroups(optimizer, schedulers)
-        self.monitor = GradientMonitor(model, {}, window=window, optimizers=optimizer)
+        self.optimizer = self.groups.optimizer
+        self.monitor = GradientMonitor(model, {}, window=window, optimizers=self.optimizer)
 
     def slot(self, name: str) -> SeedSlot:
         """The slot of this name; ConfigurationError when there is none."""
@@ -77,7 +76,7 @@ class Wiring:
         except Exception:
             if len(self.optimizer.param_groups) > groups:
                 self.groups.remove(place)
-            place.move(Stage.PRUNED, "refused")
+            place.vacate()
             place.lifecycle.load_state_dict(before)
             raise
 
