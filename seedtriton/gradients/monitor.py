@@ -213,6 +213,8 @@ class GradientMonitor(Windows):
 
     def _measure(self, scale: LossScale, given: dict[int, Tensor] | None = None) -> None:
         self._refresh_if_stale()
+        if not torch.compiler.is_compiling():
+            self._progress.steps.calls += 1
         if given is None and isinstance(self._flat, FlatGradients):
             self._flat.restore()
         gains = self._watched.gains_of(given)

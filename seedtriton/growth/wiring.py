@@ -63,6 +63,7 @@ class Wiring:
             WiringError: the seed is unfit, or the optimizer has an unknown scheduler; nothing has changed.
         """
         place = self.slots[name]
+        self.monitor.refresh()  # what has changed until now is none of the seed's
         self.refuse_shared(name, module)
         if group is not None:
             self.groups.refuse_unknown_scheduler()
