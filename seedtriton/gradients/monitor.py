@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.errors import ConfigurationError
 from ..core.evidence import HOST_FLOOR, RATIO_EPS
 from . import ops
-from .clipping import check_max_norm, refuse_nonfinite, summary_of
+from .clipping import Limit, checked_max_norm, refuse_nonfinite, summary_of
 from .flat import FlatGradients, flat_place
 from .in_backward import BackwardCollector
 from .loss_scale import read_scaler
@@ -235,7 +235,7 @@ class GradientMonitor(Windows):
         self._measured.remember(tensors)
 
     def clip_grad_norm_(
-        self, max_norm: float, error_if_nonfinite: bool = False, *, apart: bool = False
+        self, max_norm: Limit, error_if_nonfinite: bool = False, *, apart: bool = False, reuse: bool = True
     ) -> Tensor:
         """Scale all gradients so that their total norm is at most ``max_norm``, as torch's function does.
 
@@ -244,11 +244,14 @@ class GradientMonitor(Windows):
         written (on a GPU with Triton, and on a CPU).
 
         Args:
-            max_norm: the limit, above 0.
+            max_norm: the limit, above 0; a tensor of one element is read, which waits for its device.
             error_if_nonfinite: raise when the norm is NaN or infinite; the only option that waits for the device.
             apart: clip the host by its own norm and every seed by its own, with the same limit, in the same launch;
                 a seed whose slot is past TRAINING counts with the host. Clipped together, a seed takes from the
                 host's step.
+            reuse: False: make a pass in any case. Whether gradients are still what was measured is seen by torch's
+                version counters, and a write through ``grad.data``, by a kernel of one's own or inside of a CUDA graph
+                counts in none: pass False if there is one between ``measure()`` and clipping.
 
         Returns:
             The norm before clipping, the host's where seeds are apart: float32, 0-dim, on the device.
@@ -257,10 +260,10 @@ class GradientMonitor(Windows):
             ConfigurationError: ``max_norm`` is not above 0.
             RuntimeError: that norm is not finite, when that was asked for; nothing was scaled.
         """
-        check_max_norm(max_norm)
+        max_norm = checked_max_norm(max_norm)
         self._refresh_if_stale()
         gradients, known = self._watched.gradients_of(None), self._rules()
-        measured = self._measured.are(gradients.tensors)
+        measured = reuse and self._measured.are(gradients.tensors)
         self.max_norm, self._apart = max_norm, apart
         rules = self._rules()
         # A measurement that did not know this limit has the sums; the next one has the coefficients in its own pass.

@@ -78,7 +78,11 @@ class Snapshot:
         if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
             return False
         self._count = count
-        return not closely or list(map(_flag, self._parameters)) == self._flags
+        return not closely or self.flags_stand()
+
+    def flags_stand(self) -> bool:
+        """Whether the same ones are frozen."""
+        return list(map(_flag, self._parameters)) == self._flags
 
     def _now(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._dicts)))
@@ -88,7 +92,8 @@ class Snapshot:
 
         Args:
             later: of the same host and seeds.
-            loaded: a state was loaded in between: other objects of the same names and shapes are the same parameters.
+            loaded: a state was loaded in between: other objects of the same names and shapes are the same parameters,
+                unless they were on "meta", without values.
         """
         flags = {id(p): flag for p, flag in zip(self._parameters, self._flags)}
         found = {}
@@ -108,9 +113,7 @@ def _compare(
         if before is None:
             kinds.setdefault("added", []).append(name)
         elif before is not parameter:
-            # A parameter on "meta" had neither values nor gradients: nothing is known of it that could be wrong.
-            same = before.is_meta or (loaded and before.shape == parameter.shape)
-            if not same:
+            if not loaded or before.shape != parameter.shape or before.is_meta:
                 kinds.setdefault("replaced", []).append(name)
         elif flags[id(parameter)] != parameter.requires_grad:
             kinds.setdefault("unfrozen" if parameter.requires_grad else "frozen", []).append(name)

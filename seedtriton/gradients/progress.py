@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import StateDictError
 from ..core.evidence import Sample
@@ -266,21 +266,33 @@ class Mark:
     ) -> Mark:
         # Steps that nobody counted were not counted as skipped either.
         known = list(skipped) if len(by_optimizer) else []
-        return cls([p.detach().clone() for p in _moving(parameters)], steps, list(by_optimizer), known)
+        return cls([_values(p).clone() for p in _moving(parameters)], steps, list(by_optimizer), known)
 
     def displacement(self, parameters: Sequence[Tensor]) -> Tensor:
-        """``|w - w0| / max(|w0|, WEIGHT_FLOOR sqrt(n))``, float64 0-dim; NaN when the shapes have changed."""
+        """``|w - w0| / max(|w0|, WEIGHT_FLOOR sqrt(n))``, float64 0-dim; NaN where ``unknown`` says why."""
         device = parameters[0].device
-        parameters = _moving(parameters)
-        if not parameters or [p.shape for p in parameters] != [w.shape for w in self.weights]:
-            return torch.full((), math.nan, dtype=torch.float64, device=device)
-        weights = [w.to(p.device) for p, w in zip(parameters, self.weights)]
-        apart = [p.detach().to(_wide(p)) - w.to(_wide(p)) for p, w in zip(parameters, weights)]
+        if self.unknown(parameters):
+            return torch.full((), math.nan, dtype=torch.float64, device="cpu" if device.type == "meta" else device)
+        values = [_values(p) for p in _moving(parameters)]
+        weights = [w.to(v.device) for v, w in zip(values, self.weights)]
+        apart = [v.to(_wide(v)) - w.to(_wide(v)) for v, w in zip(values, weights)]
         ones = [0] * len(apart)
         moved = ops.segmented_sumsq(apart, ones, 1)[0].sqrt()
         size = ops.segmented_sumsq(weights, ones, 1)[0].sqrt()
         floor = WEIGHT_FLOOR * math.sqrt(sum(w.numel() for w in weights))
         return moved / size.clamp(min=floor)
+
+    def unknown(self, parameters: Sequence[Tensor]) -> list[str]:
+        """Why nobody can say how far the weights have moved, in words; empty when it can be said."""
+        moving = _moving(parameters)
+        if not moving:
+            dtypes = sorted({str(p.dtype) for p in parameters})
+            return [f"how far its weights have moved is not known: they are quantised ({', '.join(dtypes)})"]
+        if any(tensor.is_meta for tensor in (*moving, *self.weights)):
+            return ["how far its weights have moved is not known: they are or were on 'meta', without values"]
+        if [p.shape for p in moving] != [w.shape for w in self.weights]:
+            return ["how far its weights have moved is not known: they have other shapes than when its window began"]
+        return []
 
     def age(self, samples: Sequence[Sample], first: int, steps: int) -> int:
         """Optimizer steps since the last read that found a usable sample it had not seen."""
@@ -330,6 +342,16 @@ def _filled(skipped: Sequence[Tensor | None], length: int, device: torch.device)
 def _moving(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Those that training can move: a frozen int8 weight has no place in a norm."""
     return [p for p in parameters if p.is_floating_point() or p.is_complex()]
+
+
+def _values(parameter: Tensor) -> Tensor:
+    """The numbers that a quantised tensor (torchao's kind, which says it is floating point) stands for; itself else."""
+    if type(parameter) in (Tensor, nn.Parameter) or hasattr(parameter, "placements"):
+        return parameter.detach()
+    try:
+        return parameter.dequantize().detach()
+    except (NotImplementedError, RuntimeError, TypeError):  # some other subclass
+        return parameter.detach()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -47,7 +47,8 @@ class Windows(Ring):
         exploding_rms: float | None,
     ) -> None:
         """Lay out an empty ring on the device of the parameters."""
-        super().__init__(window, 1 + len(watched.names), watched.tracked[0].device)
+        device = watched.tracked[0].device
+        super().__init__(window, 1 + len(watched.names), torch.device("cpu") if device.type == "meta" else device)
         self.window, self.eps, self.host_floor = window, eps, host_floor
         self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
         self._watched, self._progress, self._measured = watched, Progress(), MeasuredGradients()
@@ -117,6 +118,8 @@ class Windows(Ring):
             if words not in self._said:
                 self._said.add(words)
                 logger.warning("seed %r: %s", known.seed, words)
+        if known.displacement is None:
+            said += self._progress.marks[known.seed].unknown(self._watched.of_seed[known.seed])
         if known.seed in self._changes:
             said.append(f"its window began anew when parameters changed ({self._changes[known.seed]})")
         return dataclasses.replace(known, reason="; ".join([known.reason, *said])) if said else known

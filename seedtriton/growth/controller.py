@@ -20,6 +20,7 @@ from ..core.lifecycle import RESTING, Stage
 from ..core.schedules import HOLD, AlphaSchedule
 from ..core.thresholds import GateThresholds
 from ..core.verdict import STRICT, Gate, Verdict
+from ..gradients.clipping import Limit
 from ..gradients.monitor import WINDOW, GradientMonitor
 from ..gradients.parameters import Gradients
 from ..report.events import Event
@@ -191,13 +192,13 @@ class GrowthController:
             if life.alpha.mode != HOLD:
                 life.slot.set_alpha(life.alpha.step())
 
-    def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+    def clip_grad_norm_(self, max_norm: Limit, error_if_nonfinite: bool = False, *, reuse: bool = True) -> Tensor:
         """Clip the host, with all that is blended, by its norm, and every seed behind it by its own; the host's norm.
 
         Clipped together they would share one norm, and a seed that the host does not feel would take from the host's
         step. Arguments and errors are ``GradientMonitor.clip_grad_norm_``'s.
         """
-        return self.monitor.clip_grad_norm_(max_norm, error_if_nonfinite, apart=True)
+        return self.monitor.clip_grad_norm_(max_norm, error_if_nonfinite, apart=True, reuse=reuse)
 
     @normal_tensors()
     def end_epoch(

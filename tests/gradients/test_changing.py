@@ -324,7 +324,11 @@ def test_parameters_of_the_host_whose_gradients_pile_up_are_named_once(caplog):
     for _ in range(2):
         assert "of the host parameter 'head.weight', parameter 'head.bias' in no known" in monitor.read()["s"].reason
     assert caplog.text.count("pile up") == 1
-    monitor.watch(torch.optim.SGD(model.head.parameters(), lr=0.1))
+    model.backward()
+    assert "of the host parameter 'head.weight', parameter 'head.bias' in no known" in monitor.read()["s"].reason
+    other = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    monitor.watch(other)
+    assert "pile up" not in monitor.read()["s"].reason
 
 
 def test_a_host_whose_optimizer_is_unknown_is_not_blamed():

@@ -1203,6 +1203,7 @@ def test_gradients_below_the_limit_are_not_written(measured):
 
 def test_clipping_reuses_the_measurement(passes):
     model, _, monitor = twins()
+    asked(monitor, passes)
     for max_norm in (1.0, 1.0, 0.5):
         model.backward()
         expected = norm(model.parameters())
@@ -1210,6 +1211,12 @@ def test_clipping_reuses_the_measurement(passes):
         assert monitor.clip_grad_norm_(max_norm).item() == pytest.approx(expected, rel=1e-6)
         assert norm(model.parameters()) == pytest.approx(min(expected, max_norm), rel=1e-5)
     assert passes == []
+
+
+def asked(monitor, passes):
+    """Clip once without a limit: only then a monitor notes which gradients it measured."""
+    monitor.clip_grad_norm_(math.inf)
+    passes.clear()
 
 
 def accumulate(model, optimizer):
@@ -1248,6 +1255,7 @@ def test_clipping_sums_anew_when_the_gradients_are_others(passes, change):
     model.backward()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = GradientMonitor(model, {"a": model.seed, "late": [model.late]}, optimizers=optimizer)
+    asked(monitor, passes)
     monitor.measure()
     change(model, optimizer)
     expected = norm(model.parameters())
@@ -1257,6 +1265,7 @@ def test_clipping_sums_anew_when_the_gradients_are_others(passes, change):
 
 def test_clipping_twice_sums_twice(passes):
     _, _, monitor = twins(300.0)
+    asked(monitor, passes)
     monitor.measure()
     monitor.clip_grad_norm_(1.0)
     assert monitor.clip_grad_norm_(1.0).item() == pytest.approx(1.0, rel=1e-5)
