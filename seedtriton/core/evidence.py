@@ -7,9 +7,10 @@ samples, the gates ask for ``SeedEvidence``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 from .errors import ConfigurationError
 from .series import plateau_share, root_mean, t_statistic
@@ -21,6 +22,8 @@ HOST_FLOOR = 1e-6
 # Samples behind the t statistic of the blend gain. Older ones belong to another seed: on 44 runs the
 # last 100 separated learning from not learning, the whole run did so less well.
 GAIN_SAMPLES = 100
+# Measurements without a step after which an optimizer has stopped: more than one step usually has micro-batches.
+IDLE_LIMIT = 32
 # What a share of 1 takes from the health of a seed's gradients. Together they go below 0: all of one is bad enough.
 VANISHING_WEIGHT = 0.5
 EXPLODING_WEIGHT = 0.8
@@ -152,7 +155,9 @@ class SeedEvidence(PlainState):
         health: 1 when every gradient tensor is neither silent, vanishing nor exploding; see ``gradient_health``.
             All-zero tensors count as vanishing here, so a dead seed is not a healthy one.
         in_optimizer: every parameter of the seed that requires a gradient is in an optimizer.
-        optimizer_steps: steps of that optimizer since the window began.
+        optimizer_steps: steps of that optimizer since the window began; those that a GradScaler skipped do not count.
+        idle: measurements since that optimizer last stepped.
+        frozen: no parameter of the seed requires a gradient.
         plateau_share: share of the samples whose norm, the seed's or the host's, lies at the top of the window: near
             1 when somebody clips host and seed apart before they are measured. See ``clipped_share()`` and
             ``plateau_share()``, also for what they cannot see. None for fewer than 8 samples.
@@ -181,6 +186,10 @@ class SeedEvidence(PlainState):
     in_optimizer: bool | None = None
     optimizer_steps: int | None = None
     plateau_share: float | None = None
+    idle: int | None = None
+    frozen: bool = False
+
+    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({"idle": None, "frozen": False})
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -207,6 +216,8 @@ def collect_evidence(
     displacement: float | None = None,
     in_optimizer: bool | None = None,
     optimizer_steps: int | None = None,
+    idle: int | None = None,
+    frozen: bool = False,
 ) -> SeedEvidence:
     """The statistics of one seed's window, oldest sample first.
 
@@ -216,16 +227,18 @@ def collect_evidence(
         parameters: parameters (tensors) of the seed, for the share that is live.
         eps: added to the host's norm.
         host_floor: a host norm below this leaves the ratio undefined.
-        age: passed on, as are displacement, in_optimizer and optimizer_steps.
+        age: passed on, as are displacement, in_optimizer, optimizer_steps, idle and frozen.
         displacement: see ``SeedEvidence``.
         in_optimizer: see ``SeedEvidence``.
         optimizer_steps: see ``SeedEvidence``.
+        idle: see ``SeedEvidence``.
+        frozen: see ``SeedEvidence``.
     """
     used = [sample for sample in samples if not sample.empty and sample.usable]
     empty = sum(sample.empty for sample in samples)
     dropped = len(samples) - len(used) - empty
 
-    window = _window_ratio(used, dropped, empty, eps, host_floor)
+    window = _window_ratio(used, dropped, empty, eps, host_floor, frozen)
     gains = [sample.gain for sample in used if math.isfinite(sample.gain)][-GAIN_SAMPLES:]
     gain_t, effective = t_statistic(gains) if gains else (None, None)
     vanishing, exploding, health = _judge_tensors(used)
@@ -249,6 +262,8 @@ def collect_evidence(
         in_optimizer=in_optimizer,
         optimizer_steps=optimizer_steps,
         plateau_share=clipped_share(used),
+        idle=idle,
+        frozen=frozen,
     )
 
 
@@ -264,13 +279,13 @@ class _WindowRatio(NamedTuple):
 
 
 def _window_ratio(
-    used: Sequence[Sample], dropped: int, empty: int, eps: float, host_floor: float
+    used: Sequence[Sample], dropped: int, empty: int, eps: float, host_floor: float, frozen: bool
 ) -> _WindowRatio:
     seed_norm = root_mean([sample.seed_sumsq for sample in used]) if used else None
     host_norm = root_mean([sample.host_sumsq for sample in used]) if used else None
     seed_elements = sum(sample.seed_elements for sample in used)
     host_elements = sum(sample.host_elements for sample in used)
-    status, reason = _judge_window(used, dropped, empty, seed_norm, host_norm, host_floor)
+    status, reason = _judge_window(used, dropped, empty, seed_norm, host_norm, host_floor, frozen)
     ratio = rms = None
     if status == MEASURED and seed_norm is not None and host_norm is not None:
         ratio = gradient_ratio(seed_norm, host_norm, eps)
@@ -311,6 +326,7 @@ def _judge_window(
     seed_norm: float | None,
     host_norm: float | None,
     host_floor: float,
+    frozen: bool,
 ) -> tuple[str, str]:
     """Which of the five answers the window gives, and why."""
     if not used and dropped:
@@ -325,9 +341,8 @@ def _judge_window(
     if not used or seed_norm is None or host_norm is None:
         return NEVER_MEASURED, "no measurement: call measure() after backward() and before optimizer.step()"
     if not any(sample.seed_tensors for sample in used):
-        return NO_GRADIENT, (
-            f"no parameter of the seed had a gradient in {len(used)} samples: is it part of the forward pass?"
-        )
+        why = "it is frozen, no parameter requires one" if frozen else "is it part of the forward pass?"
+        return NO_GRADIENT, f"no parameter of the seed had a gradient in {len(used)} samples: {why}"
     if host_norm < host_floor:
         return HOST_UNDEFINED, (
             f"the host's gradient norm {host_norm:.3g} is below its floor {host_floor:.3g} (a frozen host?): "

@@ -254,6 +254,8 @@ class QualityGates(PlainState):
     }
 
 
+SEED_FROZEN = "seed_frozen"
+
 # What a missing ratio is called in a verdict: five answers, none of which passes.
 _MISSING = MappingProxyType(
     {
@@ -267,7 +269,7 @@ _MISSING = MappingProxyType(
 
 
 def _missing_name(known: SeedEvidence) -> str:
-    return _MISSING[known.status]
+    return SEED_FROZEN if known.frozen and known.status == ev.NO_GRADIENT else _MISSING[known.status]
 
 
 def _yes(
@@ -377,6 +379,9 @@ def _in_optimizer(known: SeedEvidence, required: bool | None) -> Check:
     if not required:
         check = _not_asked("optimizer", "require_optimizer", known.in_optimizer)
         return dataclasses.replace(check, reason=f"not asked: require_optimizer is {required}")
+    if known.frozen:
+        reason = "no parameter of the seed requires a gradient: requires_grad_(True), or prune it"
+        return Check("optimizer", SEED_FROZEN, False, False, True, reason)
     if known.in_optimizer is None:
         reason = "no optimizer is known: give the monitor its optimizers"
         return Check("optimizer", "optimizer_never_measured", False, None, True, reason)
@@ -386,6 +391,12 @@ def _in_optimizer(known: SeedEvidence, required: bool | None) -> Check:
     if known.optimizer_steps == 0:
         reason = "the seed's optimizer has not stepped since the window began"
         return Check("optimizer", "optimizer_never_stepped", False, 0, 1, reason)
+    if known.idle is not None and known.idle >= ev.IDLE_LIMIT:
+        reason = (
+            f"the seed's optimizer has not stepped in the last {known.idle} measurements: if another one has taken its "
+            "place, it must hold the seed's parameters, and monitor.watch(optimizer) tells of it"
+        )
+        return Check("optimizer", "optimizer_stopped", False, known.idle, ev.IDLE_LIMIT, reason)
     steps = "" if known.optimizer_steps is None else f", {known.optimizer_steps} steps"
     return Check("optimizer", "seed_in_optimizer", True, True, True, f"all parameters{steps}")
 

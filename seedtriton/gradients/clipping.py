@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from operator import attrgetter
@@ -13,56 +14,70 @@ from ..core.errors import ConfigurationError
 from . import ops, reference
 from .row import SUMSQ, TOTAL_NORM, Listed, Rules, Window
 
+Limit = float | Tensor  # of a norm
+
 _version_of = attrgetter("_version")
-# Measurements without clipping after which their gradients are no longer noted.
-UNASKED = 64
+
+
+def _versions(gradients: Sequence[Tensor]) -> int | None:
+    """Another number after a write to one of them; None where nobody counts: one was made in inference mode."""
+    try:
+        return int(sum(map(_version_of, gradients)))
+    except RuntimeError:
+        return None
 
 
 class MeasuredGradients:
     """Which gradients the last measurement was of, so that clipping knows whether its sums are still true."""
 
     def __init__(self) -> None:
-        self._unasked = 0  # measurements since somebody clipped
+        self._asked = False  # whether anybody clips
         self.forget()
 
     def forget(self) -> None:
         """After an optimizer step or clipping: what was measured is gone."""
-        self._measured = False
+        self._measured = self._scaled = False
         # Emptied, because even a weak reference to a gradient stands in the way of torch.utils.swap_tensors.
         self._witnesses: list[weakref.ref[Tensor]] = []
-        self._versions = 0
+        self._versions: int | None = 0
 
-    def remember(self, gradients: Sequence[Tensor]) -> None:
-        """Note what was measured."""
-        self._measured, self._witnesses, self._versions = True, [], 0
+    def remember(self, gradients: Sequence[Tensor], scaled: bool) -> None:
+        """Note what was measured, and whether it still had its loss scale."""
+        self._measured, self._scaled, self._witnesses, self._versions = True, scaled, [], 0
         # Not while compiling: what is set there is set for good, and clipping then makes its own pass.
         if torch.compiler.is_compiling():
             return
-        # A note of every gradient is a sixth of a measurement: not for those who never clip.
-        self._unasked += 1
-        if self._unasked <= UNASKED:
+        # A note of every gradient is a sixth of a measurement, and stands in the way of torch.utils.swap_tensors: not
+        # for those who never clip.
+        if self._asked:
             # Weak: no gradient may live longer because it was measured.
+            versions = _versions(gradients)
             self._witnesses = list(map(weakref.ref, gradients))
-            self._versions = sum(map(_version_of, gradients))
+            self._measured, self._versions = versions is not None, versions
 
     def are(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the last measurement was of these very gradients, in their present state.
 
-        Not asked for several measurements nobody knows, and clipping makes a pass of its own.
+        The first time that it is asked nobody noted them, and clipping makes a pass of its own; but of gradients that
+        still had their loss scale only the measurement knows the norm, and they are taken for those.
         """
-        self._unasked = 0
+        if not self._asked:
+            self._asked = True
+            return self._measured and self._scaled
         return (
             self._measured
             and len(gradients) == len(self._witnesses) > 0
             and all(seen() is gradient for seen, gradient in zip(self._witnesses, gradients))
-            and sum(map(_version_of, gradients)) == self._versions
+            and _versions(gradients) == self._versions
         )
 
 
-def check_max_norm(max_norm: float) -> None:
-    """ConfigurationError unless ``max_norm`` is above 0."""
-    if not max_norm > 0.0:
+def checked_max_norm(max_norm: Limit) -> float:
+    """The limit as a number, of a tensor by a wait for its device; ConfigurationError unless it is one, above 0."""
+    number = max_norm if not isinstance(max_norm, Tensor) else float(max_norm) if max_norm.numel() == 1 else math.nan
+    if not number > 0.0:
         raise ConfigurationError(f"max_norm must be above 0, got {max_norm!r}")
+    return number
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ one address. Nothing here waits for a device, and training stays bit for bit as 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
+from .noticing import Snapshot
 from .ops import backend_of
 from .parameters import CallOnLoad, Parameters, ParameterSource
 from .row import Flat
 from .tensor_sums import is_dense
+
+logger = logging.getLogger("seedtriton")
 
 # Bytes to which every view is aligned: the kernel reads 128 bits at a time only from such addresses.
 ALIGNMENT = 16
@@ -41,8 +45,8 @@ class FlatGradients:
     back and forth: use ``flat_buffer_of`` there instead.
 
     Args:
-        model_or_parameters: a module, a parameter, or an iterable of either. Those that require a gradient now
-            take part, tied ones once, empty ones not; ``refresh()`` looks again.
+        model_or_parameters: a module, a parameter, or an iterable of either. Those that require a gradient
+            take part, tied ones once, empty ones not.
 
     Raises:
         ConfigurationError: a parameter that is not floating point, not a plain dense leaf (DTensor, lazy), or
@@ -58,6 +62,7 @@ class FlatGradients:
         self._items = model_or_parameters
         self._source = ParameterSource(model_or_parameters)
         self._flats: list[_Flat] = []
+        self._outside: dict[Tensor, tuple[str, str]] = {}  # added later, and without a place
         self._handles: list[Any] = []
         self.refresh()
         self.restore(missing="zero")
@@ -107,6 +112,7 @@ class FlatGradients:
         """
         if missing not in ("leave", "zero"):
             raise ConfigurationError(f"missing must be 'leave' or 'zero', got {missing!r}")
+        self._follow()
         astray, absent = self._look()
         # One gradient may lie in the place of another; it is saved before anything is written.
         values = [gradient.clone() if self._holds(gradient) else gradient for _, _, gradient in astray]
@@ -132,11 +138,14 @@ class FlatGradients:
         Raises:
             WiringError: a parameter was converted or replaced; nothing has changed.
         """
+        self._follow()
         astray, absent = self._look(dense=False)
         for flat in self._flats:
             flat.buffer.zero_()
         for flat, place in [(flat, place) for flat, place, _ in astray] + absent:
             flat.attach(place)
+        for parameter in self._outside:
+            parameter.grad = None
         for flat in self._flats:
             for place in flat.places:
                 if not place.parameter.requires_grad:
@@ -145,14 +154,22 @@ class FlatGradients:
     def refresh(self) -> None:
         """Lay the buffers out anew, with the gradients as they are: after a change to the parameters.
 
-        Needed after unfreezing, new modules, ``.to()``, and loads with ``assign=True``. Addresses change, so
-        no CUDA graph captured before may be replayed.
+        Needed after ``.to()``, loads with ``assign=True`` and whatever else replaces parameters. What was unfrozen or
+        added is found by ``zero_()`` and ``restore()``, which then do this themselves. Addresses change, so no CUDA
+        graph captured before may be replayed.
 
         Raises:
             ConfigurationError: as the constructor.
             WiringError: as the constructor; gradients and buffers are as they were.
         """
-        places = [_Place(name, parameter) for name, parameter in self._wanted()]
+        wanted, unfit = self._sorted()
+        if unfit:
+            name, reason = next(iter(unfit.values()))
+            raise ConfigurationError(f"{name} cannot have a flat gradient: {reason}, or leave it out")
+        self._lay_out(wanted)
+
+    def _lay_out(self, wanted: Sequence[tuple[str, Tensor]]) -> None:
+        places = [_Place(name, parameter) for name, parameter in wanted]
         if not places:
             raise WiringError(
                 "no parameter requires a gradient: there is nothing to keep; build FlatGradients after unfreezing"
@@ -177,7 +194,7 @@ class FlatGradients:
                     if gradient is not None and gradient is place.attached:
                         place.parameter.grad = gradient.clone()
         self._flats = flats
-        self._witness = _owner_of(self._source.modules(), places[0].parameter)
+        self._look_again()
         for handle in self._handles:
             handle.remove()
         hook = CallOnLoad(self._mark_stale)
@@ -188,10 +205,11 @@ class FlatGradients:
         """A copy lays out its own buffers for the copied parameters, whose gradients torch does not copy."""
         return type(self), (self._items,)
 
-    def _wanted(self) -> list[tuple[str, Tensor]]:
-        """Name and tensor of every parameter that takes part, each once, all of them fit for it."""
+    def _sorted(self) -> tuple[list[tuple[str, Tensor]], dict[Tensor, tuple[str, str]]]:
+        """Name and tensor of every parameter that takes part, each once; those that cannot, with their name and why."""
         sparse = {id(m.weight) for m in self._source.modules() if isinstance(m, _EMBEDDINGS) and m.sparse}
         found: dict[int, tuple[str, Tensor]] = {}
+        unfit: dict[Tensor, tuple[str, str]] = {}
         for name, parameter in self._source.named():
             if not parameter.requires_grad or id(parameter) in found:
                 continue
@@ -199,16 +217,13 @@ class FlatGradients:
             if reason is None and id(parameter) in sparse:
                 reason = "the gradients of its embedding are sparse; build the embedding with sparse=False"
             if reason is not None:
-                raise ConfigurationError(f"{name} cannot have a flat gradient: {reason}, or leave it out")
-            if parameter.numel():
+                unfit.setdefault(parameter, (name, reason))
+            elif parameter.numel():
                 found[id(parameter)] = name, parameter
-        return list(found.values())
+        return list(found.values()), unfit
 
     def _look(self, dense: bool = True) -> tuple[list[tuple[_Flat, _Place, Tensor]], list[tuple[_Flat, _Place]]]:
         """The gradients that lie elsewhere, and the places of those that are None; changes nothing."""
-        # Conversions that replace parameters (to "meta", to XLA) call no hook, but replace all: look at one.
-        if self._stale or (self._witness is not None and not self._witness.holds()):
-            self._check_replaced()
         astray: list[tuple[_Flat, _Place, Tensor]] = []
         absent: list[tuple[_Flat, _Place]] = []
         for flat in self._flats:
@@ -239,6 +254,25 @@ class FlatGradients:
 
     def _mark_stale(self) -> None:
         self._stale = True
+
+    def _look_again(self) -> None:
+        self._snapshot = Snapshot(self._source.modules(), {0: dict(self._source.named())})
+
+    def _follow(self) -> None:
+        """Give a place to what was unfrozen or added since; WiringError when a parameter was replaced."""
+        if not self._stale and self._snapshot.stands() and self._snapshot.flags_stand():
+            return
+        self._check_replaced()
+        places = self.places()
+        wanted, unfit = self._sorted()
+        for name, reason in (unfit[parameter] for parameter in unfit.keys() - self._outside.keys()):
+            logger.warning("%s was added and cannot have a flat gradient: %s. zero_() sets it to None", name, reason)
+        self._outside = unfit
+        if any(id(parameter) not in places for _, parameter in wanted):
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise WiringError("parameters were unfrozen or added: call refresh() before a CUDA graph is captured")
+            self._lay_out(wanted)
+        self._look_again()
 
     def _check_replaced(self) -> None:
         present = {id(parameter) for parameter in self._source.parameters()}
@@ -323,23 +357,6 @@ def flat_buffer_of(tensors: Iterable[Tensor]) -> Tensor | None:
 
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-
-class _Owner(NamedTuple):
-    module: nn.Module
-    attribute: str
-    parameter: Tensor
-
-    def holds(self) -> bool:
-        return getattr(self.module, self.attribute, None) is self.parameter
-
-
-def _owner_of(modules: Iterable[nn.Module], parameter: Tensor) -> _Owner | None:
-    for module in modules:
-        for attribute, own in module.named_parameters(recurse=False):
-            if own is parameter:
-                return _Owner(module, attribute, parameter)
-    return None
 
 
 class _Layout(NamedTuple):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from ..core.errors import WiringError
+from .optimizers import names_of
 from .row import UNSCALED, LossScale
 
 logger = logging.getLogger("seedtriton")
@@ -41,7 +43,7 @@ def read_scaler(
             "a scaler says for each optimizer whether its gradients are still scaled: give the monitor its optimizers"
         )
     # get(): looking up an unknown optimizer would add it to the scaler's table.
-    states = [scaler._per_optimizer_states.get(id(optimizer)) for optimizer in optimizers]
+    states = [_state_of(scaler, optimizer) for optimizer in optimizers]
     stages = {state["stage"] if state else OptState.READY for state in states}
     if in_step:
         stages = {OptState.UNSCALED if stage is OptState.STEPPED else stage for stage in stages}
@@ -72,6 +74,11 @@ def scale_of_all(scales: Sequence[LossScale], scaler: torch.amp.GradScaler | Non
     found = [known.found_inf for known in scales if known.found_inf is not None]
     skips = torch.stack([inf.to(found[0].device).reshape(()) for inf in found]).sum() if found else None
     return LossScale(scale, scale, skips)
+
+
+def _state_of(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Any:
+    states = [scaler._per_optimizer_states.get(id(known)) for known in names_of(optimizer)]
+    return next((state for state in states if state), None)
 
 
 def step_if_grads(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

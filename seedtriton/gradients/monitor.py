@@ -7,7 +7,7 @@ statistic is computed on the host, in evidence.py, when somebody reads (windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -17,11 +17,12 @@ from torch import Tensor
 from ..core.errors import ConfigurationError
 from ..core.evidence import HOST_FLOOR, RATIO_EPS
 from . import ops
-from .clipping import check_max_norm, refuse_nonfinite, summary_of
+from .clipping import Limit, checked_max_norm, refuse_nonfinite, summary_of
 from .early import EarlySums
 from .flat import FlatGradients, flat_place
 from .in_backward import BackwardCollector
 from .loss_scale import read_scaler
+from .optimizers import each_plain
 from .parameters import Gradients, Parameters, Watched
 from .row import EXPLODING_RMS, EXTRA, UNSCALED, VANISHING_RMS, Listed, LossScale, Rules
 from .step_hook import StepHook
@@ -43,7 +44,8 @@ class GradientMonitor(Windows):
         window: samples kept.
         alphas: by name, the blend factor of a seed: a 0-dim tensor that requires a gradient, or an object with
             such an attribute ``alpha``. Its gradient is the blend gain; it is set to zero once measured.
-        optimizers: what trains the seeds; without them membership, steps and staleness are unknown.
+        optimizers: what trains the seeds, one or a sequence; without them membership, steps and staleness are unknown.
+            Wrappers are looked through (accelerate, Trainer, Lightning, schedule-free, Lookahead, SAM).
         eps: added to the host's norm in the ratio.
         host_floor: host norm below which the ratio is undefined.
         lanes: dtype in which squares are first summed; see ``ops.segmented_sumsq``.
@@ -72,7 +74,7 @@ class GradientMonitor(Windows):
         *,
         window: int = WINDOW,
         alphas: Mapping[str, Any] | None = None,
-        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+        optimizers: Any = (),
         eps: float = RATIO_EPS,
         host_floor: float = HOST_FLOOR,
         lanes: torch.dtype = torch.float32,
@@ -96,7 +98,7 @@ class GradientMonitor(Windows):
         super().__init__(Watched(host, seeds, alphas or {}), window, eps, host_floor, vanishing_rms, exploding_rms)
         self.lanes, self.tag, self._flat = lanes, tag, flat
         self.max_norm, self._apart, self.quarantine = math.inf, False, quarantine
-        self.watch(*([optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers))
+        self.watch(optimizers)
 
     def _rules(self) -> Rules:
         """As the ops take them: limits that no tensor, or no finite one, is beyond stand for None."""
@@ -166,14 +168,21 @@ class GradientMonitor(Windows):
         if self._watched.collecting is not None:
             self._watched.collecting.clear()
 
-    def watch(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Count the steps of more optimizers: those that train the seeds, if they are not the host's."""
+    def watch(self, *optimizers: Any) -> None:
+        """Count the steps of more optimizers: those that train the seeds, if they are not the host's.
+
+        Wrappers are looked through (``optimizers.chain_of``).
+
+        Raises:
+            ConfigurationError: something is no optimizer; nothing has changed.
+            WiringError: one cannot be watched; nothing has changed.
+        """
         steps = self._progress.steps
-        for optimizer in optimizers:
+        for optimizer in each_plain(optimizers):
             if all(optimizer is not known for known in steps.optimizers()):
                 steps.watch(optimizer, self._stepped)
 
-    def attach(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> StepHook:
+    def attach(self, *optimizers: Any, scaler: torch.amp.GradScaler | None = None) -> StepHook:
         """Measure by a hook inside the step: no line in the loop, and one sample per round of steps.
 
         Of several optimizers, each one's gradients are summed as they are before its own step: between the steps they
@@ -201,7 +210,7 @@ class GradientMonitor(Windows):
                 "measure(tag=...), or leave the tag out when these optimizers step for that loss only"
             )
         self.watch(*optimizers)
-        return StepHook(self, optimizers, scaler, self._progress.steps.optimizers)
+        return StepHook(self, each_plain(optimizers), scaler, self._progress.steps.optimizers)
 
     def collect_in_backward(self) -> BackwardCollector:
         """Take the sums while backward runs, for optimizers that step inside it and free each gradient.
@@ -240,6 +249,8 @@ class GradientMonitor(Windows):
     ) -> None:
         """One sample: of the gradients that were given, or of those that exist, or of the sums taken of all of them."""
         self._refresh_if_stale()
+        if not torch.compiler.is_compiling():
+            self._progress.steps.calls += 1
         if given is None and isinstance(self._flat, FlatGradients):
             self._flat.restore()
         replace = self._rounds.enter(scaler)
@@ -273,7 +284,7 @@ class GradientMonitor(Windows):
         names = partial(self._watched.name_of_gradient, given)
         flat = flat_place(self._flat, tensors, self._watched.segment_by_id) if given is None else None
         ops.record_(gradients, gains, self._window(replace), self._rules(), scale, flat=flat, names=names)
-        self._measured.remember(tensors)
+        self._measured.remember(tensors, scaled=scale.gradients is not None)
 
     @torch.no_grad()
     def _correct_gains(self, *, anew: bool) -> None:
@@ -288,7 +299,7 @@ class GradientMonitor(Windows):
                 self.ring.index_copy_(0, newest, row)
 
     def clip_grad_norm_(
-        self, max_norm: float, error_if_nonfinite: bool = False, *, apart: bool = False
+        self, max_norm: Limit, error_if_nonfinite: bool = False, *, apart: bool = False, reuse: bool = True
     ) -> Tensor:
         """Scale all gradients so that their total norm is at most ``max_norm``, as torch's function does.
 
@@ -297,11 +308,14 @@ class GradientMonitor(Windows):
         written (on a GPU with Triton, and on a CPU).
 
         Args:
-            max_norm: the limit, above 0.
+            max_norm: the limit, above 0; a tensor of one element is read, which waits for its device.
             error_if_nonfinite: raise when the norm is NaN or infinite; the only option that waits for the device.
             apart: clip the host by its own norm and every seed by its own, with the same limit, in the same launch;
                 a seed whose slot is past TRAINING counts with the host. Clipped together, a seed takes from the
                 host's step.
+            reuse: False: make a pass in any case. Whether gradients are still what was measured is seen by torch's
+                version counters, and a write through ``grad.data``, by a kernel of one's own or inside of a CUDA graph
+                counts in none: pass False if there is one between ``measure()`` and clipping.
 
         Returns:
             The norm before clipping, the host's where seeds are apart: float32, 0-dim, on the device.
@@ -311,12 +325,12 @@ class GradientMonitor(Windows):
             WiringError: optimizers that step in backward have used all gradients up; see ``collect_in_backward``.
             RuntimeError: that norm is not finite, when that was asked for; nothing was scaled.
         """
-        check_max_norm(max_norm)
+        max_norm = checked_max_norm(max_norm)
         self._refresh_if_stale()
         gradients, known = self._watched.gradients_of(None), self._rules()
         if self._watched.collecting is not None:
             self._watched.collecting.refuse_clipping(gradients.tensors)
-        measured = self._measured.are(gradients.tensors)
+        measured = reuse and self._measured.are(gradients.tensors)
         self.max_norm, self._apart = max_norm, apart
         rules = self._rules()
         # A measurement that did not know this limit has the sums; the next one has the coefficients in its own pass.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
 from .in_backward import BackwardCollector
+from .noticing import Snapshot, inactive_adapter, some, unheld
 from .row import APART, GUARDED, Listed
 from .slope import Alpha
 
@@ -44,6 +45,23 @@ class ParameterSource:
                 found.setdefault(id(tensor), tensor)
         return list(found.values())
 
+    def listed(self) -> dict[str, Tensor]:
+        """What ``parameters()`` finds, by what to call each.
+
+        Raises:
+            WiringError: one was computed from others, so that backward leaves it no gradient.
+        """
+        found: dict[int, tuple[str, Tensor]] = {}
+        for name, parameter in self.named():
+            if _gets_no_gradient(parameter):
+                raise WiringError(
+                    f"{name} of shape {tuple(parameter.shape)} was computed from another tensor (a slice, a view): "
+                    "backward leaves it no gradient. Make it a Parameter of its own, nn.Parameter(part), and torch.cat "
+                    "them in the forward pass, or give the whole parameter"
+                )
+            found.setdefault(id(parameter), (name, parameter))
+        return dict(found.values())
+
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """What to call each parameter in an error: by its path in its module, or by its place among bare tensors."""
         for index, item in enumerate(self._items):
@@ -55,6 +73,12 @@ class ParameterSource:
 
     def modules(self) -> list[nn.Module]:
         return [module for item in self._items if isinstance(item, nn.Module) for module in item.modules()]
+
+
+def _gets_no_gradient(tensor: Tensor) -> bool:
+    if not tensor.is_leaf:
+        return not tensor.retains_grad
+    return type(tensor) is Tensor and tensor._is_view() and not tensor.requires_grad
 
 
 class CallOnLoad:
@@ -83,10 +107,11 @@ class Watched:
 
     Attributes:
         stale: parameters may have been replaced since ``refresh()``.
-        tracked: every parameter once, the host's first; those that need no gradient too.
+        unsettled: another number of them has gradients than before.
+        tracked: every parameter once, the host's first; those that need no gradient too, empty ones not.
         segments: the segment of each.
         segment_by_id: the same by ``id``.
-        of_seed: the parameters of every seed.
+        of_seed: the parameters of every seed, empty ones too.
         gains: the blend factors, each with the segment of its seed.
 
     Raises:
@@ -99,6 +124,7 @@ class Watched:
     segment_by_id: dict[int, int]
     of_seed: dict[str, list[Tensor]]
     gains: list[tuple[int, Alpha]]
+    _snapshot: Snapshot
 
     def __init__(self, host: Parameters, seeds: Mapping[str, Parameters], alphas: Mapping[str, Any]) -> None:
         unknown = sorted(set(alphas) - set(seeds))
@@ -109,6 +135,7 @@ class Watched:
         self._alphas = {name: Alpha.of(alpha) for name, alpha in alphas.items()}
         self._handles: list[Any] = []
         self._warned = False
+        self._had = 0  # gradients at the last look; another number may mean that something was frozen
         self._collector: BackwardCollector | None = None
         self.refresh()
 
@@ -165,8 +192,10 @@ class Watched:
         """Look all parameters up again; WiringError as from the constructor."""
         owner: dict[int, str] = {}
         found: dict[str, list[Tensor]] = {}
-        for name, source in self._seeds.items():
-            found[name] = source.parameters()
+        named: dict[int, dict[str, Tensor]] = {}
+        for segment, (name, source) in enumerate(self._seeds.items(), start=1):
+            named[segment] = _listed(source, f"seed {name!r}")
+            found[name] = list(named[segment].values())
             if not sum(parameter.numel() for parameter in found[name]):
                 raise WiringError(f"seed {name!r} has no parameters: there is nothing to measure")
             for parameter in found[name]:
@@ -176,15 +205,16 @@ class Watched:
                         f"seeds {other!r} and {name!r} share a parameter of shape {tuple(parameter.shape)}; "
                         "a parameter belongs to one seed"
                     )
-        host = [parameter for parameter in self._host.parameters() if id(parameter) not in owner]
-        if not sum(parameter.numel() for parameter in host):
+        whole = _listed(self._host, "the host").items()
+        named = {0: {name: parameter for name, parameter in whole if id(parameter) not in owner}, **named}
+        if not sum(parameter.numel() for parameter in named[0].values()):
             raise WiringError("the host has no parameters outside the seeds: there is nothing to compare with")
         self.of_seed = found
-        self.tracked = host + [parameter for parameters in found.values() for parameter in parameters]
-        self.segments = [0] * len(host)
-        for segment, parameters in enumerate(found.values(), start=1):
-            self.segments += [segment] * len(parameters)
-        self.segment_by_id = {id(p): segment for p, segment in zip(self.tracked, self.segments)}
+        pairs = [(p, segment) for segment, parameters in named.items() for p in parameters.values()]
+        filled = [(p, segment) for p, segment in pairs if p.numel()]
+        self.tracked, self.segments = [p for p, _ in filled], [segment for _, segment in filled]
+        self.segment_by_id = {id(p): segment for p, segment in filled}
+        self._empty = {id(p) for p, _ in pairs} - self.segment_by_id.keys()
         self.gains = [
             (segment, self._alphas[name]) for segment, name in enumerate(self._seeds, start=1) if name in self._alphas
         ]
@@ -193,7 +223,48 @@ class Watched:
         self._hook_loads()
         if self.collecting is not None:
             self.collecting.watch(self.tracked, self.name_of)
-        self.stale = False
+        self._snapshot = Snapshot((m for s in (self._host, *self._seeds.values()) for m in s.modules()), named)
+        self.stale = self._loaded = self.unsettled = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy watches copied parameters, which are known by other ids."""
+        self.__dict__.update(state)
+        self.stale = True
+
+    def follow(self, *, closely: bool = False, always: bool = False) -> dict[int, str]:
+        """Look the parameters up again if they are no longer those; what has changed, in words by segment.
+
+        Args:
+            closely: see ``Snapshot.stands``; otherwise only what a load or a registration tells, and a number of
+                gradients that is another than before.
+            always: whether or not anything tells of a change.
+
+        Raises:
+            WiringError: as from the constructor.
+        """
+        if not (always or self.stale) and self._snapshot.stands(closely or self.unsettled):
+            self.unsettled = False
+            return {}
+        before, loaded = self._snapshot, self._loaded
+        self.refresh()
+        return before.differences(self._snapshot, loaded=loaded)
+
+    def says(self, name: str, optimizers: Sequence[torch.optim.Optimizer], *, silent: bool) -> list[str]:
+        """What a reading of this seed has to say of the parameters; ``silent``: the seed had no gradient."""
+        said = []
+        adapter = None
+        if silent:
+            modules = [module for source in (self._host, *self._seeds.values()) for module in source.modules()]
+            adapter = inactive_adapter(modules, self.of_seed[name])
+        if adapter is not None:
+            said.append(adapter)
+        outside = unheld(self._snapshot.named[0], optimizers)
+        if outside:
+            said.append(
+                f"of the host {some(outside)} in no known optimizer, which would step and zero them: such gradients "
+                "pile up in the host's norm (freeze them, or watch() their optimizer)"
+            )
+        return said
 
     def _hook_loads(self) -> None:
         for handle in self._handles:
@@ -206,12 +277,14 @@ class Watched:
         ]
 
     def _mark_stale(self) -> None:
-        self.stale = True
+        self.stale = self._loaded = True
 
     def gradients_of(self, given: dict[int, Tensor] | None) -> Listed:
         """The gradients that exist now, or those given by ``id`` of their parameter."""
         found = [p.grad if given is None else given.get(id(p)) for p in self.tracked]
         gradients = [gradient for gradient in found if gradient is not None]
+        if given is None and len(gradients) != self._had and not torch.compiler.is_compiling():
+            self._had, self.unsettled = len(gradients), True
         if len(gradients) == len(found):
             return Listed(gradients, self.segments)
         return Listed(gradients, [s for s, gradient in zip(self.segments, found) if gradient is not None])
@@ -260,7 +333,7 @@ class Watched:
     def check(self, gradients: Gradients) -> dict[int, Tensor]:
         """Explicit gradients by ``id`` of their parameter or blend factor; refuses what does not fit."""
         pairs = gradients.items() if isinstance(gradients, Mapping) else gradients
-        known = self.segment_by_id.keys() | {id(alpha.holder.alpha) for _, alpha in self.gains}
+        known = self.segment_by_id.keys() | self._empty | {id(alpha.holder.alpha) for _, alpha in self.gains}
         seen: set[int] = set()
         given: dict[int, Tensor] = {}
         for pair in pairs:
@@ -306,3 +379,10 @@ class Watched:
             if held is gradient:
                 return f"the gradient of {self.name_of(parameter)}"
         return "a gradient"
+
+
+def _listed(source: ParameterSource, owner: str) -> dict[str, Tensor]:
+    try:
+        return source.listed()
+    except WiringError as error:
+        raise WiringError(f"{owner}: {error}") from None

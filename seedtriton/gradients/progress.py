@@ -2,48 +2,107 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import StateDictError
 from ..core.evidence import Sample
 from ..core.state import check_state
 from . import ops
+from .optimizers import names_of
 
 # Root mean square below which weights count as this large, when their relative change is computed: a
 # layer that starts at zero would otherwise have moved infinitely far after one step.
 WEIGHT_FLOOR = 1e-3
 
 
+class _Counted:
+    """One optimizer, and how often it has stepped."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.ref: Callable[[], torch.optim.Optimizer | None] = weakref.ref(optimizer)
+        self.calls = 0  # calls of step()
+        self.measured = 0  # measurements when it last stepped
+        # Of those calls the skipped ones, float64 0-dim on the device; None: none was told to skip.
+        self.skipped: Tensor | None = None
+
+    def note_skipped(self) -> None:
+        """During the call: a fused optimizer is told on the device whether to skip, and nobody else ever knows."""
+        optimizer = self.ref()
+        known = [] if optimizer is None else names_of(optimizer)
+        found = next((f for name in known if isinstance(f := getattr(name, "found_inf", None), Tensor)), None)
+        if found is not None:
+            with torch.no_grad():
+                if self.skipped is None:
+                    self.skipped = torch.zeros((), dtype=torch.float64, device=found.device)
+                self.skipped.add_((found.detach().reshape(-1)[0] != 0).to(self.skipped.device))
+
+    def taken(self) -> int:
+        """Steps that were taken; waits for the device if any was told to skip."""
+        return self.calls - (0 if self.skipped is None else int(self.skipped))
+
+
 class StepCounter:
-    """Optimizer steps taken, by hooks that change nothing. Skipped steps of a GradScaler never arrive."""
+    """Optimizer steps, by hooks that change nothing.
+
+    Steps that a GradScaler skips itself never arrive; those that fused optimizers skip are counted on the device.
+
+    Attributes:
+        total: calls of ``step()``, of all optimizers.
+        calls: measurements, of which the optimizer's steps are to be no fewer; not counted in a compiled graph.
+    """
 
     def __init__(self) -> None:
-        self.total = 0
-        self._watched: list[tuple[weakref.ref[torch.optim.Optimizer], list[int]]] = []
+        self.total = self.calls = 0
+        self._watched: list[_Counted] = []
+        self._then: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def watch(self, optimizer: torch.optim.Optimizer, then: Callable[[], None]) -> None:
         """Count the steps of ``optimizer``, and call the bound method ``then`` after each while it lives."""
-        steps = [0]
-        method = weakref.WeakMethod(then)
+        self._then = weakref.WeakMethod(then)
+        entry = _Counted(optimizer)
+        self._watched.append(entry)
+        self._hook(optimizer, entry)
 
+    def _hook(self, optimizer: torch.optim.Optimizer, entry: _Counted) -> None:
         def count(*_: object) -> None:
-            steps[0] += 1
+            entry.calls += 1
+            entry.measured = self.calls
+            entry.note_skipped()
             self.total += 1
-            alive = method()
+            alive = self._then() if self._then is not None else None
             if alive is not None:
                 alive()
 
         optimizer.register_step_post_hook(count)
-        self._watched.append((weakref.ref(optimizer), steps))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepCounter:
+        """A copy goes with the copies of the optimizers that were copied before it, in the same ``deepcopy``."""
+        twin = memo[id(self)] = StepCounter()
+        twin.total, twin.calls = self.total, self.calls
+        then = self._then() if self._then is not None else None
+        owner = None if then is None else memo.get(id(then.__self__))  # type: ignore[attr-defined]
+        if then is not None and owner is not None:
+            twin._then = weakref.WeakMethod(getattr(owner, then.__name__))
+        for entry in self._watched:
+            optimizer = memo.get(id(entry.ref()))
+            copied = copy.copy(entry)
+            copied.skipped = None if entry.skipped is None else entry.skipped.clone()
+            copied.ref = weakref.ref(optimizer) if optimizer is not None else _nothing
+            twin._watched.append(copied)
+            if optimizer is not None:
+                twin._hook(optimizer, copied)
+        return twin
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [optimizer for ref, _ in self._watched if (optimizer := ref()) is not None]
+        return [optimizer for entry in self._watched if (optimizer := entry.ref()) is not None]
 
     def hold(self, parameters: Sequence[Tensor]) -> bool | None:
         """Whether every parameter that requires a gradient is in an optimizer; None without optimizers."""
@@ -55,25 +114,61 @@ class StepCounter:
         return bool(wanted) and all(id(parameter) in held for parameter in wanted)
 
     def restore(self, by_optimizer: Sequence[int]) -> None:
-        for (_, steps), saved in zip(self._watched, by_optimizer):
-            steps[0] = saved
+        for entry, saved in zip(self._watched, by_optimizer):
+            entry.calls, entry.skipped = saved, None
         self.total = sum(by_optimizer)
 
     def by_optimizer(self) -> list[int]:
-        return [steps[0] for _, steps in self._watched]
+        return [entry.calls for entry in self._watched]
 
-    def since(self, mark: Mark, parameters: Sequence[Tensor]) -> int | None:
-        """Steps since the mark of the optimizers that hold a parameter of the seed; the fewest of them."""
+    def taken(self) -> list[int]:
+        """Steps by optimizer without the skipped ones; waits for the device."""
+        return [entry.taken() for entry in self._watched]
+
+    def skipped(self) -> list[Tensor | None]:
+        """Calls by optimizer that were skipped on the device, so far."""
+        return [None if entry.skipped is None else entry.skipped.clone() for entry in self._watched]
+
+    def holders(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Which of the optimizers, by number, hold a parameter of these."""
         wanted = {id(parameter) for parameter in parameters}
+        return [
+            index
+            for index, entry in enumerate(self._watched)
+            if (optimizer := entry.ref()) is not None
+            and any(id(p) in wanted for group in optimizer.param_groups for p in group["params"])
+        ]
+
+    def since(self, mark: Mark, holders: Sequence[int], skipped: Sequence[float]) -> int | None:
+        """Steps since the mark of those optimizers, the fewest of them; ``skipped`` since then by optimizer."""
         found = []
-        for index, (ref, steps) in enumerate(self._watched):
-            optimizer = ref()
-            if optimizer is not None and any(
-                id(p) in wanted for group in optimizer.param_groups for p in group["params"]
-            ):
-                begun = mark.by_optimizer[index] if index < len(mark.by_optimizer) else 0
-                found.append(steps[0] - begun)
+        for index in holders:
+            begun = mark.by_optimizer[index] if index < len(mark.by_optimizer) else 0
+            missed = skipped[index] if index < len(skipped) else 0.0
+            found.append(self._watched[index].calls - begun - int(missed))
         return min(found, default=None)
+
+    def idle(self, holders: Sequence[int]) -> int | None:
+        """Measurements since the last step of those optimizers, the most of them."""
+        return max((self.calls - self._watched[index].measured for index in holders), default=None)
+
+
+def _nothing() -> None:
+    """What a weak reference to an optimizer that is gone returns."""
+
+
+class Known(NamedTuple):
+    """What a read brings from the device for one seed.
+
+    Attributes:
+        displacement: None where it could not be had.
+        skipped: by optimizer the calls of ``step()`` that were skipped, so far.
+        skipped_then: the same at the seed's mark.
+    """
+
+    displacement: float | None
+    skipped: Sequence[float]
+    skipped_then: Sequence[float]
 
 
 class Progress:
@@ -86,28 +181,47 @@ class Progress:
     def begin(self, name: str, parameters: Sequence[Tensor], by_optimizer: Sequence[int] | None = None) -> None:
         """Begin the window of a seed here; ``by_optimizer`` steps do not count, all so far unless told."""
         taken = self.steps.by_optimizer() if by_optimizer is None else by_optimizer
-        self.marks[name] = Mark.of(parameters, self.steps.total, taken)
+        self.marks[name] = Mark.of(parameters, self.steps.total, taken, self.steps.skipped())
 
-    def displacements(self, parameters: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
-        """How far the weights of every seed have moved since its mark, float64 [1] each."""
-        return [self.marks[name].displacement(found).view(1) for name, found in parameters.items()]
+    def packed(self, parameters: Mapping[str, Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+        """What ``unpacked`` reads, float64: skipped steps, then of each seed how far it has moved, and those then."""
+        optimizers = len(self.steps.by_optimizer())
+        parts = [_filled(self.steps.skipped(), optimizers, device)]
+        for name, found in parameters.items():
+            mark = self.marks[name]
+            parts += [mark.displacement(found).view(1), _filled(mark.skipped, optimizers, device)]
+        return parts
+
+    @staticmethod
+    def unpacked(numbers: Sequence[float], names: Sequence[str]) -> dict[str, Known]:
+        """The numbers of ``packed`` for these seeds, on the host."""
+        optimizers = (len(numbers) - len(names)) // (1 + len(names))
+        skipped, rest = numbers[:optimizers], numbers[optimizers:]
+        known = {}
+        for index, name in enumerate(names):
+            moved, *then = rest[index * (1 + optimizers) : (index + 1) * (1 + optimizers)]
+            known[name] = Known(moved if math.isfinite(moved) else None, skipped, then)
+        return known
 
     def facts(
-        self, name: str, parameters: Sequence[Tensor], samples: Sequence[Sample], first: int
+        self, name: str, parameters: Sequence[Tensor], samples: Sequence[Sample], first: int, known: Known
     ) -> dict[str, Any]:
-        """What ``collect_evidence`` is told of optimizers and steps; ``first`` is the number of the first sample."""
-        steps, mark = self.steps, self.marks[name]
+        """What ``collect_evidence`` is told of weights, optimizers and steps; ``first`` numbers the first sample."""
+        steps, mark, holders = self.steps, self.marks[name], self.steps.holders(parameters)
+        missed = [now - then for now, then in zip(known.skipped, known.skipped_then)]
+        taken = steps.total - int(sum(known.skipped))
         return {
-            "age": mark.age(samples, first, steps.total) if steps.optimizers() else None,
+            "age": mark.age(samples, first, taken) if steps.optimizers() else None,
             "in_optimizer": steps.hold(parameters),
-            "optimizer_steps": steps.since(mark, parameters),
+            "optimizer_steps": steps.since(mark, holders, missed),
+            "idle": steps.idle(holders),
+            "displacement": known.displacement,
         }
-
 
     def state_dict(self, names: Iterable[str]) -> dict[str, Any]:
         """Steps by optimizer, and the mark of each of these seeds."""
         return {
-            "steps": self.steps.by_optimizer(),
+            "steps": self.steps.taken(),
             "marks": {name: self.marks[name].state_dict() for name in names},
         }
 
@@ -133,29 +247,52 @@ class Mark:
 
     VERSION = 1
 
-    def __init__(self, weights: list[Tensor], steps: int, by_optimizer: list[int]) -> None:
+    def __init__(
+        self, weights: list[Tensor], steps: int, by_optimizer: list[int], skipped: Sequence[Tensor | None] = ()
+    ) -> None:
         self.weights = weights
         self.by_optimizer = by_optimizer
+        self.skipped = skipped  # of those steps the skipped ones, on the device
         self.newest = -1  # number of the newest usable sample that a read has seen
         self.steps_then = steps
 
     @classmethod
-    def of(cls, parameters: Sequence[Tensor], steps: int, by_optimizer: Sequence[int] = ()) -> Mark:
-        return cls([p.detach().clone() for p in _moving(parameters)], steps, list(by_optimizer))
+    def of(
+        cls,
+        parameters: Sequence[Tensor],
+        steps: int,
+        by_optimizer: Sequence[int] = (),
+        skipped: Sequence[Tensor | None] = (),
+    ) -> Mark:
+        # Steps that nobody counted were not counted as skipped either.
+        known = list(skipped) if len(by_optimizer) else []
+        return cls([_values(p).clone() for p in _moving(parameters)], steps, list(by_optimizer), known)
 
     def displacement(self, parameters: Sequence[Tensor]) -> Tensor:
-        """``|w - w0| / max(|w0|, WEIGHT_FLOOR sqrt(n))``, float64 0-dim; NaN when the shapes have changed."""
+        """``|w - w0| / max(|w0|, WEIGHT_FLOOR sqrt(n))``, float64 0-dim; NaN where ``unknown`` says why."""
         device = parameters[0].device
-        parameters = _moving(parameters)
-        if not parameters or [p.shape for p in parameters] != [w.shape for w in self.weights]:
-            return torch.full((), math.nan, dtype=torch.float64, device=device)
-        weights = [w.to(p.device) for p, w in zip(parameters, self.weights)]
-        apart = [p.detach().to(_wide(p)) - w.to(_wide(p)) for p, w in zip(parameters, weights)]
+        if self.unknown(parameters):
+            return torch.full((), math.nan, dtype=torch.float64, device="cpu" if device.type == "meta" else device)
+        values = [_values(p) for p in _moving(parameters)]
+        weights = [w.to(v.device) for v, w in zip(values, self.weights)]
+        apart = [v.to(_wide(v)) - w.to(_wide(v)) for v, w in zip(values, weights)]
         ones = [0] * len(apart)
         moved = ops.segmented_sumsq(apart, ones, 1)[0].sqrt()
         size = ops.segmented_sumsq(weights, ones, 1)[0].sqrt()
         floor = WEIGHT_FLOOR * math.sqrt(sum(w.numel() for w in weights))
         return moved / size.clamp(min=floor)
+
+    def unknown(self, parameters: Sequence[Tensor]) -> list[str]:
+        """Why nobody can say how far the weights have moved, in words; empty when it can be said."""
+        moving = _moving(parameters)
+        if not moving:
+            dtypes = sorted({str(p.dtype) for p in parameters})
+            return [f"how far its weights have moved is not known: they are quantised ({', '.join(dtypes)})"]
+        if any(tensor.is_meta for tensor in (*moving, *self.weights)):
+            return ["how far its weights have moved is not known: they are or were on 'meta', without values"]
+        if [p.shape for p in moving] != [w.shape for w in self.weights]:
+            return ["how far its weights have moved is not known: they have other shapes than when its window began"]
+        return []
 
     def age(self, samples: Sequence[Sample], first: int, steps: int) -> int:
         """Optimizer steps since the last read that found a usable sample it had not seen."""
@@ -177,7 +314,10 @@ class Mark:
         return {
             "version": self.VERSION,
             "weights": self.weights,
-            "by_optimizer": self.by_optimizer,
+            "by_optimizer": [
+                steps - (0 if missed is None else int(missed))
+                for steps, missed in zip_longest(self.by_optimizer, self.skipped[: len(self.by_optimizer)])
+            ],
             "newest": self.newest,
             "steps_then": self.steps_then,
         }
@@ -190,9 +330,28 @@ class Mark:
         return mark
 
 
+def _filled(skipped: Sequence[Tensor | None], length: int, device: torch.device) -> Tensor:
+    """One float64 number for each optimizer; zeros where nothing is known. Waits for nothing."""
+    filled = torch.zeros(length, dtype=torch.float64, device=device)
+    for place, missed in zip(filled, skipped):
+        if missed is not None:
+            place.copy_(missed)
+    return filled
+
+
 def _moving(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Those that training can move: a frozen int8 weight has no place in a norm."""
     return [p for p in parameters if p.is_floating_point() or p.is_complex()]
+
+
+def _values(parameter: Tensor) -> Tensor:
+    """The numbers that a quantised tensor (torchao's kind, which says it is floating point) stands for; itself else."""
+    if type(parameter) in (Tensor, nn.Parameter) or hasattr(parameter, "placements"):
+        return parameter.detach()
+    try:
+        return parameter.dequantize().detach()
+    except (NotImplementedError, RuntimeError, TypeError):  # some other subclass
+        return parameter.detach()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

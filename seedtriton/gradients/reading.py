@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,9 +27,9 @@ class Latest(NamedTuple):
 
 
 @torch.no_grad()
-def pack(ring: Tensor, count: Tensor, since: Tensor, displacements: Sequence[Tensor]) -> Tensor:
-    """Everything that a read needs, float64 on the ring's device: count, since, displacements, the ring."""
-    parts = [count.view(1).double(), since.double(), *displacements, ring.view(-1)]
+def pack(ring: Tensor, count: Tensor, since: Tensor, progress: Sequence[Tensor]) -> Tensor:
+    """Everything that a read needs, float64 on the ring's device: count, since, ``Progress.packed``, the ring."""
+    parts = [count.view(1).double(), since.double(), *progress, ring.view(-1)]
     return torch.cat([part.to(ring.device) for part in parts])
 
 
@@ -65,8 +64,9 @@ class Reader:
         segments = 1 + len(seeds)
         count = int(packed[0])
         since = [int(value) for value in packed[1 : 1 + segments]]
-        moved = packed[1 + segments : segments + segments]
-        rows = packed[segments + segments :]
+        ring = len(packed) - self.window * segments * QUANTITIES
+        known = progress.unpacked(packed[1 + segments : ring], list(seeds))
+        rows = packed[ring:]
         evidence = {}
         for index, (name, parameters) in enumerate(seeds.items()):
             first = max(since[index + 1], count - self.window)
@@ -76,11 +76,11 @@ class Reader:
             evidence[name] = collect_evidence(
                 name,
                 samples,
-                parameters=sum(parameter.requires_grad for parameter in parameters),
+                parameters=sum(p.requires_grad and p.numel() > 0 for p in parameters),
                 eps=self.eps,
                 host_floor=self.host_floor,
-                displacement=moved[index] if math.isfinite(moved[index]) else None,
-                **progress.facts(name, parameters, samples, first),
+                frozen=not any(parameter.requires_grad for parameter in parameters),
+                **progress.facts(name, parameters, samples, first, known[name]),
             )
         return evidence
 

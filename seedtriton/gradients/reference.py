@@ -162,6 +162,11 @@ def scale_segments_(listed: Listed, coefficients: Tensor, clear: bool = False) -
 
     With ``clear`` a coefficient below 0 writes zeros, whatever was there: 0 * NaN is NaN.
     """
+    # A gradient that was made in inference mode can be written to in there alone, and any other one as well.
+    if any(map(Tensor.is_inference, listed.tensors)) and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            scale_segments_(listed, coefficients, clear)
+        return
     if coefficients.device.type == "cpu":
         values = coefficients.tolist()
         if all(value == 1.0 for value in values):

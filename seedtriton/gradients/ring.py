@@ -64,10 +64,11 @@ class Ring(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ring:
         # .half() and .to(dtype) are meant for models: sums of squares stay float64, only the device follows.
-        device = fn(torch.empty(0, device=self.ring.device)).device
+        # Nor do they go to, or come from, "meta" with a model that is filled later: there is nothing to come from.
+        device = fn(torch.empty(0, device="cpu" if self.ring.is_meta else self.ring.device)).device
         for name, buffer in self._buffers.items():
-            if buffer is not None:
-                self._buffers[name] = buffer.to(device)
+            if buffer is not None and device.type != "meta":
+                self._buffers[name] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
         return self
 
 

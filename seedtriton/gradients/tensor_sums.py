@@ -74,6 +74,9 @@ def flat_values(tensor: Tensor) -> Tensor:
     no dense view (expanded, strided) is copied.
     """
     if tensor.layout == torch.sparse_coo:
+        if not tensor.is_coalesced() and tensor.dtype.itemsize < 4:
+            # Elements that are listed several times add up, and not in a dtype that rounds every sum.
+            tensor = tensor.float()
         tensor = tensor.coalesce().values()
     if tensor.layout != torch.strided:
         raise ValueError(f"layout {tensor.layout} has no flat values")

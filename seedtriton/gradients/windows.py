@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateDictError, WiringError
-from ..core.evidence import NEVER_MEASURED, SeedEvidence
+from ..core.evidence import NEVER_MEASURED, NO_GRADIENT, SeedEvidence
 from ..core.state import check_state
 from .clipping import MeasuredGradients
 from .parameters import Parameters, Watched
@@ -16,6 +19,8 @@ from .progress import Progress
 from .reading import Latest, Reader, Transit, pack
 from .ring import Ring, check_entries
 from .rounds import Rounds
+
+logger = logging.getLogger("seedtriton")
 
 
 class Windows(Ring):
@@ -43,11 +48,14 @@ class Windows(Ring):
         exploding_rms: float | None,
     ) -> None:
         """Lay out an empty ring on the device of the parameters."""
-        super().__init__(window, 1 + len(watched.names), watched.tracked[0].device)
+        device = watched.tracked[0].device
+        super().__init__(window, 1 + len(watched.names), torch.device("cpu") if device.type == "meta" else device)
         self.window, self.eps, self.host_floor = window, eps, host_floor
         self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
         self._watched, self._progress, self._measured = watched, Progress(), MeasuredGradients()
         self._rounds = Rounds(self._progress.steps)
+        self._changes: dict[str, str] = {}  # by seed, what changed when its window began anew
+        self._said: set[str] = set()
         self._transit: Transit | None = None
         self._arrived: Transit | None = None
         for name, parameters in watched.of_seed.items():
@@ -95,13 +103,28 @@ class Windows(Ring):
         return Latest(self._unpack(arrived.buffer), age)
 
     def _pack(self) -> Tensor:
-        self._refresh_if_stale()
-        return pack(self.ring, self.count, self.since, self._progress.displacements(self._watched.of_seed))
+        self._refresh_if_stale(closely=True)
+        return pack(self.ring, self.count, self.since, self._progress.packed(self._watched.of_seed, self.ring.device))
 
     def _unpack(self, packed: Tensor) -> dict[str, SeedEvidence]:
         counted = self.vanishing_rms is not None, self.exploding_rms is not None
         reader = Reader(self.window, self.eps, self.host_floor, *counted)
-        return reader.evidence(packed.tolist(), self._watched.of_seed, self._progress)
+        evidence = reader.evidence(packed.tolist(), self._watched.of_seed, self._progress)
+        return {name: self._explained(known) for name, known in evidence.items()}
+
+    def _explained(self, known: SeedEvidence) -> SeedEvidence:
+        """With what is known of the parameters in its reason; what needs a hand goes to the log, once."""
+        silent = known.frozen or known.status == NO_GRADIENT
+        said = self._watched.says(known.seed, self._progress.steps.optimizers(), silent=silent)
+        for words in said:
+            if words not in self._said:
+                self._said.add(words)
+                logger.warning("seed %r: %s", known.seed, words)
+        if known.displacement is None:
+            said += self._progress.marks[known.seed].unknown(self._watched.of_seed[known.seed])
+        if known.seed in self._changes:
+            said.append(f"its window began anew when parameters changed ({self._changes[known.seed]})")
+        return dataclasses.replace(known, reason="; ".join([known.reason, *said])) if said else known
 
     def reset(self, name: str | None = None) -> None:
         """Begin the window of one seed, or of all, anew: samples so far and weights so far no longer count.
@@ -109,11 +132,12 @@ class Windows(Ring):
         Raises:
             ConfigurationError: no seed has this name.
         """
-        self._refresh_if_stale()
+        self._refresh_if_stale(closely=True)
         for seed in self.seeds if name is None else [self._watched.known(name)]:
             self._begin_window(1 + self.seeds.index(seed))
             self._rounds.close()
             self._progress.begin(seed, self._watched.of_seed[seed])
+            self._changes.pop(seed, None)
 
     def add_seed(self, name: str, seed: Parameters, *, alpha: Any = None) -> None:
         """Watch one more seed from now on; the samples of the others stay.
@@ -136,22 +160,46 @@ class Windows(Ring):
         """
         segment = 1 + self.seeds.index(self._watched.known(name))
         self._watched.remove(name)
+        self._changes.pop(name, None)
         del self._progress.marks[name]
         self._remove_column(segment)
         self._rounds.close()
         self._mark_stepped()
 
     def refresh(self) -> None:
-        """Look all parameters up again: after a change to the modules that no load hook can see.
+        """Look all parameters up again. A read does so by itself; measuring and clipping do where it costs nothing.
+
+        Parameters that are no longer those begin the window anew: a seed's its own, the host's that of every seed.
 
         Raises:
             WiringError: no parameters on a side, or a parameter in two seeds.
         """
+        self._begin_anew(self._watched.follow(always=True))
+
+    def accept(self) -> None:
+        """Take the parameters as they are now, without a word: what changed was meant, and no window begins anew."""
         self._watched.refresh()
 
-    def _refresh_if_stale(self) -> None:
-        if self._watched.stale:
-            self.refresh()
+    def _refresh_if_stale(self, *, closely: bool = False) -> None:
+        if not torch.compiler.is_compiling():
+            self._begin_anew(self._watched.follow(closely=closely))
+        elif self._watched.stale:
+            self._watched.refresh()
+
+    def _begin_anew(self, changed: Mapping[int, str]) -> None:
+        """Drop the samples of parameters that are no longer those; ``changed`` is ``Watched.follow``'s."""
+        if not changed or not self.seeds:
+            return
+        owners = ["the host", *(f"seed {name!r}" for name in self.seeds)]
+        words = "; ".join(f"{owners[segment]}: {what}" for segment, what in changed.items())
+        names = [name for segment, name in enumerate(self.seeds, start=1) if changed.keys() & {0, segment}]
+        for name in names:
+            self._begin_window(1 + self.seeds.index(name))
+            self._progress.begin(name, self._watched.of_seed[name])
+        if self._progress.steps.calls:  # before anything was measured there is nothing to drop
+            self._changes.update(dict.fromkeys(names, words))
+            logger.warning("parameters changed (%s): the window of %s begins anew", words, names)
+        self._mark_stepped()
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the buffers do not hold: names, and the weights at the beginning of each window."""

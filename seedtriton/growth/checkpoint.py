@@ -10,8 +10,8 @@ from torch import nn
 from ..core.errors import ConfigurationError, SeedtritonError, StateDictError, WiringError
 from ..core.lifecycle import RESTING, Lifecycle, Stage, stage_named
 from ..core.state import check_state
-from .groups import own_value
 from .life import Life, Position
+from .schedulers import own_value
 from .trying import seed_module
 from .wiring import Wiring
 

@@ -17,9 +17,10 @@ from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import BlendProbe, SeedEvidence
 from ..core.gates import QualityGates
 from ..core.lifecycle import RESTING, Stage
-from ..core.schedules import HOLD, AlphaSchedule
+from ..core.schedules import AlphaSchedule
 from ..core.thresholds import GateThresholds
 from ..core.verdict import STRICT, Gate, Verdict
+from ..gradients.clipping import Limit
 from ..gradients.monitor import WINDOW, GradientMonitor
 from ..gradients.parameters import Gradients
 from ..report.events import Event
@@ -41,11 +42,13 @@ class GrowthController:
 
     Args:
         model: contains one ``SeedSlot`` or more; DDP and compiled wrappers are looked through.
-        optimizer: what trains the host; a seed gets a parameter group of its own in it.
+        optimizer: what trains the host; a seed gets a parameter group of its own in it. Wrappers (accelerate, Trainer,
+            Lightning, schedule-free, Lookahead) are looked through.
         thresholds: limits of the gates.
         mode: "strict" or "permissive", see ``QualityGates``.
         schedule: the first ramp of alpha, in optimizer steps.
-        schedulers: learning-rate schedulers of the optimizer; they must learn of every new group.
+        schedulers: learning-rate schedulers of the optimizer; they must learn of every new group. Wrappers are looked
+            through; see ``add_scheduler`` for one that is made later.
         total_epochs: length of the whole training, for thresholds that depend on its progress.
         auto_advance: gates that move a seed by themselves in ``end_epoch`` (G1 in ``germinate``); the others only
             report, and ``advance`` moves.
@@ -61,8 +64,8 @@ class GrowthController:
         sinks: take every event; a log at level INFO unless told.
 
     Raises:
-        WiringError: the model has no slot.
-        ConfigurationError: an impossible number of epochs, or a gate that does not move a seed.
+        WiringError: the model has no slot, an optimizer that cannot be watched, a scheduler of another optimizer.
+        ConfigurationError: an impossible number of epochs, a gate that does not move a seed, or no optimizer.
     """
 
     VERSION = checkpoint.VERSION
@@ -93,12 +96,13 @@ class GrowthController:
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
         check_epochs(total_epochs, self.rests)
         self.auto_advance = check_moving_gates(auto_advance)
-        self.model, self.optimizer = model, optimizer
+        self.model = model
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
         self.total_epochs = total_epochs
         self.evaluate = evaluate
         self._wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag)
+        self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
         self._position = Position()
@@ -170,6 +174,10 @@ class GrowthController:
             self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
 
+    def add_scheduler(self, scheduler: Any) -> None:
+        """Tell of a learning-rate scheduler that was made later; it is refused as ``Schedulers.add`` does."""
+        self._wiring.groups.add_scheduler(scheduler)
+
     def measure(
         self,
         scaler: torch.amp.GradScaler | None = None,
@@ -187,18 +195,14 @@ class GrowthController:
         if self._lives:
             self.monitor.measure(scaler, gradients=gradients, tag=tag, every=every)
         if began and tag == self.monitor.tag:
-            self._position.step += 1
-            for life in self._lives.values():
-                if life.alpha.mode != HOLD:
-                    life.slot.set_alpha(life.alpha.step())
+            self._position.take_step()
 
-    def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+    def clip_grad_norm_(self, max_norm: Limit, error_if_nonfinite: bool = False, *, reuse: bool = True) -> Tensor:
         """Clip the host, with all that is blended, by its norm, and every seed behind it by its own; the host's norm.
 
-        Clipped together they would share one norm, and a seed that the host does not feel would take from the host's
-        step. Arguments and errors are ``GradientMonitor.clip_grad_norm_``'s.
+        Together they would share one norm, and a seed take from the host's step. See ``GradientMonitor.clip_grad_norm_``.
         """
-        return self.monitor.clip_grad_norm_(max_norm, error_if_nonfinite, apart=True)
+        return self.monitor.clip_grad_norm_(max_norm, error_if_nonfinite, apart=True, reuse=reuse)
 
     @normal_tensors()
     def end_epoch(
@@ -299,15 +303,14 @@ class GrowthController:
 
         Args:
             slot: the slot's path in the model.
-            reason: kept in the events and in the history.
-            initiator: who wanted it, kept likewise: "script", "policy", ...
+            reason: kept in the events and in the history, as the initiator: "script", "policy", ...
+            initiator: who wanted it.
             steps: optimizer steps of the fade; 0 takes it out at once, as does an alpha of 0.
             curve: of the fade.
 
         Raises:
             ConfigurationError: no slot has this name, steps below 0, an unknown curve.
-            WiringError: the slot has no living seed (a fossil is part of the host and stays), or it is already being
-                faded out and this asks for a fade.
+            WiringError: the slot has no living seed (a fossil stays), or this asks for a fade a second time.
         """
         life = self._mover.living(slot)
         AlphaSchedule(steps=steps, curve=curve)
@@ -345,8 +348,7 @@ class GrowthController:
     def state_dict(self) -> dict[str, Any]:
         """Where every seed is in its life: plain values and tensors, for ``torch.load(weights_only=True)``.
 
-        Weights are the model's ``state_dict``, moments the optimizer's; thresholds and other arguments of the
-        constructor are not in it.
+        Weights are the model's ``state_dict``, moments the optimizer's; arguments of the constructor are not in it.
         """
         return checkpoint.save(self._wiring, self._position)
 
@@ -364,8 +366,7 @@ class GrowthController:
 
         Args:
             state: what ``state_dict`` returned.
-            seeds: by slot, a module like the one that was there, or a factory of one. Those for slots that
-                had none are not used.
+            seeds: by slot, a module like the one that was there, or a factory; not used for slots that had none.
 
         Raises:
             StateDictError: another version, a damaged state, or one of another model or optimizer.

@@ -9,90 +9,121 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigurationError, WiringError
+from ..gradients.optimizers import chain_of, held_by
+from .schedulers import Schedulers, own_value, told_rates
 from .slot import SeedSlot
-
-# Lists with one entry per parameter group that torch's schedulers keep; a new group needs an entry in each.
-_PER_GROUP = (
-    "base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
-)
 
 
 class SeedGroups:
-    """Adds groups of seeds to an optimizer and takes them out again, with their state and their schedulers' entries."""
+    """Adds groups of seeds to an optimizer and takes them out again, with their state and their schedulers' entries.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedulers: Iterable[Any]) -> None:
-        self._optimizer, self._schedulers = optimizer, list(schedulers)
+    Args:
+        optimizer: looked through, see ``optimizers.chain_of``.
+        schedulers: of its learning rates, looked through likewise.
+
+    Raises:
+        ConfigurationError: no optimizer, or no scheduler.
+        WiringError: a container of optimizers, or a scheduler of another optimizer.
+    """
+
+    def __init__(self, optimizer: Any, schedulers: Iterable[Any]) -> None:
+        if held_by(optimizer):
+            raise WiringError(
+                f"{type(optimizer).__name__} steps {len(held_by(optimizer))} optimizers: give the one of them that "
+                "shall train the seeds, and the others to growth.monitor.watch(...)"
+            )
+        self._chain = chain_of(optimizer)
+        self.optimizer: torch.optim.Optimizer = self._chain[-1]
+        self._schedulers = Schedulers(self._chain)
+        for scheduler in schedulers:
+            self._schedulers.add(scheduler)
+
+    def add_scheduler(self, scheduler: Any) -> None:
+        """See ``GrowthController.add_scheduler``."""
+        self._schedulers.add(scheduler)
 
     def refuse_unknown_scheduler(self) -> None:
-        """WiringError when the optimizer has a scheduler that nobody told us of."""
-        scheduled = getattr(self._optimizer.step, "_wrapped_by_lr_sched", False)
-        if scheduled and not self._schedulers:
-            raise WiringError(
-                "the optimizer has a learning-rate scheduler that would fail on a new parameter group; "
-                "pass it: GrowthController(..., schedulers=[scheduler])"
-            )
+        """WiringError when the optimizer has a scheduler that nobody told us of, or one that does not fit it."""
+        self._schedulers.refuse_unknown()
 
     def add(self, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-        """Add a group of these parameters by name; settings that are not told are the first group's present ones."""
-        first = self._optimizer.param_groups[0]
+        """Add a group of these parameters by name; settings that are not told are the first group's present ones.
+
+        Raises:
+            ConfigurationError: a setting that the optimizer does not have; nothing has changed.
+            WiringError: the optimizer would never step such parameters, or fail to; nothing has changed.
+        """
+        first = self.optimizer.param_groups[0]
         unknown = sorted(set(settings) - set(first))
         if unknown:
             raise ConfigurationError(f"the optimizer has no settings {unknown}; it has {sorted(first)}")
         group = {key: own_value(value) for key, value in first.items() if key not in ("params", "param_names")}
-        if "lr" in settings and "initial_lr" in group:
-            group["initial_lr"] = settings["lr"]
-        group |= settings
+        group |= told_rates(group, settings, self._schedulers) | dict(settings)
+        _refuse_unsteppable(self.optimizer, parameters, group)
         # Named parameters: an optimizer wants names in all groups or in none.
         group["params"] = list(parameters.items() if "param_names" in first else parameters.values())
-        before = len(self._optimizer.param_groups)
-        self._optimizer.add_param_group(group)
-        for scheduler in _each_scheduler(self._schedulers):
-            for values in _group_lists(scheduler, before):
-                values.append(values[0])
-            if hasattr(scheduler, "base_lrs") and "lr" in settings:
-                scheduler.base_lrs[-1] = settings["lr"]
+        before = len(self.optimizer.param_groups)
+        self._adder().add_param_group(group)
+        if len(self.optimizer.param_groups) != before + 1:
+            raise WiringError(f"{type(self._adder()).__name__}.add_param_group does not reach the optimizer inside")
+        self._schedulers.add_entry(self.optimizer.param_groups[-1], settings)
 
     def of(self, slot: SeedSlot) -> list[int]:
         """Indices of the optimizer's groups that hold parameters of this slot and no others."""
         # Looked up by parameter: the optimizer's load_state_dict makes new dicts of its groups.
         own = {id(parameter) for parameter in slot.parameters()}
-        held = [[id(parameter) in own for parameter in group["params"]] for group in self._optimizer.param_groups]
+        held = [[id(parameter) in own for parameter in group["params"]] for group in self.optimizer.param_groups]
         return [index for index, inside in enumerate(held) if inside and all(inside)]
 
     def remove(self, slot: SeedSlot) -> None:
         """Take a seed's groups out of the optimizer, with the state of their parameters."""
-        groups = self._optimizer.param_groups
-        for index in reversed(self.of(slot)):
+        groups = self.optimizer.param_groups
+        indices = self.of(slot)
+        if indices:
+            self._schedulers.adopt_unknown()
+        for index in reversed(indices):
             for parameter in groups[index]["params"]:
-                self._optimizer.state.pop(parameter, None)
-            for scheduler in _each_scheduler(self._schedulers):
-                for values in _group_lists(scheduler, len(groups)):
-                    del values[index]
+                self.optimizer.state.pop(parameter, None)
+            self._schedulers.remove_entry(index)
             del groups[index]
 
     def insert(self, slot: SeedSlot, index: int, names: Sequence[str]) -> None:
         """Add a group of these parameters, at this place among the groups."""
         known = dict(slot.named_parameters())
         self.add({name: known[name] for name in names}, {})
-        groups = self._optimizer.param_groups
-        for scheduler in _each_scheduler(self._schedulers):
-            for values in _group_lists(scheduler, len(groups)):
-                values.insert(index, values.pop())
+        groups = self.optimizer.param_groups
+        self._schedulers.move_last_entry(index)
         groups.insert(index, groups.pop())
 
-
-def own_value(value: Any) -> Any:
-    # A learning rate may be a tensor; two groups must not share it.
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _each_scheduler(schedulers: Iterable[Any]) -> Iterable[Any]:
-    """The schedulers themselves and those inside chained and sequential ones."""
-    for scheduler in schedulers:
-        yield scheduler
-        yield from _each_scheduler(getattr(scheduler, "_schedulers", ()))
+    def _adder(self) -> Any:
+        """The outermost that adds groups in a way of its own: Lookahead counts steps in them."""
+        for item in self._chain:
+            own = getattr(type(item), "add_param_group", None)
+            if own is not None and own is not torch.optim.Optimizer.add_param_group:
+                return item
+        return self.optimizer
 
 
-def _group_lists(scheduler: Any, groups: int) -> list[list[Any]]:
-    found = (getattr(scheduler, name, None) for name in _PER_GROUP)
-    return [values for values in found if isinstance(values, list) and len(values) == groups]
+def _refuse_unsteppable(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], group: Mapping[str, Any]
+) -> None:
+    """WiringError for what an optimizer takes into its groups without a word, and then never steps, or cannot."""
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    learning = {name: p for name, p in parameters.items() if p.requires_grad}
+    reason = None
+    if "LBFGS" in kinds:
+        reason = "it steps the parameters of its first group alone"
+    elif "SparseAdam" in kinds:
+        reason = "it steps sparse gradients alone, and a seed has dense ones"
+    elif any("muon" in kind.lower() for kind in kinds) and group.get("use_muon", True):
+        # torch's steps matrices alone, others flatten what has more dimensions.
+        exact = isinstance(optimizer, getattr(torch.optim, "Muon", ()))
+        odd = [n for n, p in learning.items() if (p.ndim != 2 if exact else p.ndim < 2)]
+        if odd:
+            reason = f"it steps matrices alone, and the seed has {len(odd)} other parameters, such as {odd[:3]}"
+    if reason is not None:
+        raise WiringError(
+            f"{type(optimizer).__name__} cannot train this seed: {reason}. Give the seed an optimizer of its own: "
+            "germinate(..., add_to_optimizer=False), torch.optim.AdamW(seed.parameters()), "
+            "growth.monitor.watch(that_optimizer)"
+        )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.evidence import SeedEvidence
 from ..core.lifecycle import Stage
-from ..core.schedules import AlphaController, AlphaSchedule
+from ..core.schedules import HOLD, AlphaController, AlphaSchedule
 from ..core.state import check_state
 from .slot import SeedSlot
 
@@ -125,3 +125,10 @@ class Position:
     step: int = 0
     accuracy: float | None = None  # of the last epoch
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
+
+    def take_step(self) -> None:
+        """Count an optimizer step, and move every alpha that is on its way."""
+        self.step += 1
+        for life in self.lives.values():
+            if life.alpha.mode != HOLD:
+                life.slot.set_alpha(life.alpha.step())

@@ -78,6 +78,7 @@ class Mover:
 
     def remove(self, life: Life, reason: str, initiator: str) -> None:
         """Take a seed out of the optimizer, its slot and the monitor."""
+        self._wiring.monitor.refresh()
         self._wiring.groups.remove(life.slot)
         del self._position.lives[life.name]
         self.move(life, Stage.PRUNED, reason, initiator)
@@ -89,6 +90,7 @@ class Mover:
         ramp = life.ramp(target, steps, curve)
         if life.pruning is not None:
             life.keep()
+            self._wiring.monitor.accept()
             self._wiring.monitor.reset(life.name)
             self.emit("prune_cancelled", life.name)
         life.retarget(ramp)
@@ -104,6 +106,7 @@ class Mover:
         if life.slot.stage is Stage.HOLDING:
             self.move(life, Stage.BLENDING, reason, initiator)
         life.slot.freeze()
+        self._wiring.monitor.accept()
 
     def end_epoch(self, life: Life, evidence: SeedEvidence, loss: float | None) -> None:
         """Count an epoch of a seed's life, with the evidence that was found in it; take out one that has faded."""

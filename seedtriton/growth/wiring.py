@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
-from ..core.lifecycle import Stage
 from ..gradients.monitor import GradientMonitor
 from .groups import SeedGroups
 from .slot import SeedSlot
@@ -21,7 +19,7 @@ class Wiring:
     Args:
         model: the module itself, see ``unwrap``.
         slots: ``slots_of`` it.
-        optimizer: what trains the host and gets a group per seed.
+        optimizer: what trains the host and gets a group per seed; wrappers are looked through.
         schedulers: of its learning rates.
         window: samples that the monitor keeps.
         quarantine: see ``GradientMonitor``, as ``tag``.
@@ -32,16 +30,17 @@ class Wiring:
         self,
         model: nn.Module,
         slots: Mapping[str, SeedSlot],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         schedulers: Iterable[Any],
         window: int,
         quarantine: bool,
         tag: str | None,
     ) -> None:
-        self.model, self.slots, self.optimizer = model, slots, optimizer
+        self.model, self.slots = model, slots
         self.groups = SeedGroups(optimizer, schedulers)
+        self.optimizer = self.groups.optimizer
         self.monitor = GradientMonitor(
-            model, {}, window=window, optimizers=optimizer, quarantine=quarantine, tag=tag
+            model, {}, window=window, optimizers=self.optimizer, quarantine=quarantine, tag=tag
         )
 
     def slot(self, name: str) -> SeedSlot:
@@ -70,6 +69,7 @@ class Wiring:
             WiringError: the seed is unfit, or the optimizer has an unknown scheduler; nothing has changed.
         """
         place = self.slots[name]
+        self.monitor.refresh()  # what has changed until now is none of the seed's
         self.refuse_shared(name, module)
         if group is not None:
             self.groups.refuse_unknown_scheduler()
@@ -83,7 +83,7 @@ class Wiring:
         except Exception:
             if len(self.optimizer.param_groups) > groups:
                 self.groups.remove(place)
-            place.move(Stage.PRUNED, "refused")
+            place.vacate()
             place.lifecycle.load_state_dict(before)
             raise
 

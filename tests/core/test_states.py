@@ -126,7 +126,7 @@ def test_a_state_that_does_not_fit_is_refused_and_named(name):
     for version in (0, 2, "1", None, True):
         with pytest.raises(StateDictError, match=f"version {version!r}.*reads version 1"):
             load(name, {**saved(name), "version": version})
-    later = GateThresholds.LATER.keys() if name.startswith("thresholds") else set()
+    later = set() if name == "life" else getattr(type(OBJECTS[name]), "LATER", {}).keys()
     for key in saved(name).keys() - {"version"} - later:
         short = saved(name)
         del short[key]

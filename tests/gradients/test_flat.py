@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import math
 import pickle
 import weakref
 
@@ -713,3 +714,76 @@ def test_a_monitor_refuses_what_is_no_flat_buffer(flat):
     model = Net()
     with pytest.raises(ConfigurationError, match=r'flat must be a FlatGradients, "auto" or None'):
         GradientMonitor(model, {"last": model.last}, flat=flat)
+
+
+# What is unfrozen, added or replaced later
+
+
+def add(model):
+    model.extra = nn.Linear(3, 2)
+    return model.extra.weight
+
+
+def thaw(model):
+    model.side.requires_grad_(True)
+    return model.side.weight
+
+
+@pytest.mark.parametrize("change", [add, thaw])
+@pytest.mark.parametrize("method", ["zero_", "restore"])
+def test_what_was_unfrozen_or_added_is_found_and_zeroed(change, method):
+    """Left out, its gradient would pile up: 3 backward passes of ones make 3."""
+    model = Net()
+    model.side.requires_grad_(False)
+    flat = FlatGradients(model)
+    backward(model)
+    flat.zero_()
+    late = change(model)
+    for _ in range(3):
+        if method == "zero_":
+            flat.zero_()
+        else:
+            model.zero_grad()
+        late.sum().backward()
+        flat.restore()
+    assert torch.equal(late.grad, torch.ones_like(late))
+    assert inside(late.grad, flat.buffer)
+    assert flat.places() == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_what_was_added_and_cannot_have_a_place_is_zeroed_all_the_same(caplog):
+    model = Net()
+    flat = FlatGradients(model)
+    model.words = nn.Embedding(3, 2, sparse=True)
+    for _ in range(3):
+        flat.zero_()
+        model.words(torch.tensor([0])).sum().backward()
+        flat.restore()
+    assert model.words.weight.grad.coalesce().values().tolist() == [[1.0, 1.0]]
+    assert caplog.text.count("words.weight' was added and cannot have a flat gradient") == 1
+
+
+def test_a_parameter_replaced_by_hand_is_refused_until_refresh():
+    model = Net()
+    flat = FlatGradients(model)
+    model.side.weight = nn.Parameter(model.side.weight.detach().clone())
+    with pytest.raises(WiringError, match=r"parameter 'side.weight' was replaced.*refresh\(\)"):
+        flat.zero_()
+    flat.refresh()
+    flat.zero_()
+
+
+def test_a_monitor_follows_its_flat_gradients_to_what_was_added():
+    model, seed = Net(), nn.Linear(2, 2)
+    flat = FlatGradients([model, seed])
+    monitor = GradientMonitor(model, {"a": seed}, flat=flat)
+    backward(model)
+    monitor.measure()
+    late = add(model)
+    flat.zero_()
+    backward(model)
+    late.sum().backward()
+    monitor.measure()
+    truth = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None))
+    assert monitor.read()["a"].host_norm == pytest.approx(truth, rel=1e-6)
+    assert inside(late.grad, flat.buffer)

@@ -238,7 +238,8 @@ def test_live_share_is_of_the_parameters_that_train():
     give(parts[1], 0.0)
     assert seed_evidence(monitor, None).live_share == 0.25
     parts[3].requires_grad_(False)
-    assert monitor.read()["a"].live_share == pytest.approx(1 / 3)
+    assert monitor.read()["a"].live_share is None
+    assert seed_evidence(monitor, None).live_share == pytest.approx(1 / 3)
 
 
 def test_displacement_is_relative_to_the_weights_at_the_beginning():
@@ -1203,6 +1204,7 @@ def test_gradients_below_the_limit_are_not_written(measured):
 
 def test_clipping_reuses_the_measurement(passes):
     model, _, monitor = twins()
+    asked(monitor, passes)
     for max_norm in (1.0, 1.0, 0.5):
         model.backward()
         expected = norm(model.parameters())
@@ -1210,6 +1212,12 @@ def test_clipping_reuses_the_measurement(passes):
         assert monitor.clip_grad_norm_(max_norm).item() == pytest.approx(expected, rel=1e-6)
         assert norm(model.parameters()) == pytest.approx(min(expected, max_norm), rel=1e-5)
     assert passes == []
+
+
+def asked(monitor, passes):
+    """Clip once without a limit: only then a monitor notes which gradients it measured."""
+    monitor.clip_grad_norm_(math.inf)
+    passes.clear()
 
 
 def accumulate(model, optimizer):
@@ -1248,6 +1256,7 @@ def test_clipping_sums_anew_when_the_gradients_are_others(passes, change):
     model.backward()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = GradientMonitor(model, {"a": model.seed, "late": [model.late]}, optimizers=optimizer)
+    asked(monitor, passes)
     monitor.measure()
     change(model, optimizer)
     expected = norm(model.parameters())
@@ -1257,6 +1266,7 @@ def test_clipping_sums_anew_when_the_gradients_are_others(passes, change):
 
 def test_clipping_twice_sums_twice(passes):
     _, _, monitor = twins(300.0)
+    asked(monitor, passes)
     monitor.measure()
     monitor.clip_grad_norm_(1.0)
     assert monitor.clip_grad_norm_(1.0).item() == pytest.approx(1.0, rel=1e-5)
