@@ -200,7 +200,7 @@ class GrowthController:
     def clip_grad_norm_(self, max_norm: Limit, error_if_nonfinite: bool = False, *, reuse: bool = True) -> Tensor:
         """Clip the host, with all that is blended, by its norm, and every seed behind it by its own; the host's norm.
 
-        Together they would share one norm, and a seed take from the host's step. See ``GradientMonitor.clip_grad_norm_``.
+        Together they would share one norm. For the arguments see ``GradientMonitor.clip_grad_norm_``.
         """
         return self.monitor.clip_grad_norm_(max_norm, error_if_nonfinite, apart=True, reuse=reuse)
 
