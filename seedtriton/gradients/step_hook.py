@@ -45,9 +45,9 @@ class _Round:
         self._states = {} if scaler is None else scaler._per_optimizer_states
 
     def skipped(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the scaler was asked to step the optimizer in this round, and its hook never ran."""
+        """Whether the scaler was asked to step the optimizer, whose hook has not run in this round."""
         state = self._states.get(id(optimizer))
-        return state is not None and state["stage"] is OptState.STEPPED and id(optimizer) not in self.stepped
+        return state is not None and state["stage"] is OptState.STEPPED
 
 
 class StepHook:
@@ -114,7 +114,6 @@ class StepHook:
             now = self._round = _Round(self._scaler)
         for optimizer in [known for known in self._known() if id(known) not in now.stepped]:
             self._take(monitor, now, optimizer)
-        now.stepped.add(id(last))
         early, scale = now.early, scale_of_all(now.scales, self._scaler)
         # A round that is over holds no sums, only what tells who steps too late.
         now.early, now.scales, now.closed = EarlySums(), [], _recorded()

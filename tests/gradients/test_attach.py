@@ -204,6 +204,20 @@ def test_a_step_that_the_scaler_skips_spoils_its_own_sample_alone(first, last, s
     assert (found.samples, found.dropped) == (3, int(closed))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_step_that_is_skipped_because_of_a_parameter_nobody_watches_drops_the_sample(side, fused):
+    loop = Loop(*["adamw fused" if fused else "adamw"] * 2, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    stranger = nn.Linear(1, 1)
+    getattr(loop, side).add_param_group({"params": [*stranger.parameters()]})
+    loop.backward(0)
+    (stranger(torch.ones(1)) * float("inf")).sum().backward()
+    loop.scaler.step(loop.a)
+    loop.scaler.step(loop.b)
+    found = loop.monitor.read()["a"]
+    assert (found.samples, found.dropped) == (0, int(fused or side == "a"))
+
+
 def test_sums_of_a_round_that_the_scaler_cut_short_are_in_no_later_sample():
     """The last one is skipped, and the first rests in the round behind it."""
     loop = Loop("adamw", "adamw", torch.amp.GradScaler("cpu", init_scale=1024.0))
