@@ -290,6 +290,38 @@ def test_optimizers_that_step_behind_the_last_one_were_measured_when_it_stepped(
     loop.used.check()
 
 
+ORDERS = [(0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)]
+RESTS = [(), (0,), (1,), (0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("order", "rest"),
+    # In another order than was told, rounds without the last one cannot be told apart.
+    [(order, rest) for order, rest in itertools.product(ORDERS, RESTS) if 2 not in rest or order == (0, 1, 2)],
+)
+def test_some_may_rest_and_step_in_another_order_than_was_told(order, rest):
+    """They rest in every second round. Only what the last one closes is a sample."""
+    torch.manual_seed(0)
+    modules = [nn.Linear(4, 4) for _ in range(3)]
+    optimizers = [Overwriting([*module.parameters()]) for module in modules]
+    monitor = GradientMonitor(modules[0], {"a": modules[1], "b": modules[2]})
+    monitor.attach(*optimizers)
+    used = Used(monitor, [*modules[0].parameters()], [[*module.parameters()] for module in modules[1:]])
+    for step in range(6):
+        nn.Sequential(*modules)(torch.randn(8, 4)).square().mean().backward()
+        for place in [place for place in order if not (step % 2 and place in rest)]:
+            used.note(of(optimizers[place]))
+            if place == 2:
+                used.note([p for module in modules for p in module.parameters()])
+                used.close()
+            optimizers[place].step()
+            optimizers[place].zero_grad()
+        used.drop()
+        for module in modules:
+            module.zero_grad()
+    used.check()
+
+
 def test_a_parameter_of_two_optimizers_counts_once_with_what_the_first_one_used():
     torch.manual_seed(0)
     host, seed = nn.Linear(4, 4), nn.Linear(4, 4)
