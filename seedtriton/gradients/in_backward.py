@@ -129,11 +129,9 @@ class BackwardCollector:
         """A backward pass has ended: of what it left alone no sum is needed."""
         for key in self._runs.pop(run, ()):
             found = self._found.get(key)
-            if found is None or found.run != run:
-                continue
-            if _state(found.parameter) == found.seen:
+            if found is not None and _state(found.parameter) == found.seen:
                 del self._found[key]
-            else:
+            elif found is not None:
                 self._found[key] = found._replace(run=None)
 
     def used_up(self) -> bool:

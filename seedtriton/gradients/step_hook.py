@@ -31,23 +31,25 @@ class _Round:
 
     Attributes:
         early: the gradients of those that have stepped.
-        stepped: their ids.
+        stepped: their places among the optimizers.
         scales: how their gradients were scaled.
-        closed: None, or how many operations autograd had recorded when the last optimizer closed the sample.
+        closed: whether the last optimizer has closed the sample.
+        recorded: how many operations autograd had recorded at the newest step.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
         self.early = EarlySums()
         self.stepped: set[int] = set()
         self.scales: list[LossScale] = []
-        self.closed: int | None = None
+        self.closed = False
+        self.recorded = -1
         # The very table, which scaler.update() replaces: it says later on what became of this round.
         self._states = {} if scaler is None else scaler._per_optimizer_states
 
     def skipped(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the scaler was asked to step the optimizer in this round, and its hook never ran."""
+        """Whether the scaler was asked to step the optimizer, whose hook has not run in this round."""
         state = self._states.get(id(optimizer))
-        return state is not None and state["stage"] is OptState.STEPPED and id(optimizer) not in self.stepped
+        return state is not None and state["stage"] is OptState.STEPPED
 
 
 class StepHook:
@@ -97,27 +99,30 @@ class StepHook:
 
     def _begin_or_go_on(self, monitor: Measuring, optimizer: torch.optim.Optimizer) -> None:
         """One that is not the last steps."""
-        now = self._round
-        if now is not None and now.closed == _recorded() and id(optimizer) not in now.stepped:
-            # It steps behind the one that was told to be the last: no forward pass since, so its gradients were there.
-            return
-        if now is None or now.closed is not None or id(optimizer) in now.stepped:
-            # The last one may have been skipped: what was summed for its sample is nobody's.
+        now, place, recorded = self._round, self._optimizers.index(optimizer), _recorded()
+        again = now is not None and place in now.stepped
+        # With no forward pass since the newest step, it is the same round, whatever the order.
+        if now is not None and now.recorded == recorded and now.closed and not again:
+            return  # it steps behind the one that was told to be the last, which has measured its gradients too
+        early = now is not None and now.recorded != recorded and place < max(now.stepped, default=0)
+        if now is None or now.closed or again or early or now.skipped(self._optimizers[-1]):
+            # Of a round without its last step no sample is made: what was summed for it is nobody's.
             now = self._round = _Round(self._scaler)
         self._take(monitor, now, optimizer)
-        now.stepped.add(id(optimizer))
+        now.stepped.add(place)
+        now.recorded = recorded
 
     def _close(self, monitor: Measuring, last: torch.optim.Optimizer) -> None:
         """The last one steps."""
         now = self._round
-        if now is None or now.closed is not None or now.skipped(last):
+        if now is None or now.closed or now.skipped(last):
             now = self._round = _Round(self._scaler)
-        for optimizer in [known for known in self._known() if id(known) not in now.stepped]:
+        stepped = {id(self._optimizers[place]) for place in now.stepped}
+        for optimizer in [known for known in self._known() if id(known) not in stepped]:
             self._take(monitor, now, optimizer)
-        now.stepped.add(id(last))
         early, scale = now.early, scale_of_all(now.scales, self._scaler)
         # A round that is over holds no sums, only what tells who steps too late.
-        now.early, now.scales, now.closed = EarlySums(), [], _recorded()
+        now.early, now.scales, now.closed, now.recorded = EarlySums(), [], True, _recorded()
         monitor._take(None, scale, early)
         monitor._measure(scale, early=early)
 

@@ -204,6 +204,20 @@ def test_a_step_that_the_scaler_skips_spoils_its_own_sample_alone(first, last, s
     assert (found.samples, found.dropped) == (3, int(closed))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_step_that_is_skipped_because_of_a_parameter_nobody_watches_drops_the_sample(side, fused):
+    loop = Loop(*["adamw fused" if fused else "adamw"] * 2, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    stranger = nn.Linear(1, 1)
+    getattr(loop, side).add_param_group({"params": [*stranger.parameters()]})
+    loop.backward(0)
+    (stranger(torch.ones(1)) * float("inf")).sum().backward()
+    loop.scaler.step(loop.a)
+    loop.scaler.step(loop.b)
+    found = loop.monitor.read()["a"]
+    assert (found.samples, found.dropped) == (0, int(fused or side == "a"))
+
+
 def test_sums_of_a_round_that_the_scaler_cut_short_are_in_no_later_sample():
     """The last one is skipped, and the first rests in the round behind it."""
     loop = Loop("adamw", "adamw", torch.amp.GradScaler("cpu", init_scale=1024.0))
@@ -274,6 +288,38 @@ def test_optimizers_that_step_behind_the_last_one_were_measured_when_it_stepped(
         for module in (loop.host, loop.seed, loop.loose):
             module.zero_grad()
     loop.used.check()
+
+
+ORDERS = [(0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)]
+RESTS = [(), (0,), (1,), (0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("order", "rest"),
+    # In another order than was told, rounds without the last one cannot be told apart.
+    [(order, rest) for order, rest in itertools.product(ORDERS, RESTS) if 2 not in rest or order == (0, 1, 2)],
+)
+def test_some_may_rest_and_step_in_another_order_than_was_told(order, rest):
+    """They rest in every second round. Only what the last one closes is a sample."""
+    torch.manual_seed(0)
+    modules = [nn.Linear(4, 4) for _ in range(3)]
+    optimizers = [Overwriting([*module.parameters()]) for module in modules]
+    monitor = GradientMonitor(modules[0], {"a": modules[1], "b": modules[2]})
+    monitor.attach(*optimizers)
+    used = Used(monitor, [*modules[0].parameters()], [[*module.parameters()] for module in modules[1:]])
+    for step in range(6):
+        nn.Sequential(*modules)(torch.randn(8, 4)).square().mean().backward()
+        for place in [place for place in order if not (step % 2 and place in rest)]:
+            used.note(of(optimizers[place]))
+            if place == 2:
+                used.note([p for module in modules for p in module.parameters()])
+                used.close()
+            optimizers[place].step()
+            optimizers[place].zero_grad()
+        used.drop()
+        for module in modules:
+            module.zero_grad()
+    used.check()
 
 
 def test_a_parameter_of_two_optimizers_counts_once_with_what_the_first_one_used():

@@ -330,6 +330,64 @@ def test_clipping_what_is_left_when_some_were_used_up_sums_what_it_clips():
     assert float(loop.monitor.clip_grad_norm_(1e-3)) == pytest.approx(float(left.norm()), rel=1e-6)
 
 
+def test_clipping_after_a_sample_with_sums_from_backward_makes_a_pass_of_its_own():
+    """The gradients that are left are those that an earlier sample was of, and untouched; the newest row is not."""
+    loop = Loop()
+    loop.step_in_backward([*loop.seed.parameters()])
+    loop.backward(0, seeds=[])
+    loop.host(torch.ones(1, 4)).sum().backward()
+    loop.monitor.measure()
+    left = torch.cat([p.grad.flatten() for p in loop.host.parameters()]).double().norm()
+    loop.seed(torch.ones(1, 4)).sum().backward()
+    loop.monitor.measure()
+    assert loop.monitor.ring[1, 1, SUMSQ] > 0.0
+    assert float(loop.monitor.clip_grad_norm_(1e-3)) == pytest.approx(float(left), rel=1e-6)
+
+
+def test_clipping_nothing_because_it_was_cleared_is_torchs():
+    loop = Loop()
+    loop.step_in_backward([*loop.seed.parameters()])
+    loop.backward(0)
+    loop.monitor.measure()
+    loop.clear()
+    loop.host(torch.ones(1, 4)).sum().backward()
+    loop.clear()
+    assert loop.monitor.clip_grad_norm_(1.0) == 0.0
+
+
+def test_what_is_used_up_between_the_steps_of_a_round_is_not_added_to_it():
+    loop = Loop()
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in loop.host.parameters()]
+    loop.monitor.attach(*optimizers)
+    loop.step_in_backward([*loop.seed.parameters()])
+    for step in range(3):
+        loop.backward(2 * step)
+        loop.used.note(loop.parameters())
+        noted = dict(loop.used.noted)
+        optimizers[0].step()
+        loop.host(torch.randn(4, 4)).sum().backward(inputs=[loop.host.bias])
+        loop.seed(torch.randn(4, 4)).sum().backward()
+        loop.used.noted = {key: found for key, found in noted.items() if key != id(loop.host.bias)}
+        loop.used.note([loop.host.bias])
+        optimizers[1].step()
+        loop.used.close()
+        loop.clear()
+    loop.used.check()
+
+
+def test_what_a_loss_that_does_not_count_has_used_up_is_in_no_sample():
+    host, left, right = (nn.Linear(4, 4) for _ in range(3))
+    monitor = GradientMonitor(host, {"a": left, "b": right}, tag="g")
+    monitor.collect_in_backward()
+    for parameter in right.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    right(host(torch.ones(1, 4))).sum().backward()
+    monitor.measure(tag="d")
+    left(host(torch.ones(1, 4))).sum().backward()
+    monitor.measure(tag="g")
+    assert monitor.ring[0, 2].nan_to_num().tolist() == [0.0] * 7
+
+
 def test_a_seed_that_left_is_in_no_sample_and_has_no_hook():
     loop = Loop(seeds=2)
     loop.step_in_backward()
@@ -379,12 +437,12 @@ def test_measuring_at_the_end_of_backward_itself_is_the_same_sample():
 
 
 def test_measuring_before_our_own_end_of_the_pass_is_the_same_sample():
-    loop, engine = Loop(collect=False), torch.autograd.Variable._execution_engine
-    loop.seed.weight.register_hook(lambda g: engine.queue_callback(loop.monitor.measure))
-    loop.monitor.collect_in_backward()
+    loop, engine = Loop(), torch.autograd.Variable._execution_engine
     loop.step_in_backward([*loop.seed.parameters()])
     for step in range(3):
-        loop.backward(step)
+        loss = loop.loss(step)
+        loss.register_hook(lambda g: engine.queue_callback(loop.monitor.measure))
+        loss.backward()
         loop.used.note(loop.parameters())
         loop.used.close()
         loop.clear()
@@ -417,8 +475,9 @@ def test_collecting_works_with_compiled_autograd():
         expected = torch.autograd.grad(seed(host(x)).square().mean(), [host.weight, seed.weight])
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
             seed(host(x)).square().mean().backward()
+        seed.weight.grad.mul_(2.0)
         monitor.measure()
-        sums = [float(gradient.double().square().sum()) for gradient in expected]
+        sums = [k * float(gradient.double().square().sum()) for k, gradient in zip((1.0, 4.0), expected)]
         assert monitor.ring[step, :, SUMSQ].tolist() == pytest.approx(sums, rel=1e-6)
         seed.zero_grad()
 
