@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -154,11 +154,16 @@ def inactive_adapter(modules: Iterable[nn.Module], parameters: Sequence[Tensor])
     return None
 
 
-def unheld(named: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
-    """Names of those with a gradient that no optimizer will ever step or zero, while others are held by one.
+def unheld(
+    named: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer], watched: Container[int]
+) -> list[str]:
+    """Names of those of the host with a gradient that no optimizer will ever step or zero.
 
-    None at all is held where the host's optimizer is simply not known.
+    Empty where the host's optimizer is simply not known: nothing of the host is held by one, and none holds anything
+    that is no longer ``watched`` (by ``id``).
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    outside = [name for name, p in named.items() if p.requires_grad and p.grad is not None and id(p) not in held]
-    return outside if any(id(p) in held for p in named.values()) else []
+    known = any(id(p) in held for p in named.values()) or any(one not in watched for one in held)
+    if not known:
+        return []
+    return [name for name, p in named.items() if p.requires_grad and p.grad is not None and id(p) not in held]
