@@ -15,6 +15,11 @@ Named = Mapping[int, Mapping[str, Tensor]]
 
 SHOWN = 3  # parameters that a sentence names
 
+
+def _is_shard(value: Any) -> bool:
+    return hasattr(value, "placements") and hasattr(value, "device_mesh")
+
+
 _flag = operator.attrgetter("requires_grad")
 
 
@@ -54,8 +59,11 @@ class Snapshot:
         _registrations.begin()
         every = {id(module): module for module in modules}
         both = ((module._parameters, module._modules) for module in every.values())
-        # A scripted module has other containers, and cannot be changed.
-        self._dicts: list[dict[str, Any]] = [held for pair in both for held in pair if isinstance(held, dict)]
+        # A scripted module has other containers, and cannot be changed. What fully_shard keeps (DTensor) is another
+        # object whenever it is gathered, and the same one again after backward.
+        self._dicts: list[dict[str, Any]] = [
+            held for pair in both for held in pair if isinstance(held, dict) and not any(map(_is_shard, held.values()))
+        ]
         self._held = self._now()
         self._count = _registrations.count
         self.named = named

@@ -598,3 +598,21 @@ def test_a_copied_controller_goes_on():
     assert len(optimizer.param_groups) == 2
 
 
+
+
+class Shard(torch.nn.Parameter):
+    """Looks like a DTensor, which fully_shard replaces by the gathered parameter during a forward pass."""
+
+    placements = device_mesh = None
+
+
+def test_a_shard_that_is_gathered_is_no_change():
+    model, monitor = watched()
+    model.seed[0]._parameters["weight"] = shard = Shard(torch.eye(6))
+    monitor.refresh()
+    step(model, monitor, 2)
+    model.seed[0]._parameters["weight"] = nn.Parameter(torch.eye(6))
+    assert monitor.read()["s"].samples == 2
+    model.seed[0]._parameters["weight"] = shard
+    step(model, monitor, 2)
+    assert monitor.read()["s"].samples == 4
