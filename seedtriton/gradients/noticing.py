@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 Named = Mapping[int, Mapping[str, Tensor]]
 
 SHOWN = 3  # parameters that a sentence names
+
+
+def _is_shard(value: Any) -> bool:
+    return hasattr(value, "placements") and hasattr(value, "device_mesh")
+
 
 _flag = operator.attrgetter("requires_grad")
 
@@ -54,8 +59,11 @@ class Snapshot:
         _registrations.begin()
         every = {id(module): module for module in modules}
         both = ((module._parameters, module._modules) for module in every.values())
-        # A scripted module has other containers, and cannot be changed.
-        self._dicts: list[dict[str, Any]] = [held for pair in both for held in pair if isinstance(held, dict)]
+        # A scripted module has other containers, and cannot be changed. What fully_shard keeps (DTensor) is another
+        # object whenever it is gathered, and the same one again after backward.
+        self._dicts: list[dict[str, Any]] = [
+            held for pair in both for held in pair if isinstance(held, dict) and not any(map(_is_shard, held.values()))
+        ]
         self._held = self._now()
         self._count = _registrations.count
         self.named = named
@@ -154,11 +162,16 @@ def inactive_adapter(modules: Iterable[nn.Module], parameters: Sequence[Tensor])
     return None
 
 
-def unheld(named: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
-    """Names of those with a gradient that no optimizer will ever step or zero, while others are held by one.
+def unheld(
+    named: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer], watched: Container[int]
+) -> list[str]:
+    """Names of those of the host with a gradient that no optimizer will ever step or zero.
 
-    None at all is held where the host's optimizer is simply not known.
+    Empty where the host's optimizer is simply not known: nothing of the host is held by one, and none holds anything
+    that is no longer ``watched`` (by ``id``).
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    outside = [name for name, p in named.items() if p.requires_grad and p.grad is not None and id(p) not in held]
-    return outside if any(id(p) in held for p in named.values()) else []
+    known = any(id(p) in held for p in named.values()) or any(one not in watched for one in held)
+    if not known:
+        return []
+    return [name for name, p in named.items() if p.requires_grad and p.grad is not None and id(p) not in held]

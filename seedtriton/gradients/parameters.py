@@ -249,22 +249,20 @@ class Watched:
         self.refresh()
         return before.differences(self._snapshot, loaded=loaded)
 
-    def says(self, name: str, optimizers: Sequence[torch.optim.Optimizer], *, silent: bool) -> list[str]:
-        """What a reading of this seed has to say of the parameters; ``silent``: the seed had no gradient."""
-        said = []
-        adapter = None
-        if silent:
-            modules = [module for source in (self._host, *self._seeds.values()) for module in source.modules()]
-            adapter = inactive_adapter(modules, self.of_seed[name])
-        if adapter is not None:
-            said.append(adapter)
-        outside = unheld(self._snapshot.named[0], optimizers)
-        if outside:
-            said.append(
-                f"of the host {some(outside)} in no known optimizer, which would step and zero them: such gradients "
-                "pile up in the host's norm (freeze them, or watch() their optimizer)"
-            )
-        return said
+    def piling_up(self, optimizers: Sequence[torch.optim.Optimizer]) -> str | None:
+        """Which parameters of the host no optimizer will ever step or zero, in words."""
+        outside = unheld(self._snapshot.named[0], optimizers, self.segment_by_id.keys() | self._empty)
+        if not outside:
+            return None
+        return (
+            f"of the host {some(outside)} in no known optimizer, which would step and zero them: such gradients "
+            "pile up in the host's norm (freeze them, or watch() their optimizer)"
+        )
+
+    def adapter_of(self, name: str) -> str | None:
+        """The adapter that a seed without a gradient is, if it is one that is not active, in words."""
+        modules = [module for source in (self._host, *self._seeds.values()) for module in source.modules()]
+        return inactive_adapter(modules, self.of_seed[name])
 
     def _hook_loads(self) -> None:
         for handle in self._handles:

@@ -110,12 +110,14 @@ class Windows(Ring):
         counted = self.vanishing_rms is not None, self.exploding_rms is not None
         reader = Reader(self.window, self.eps, self.host_floor, *counted)
         evidence = reader.evidence(packed.tolist(), self._watched.of_seed, self._progress)
-        return {name: self._explained(known) for name, known in evidence.items()}
+        piles = self._watched.piling_up(self._progress.steps.optimizers()) if evidence else None
+        return {name: self._explained(known, piles) for name, known in evidence.items()}
 
-    def _explained(self, known: SeedEvidence) -> SeedEvidence:
+    def _explained(self, known: SeedEvidence, piles: str | None) -> SeedEvidence:
         """With what is known of the parameters in its reason; what needs a hand goes to the log, once."""
         silent = known.frozen or known.status == NO_GRADIENT
-        said = self._watched.says(known.seed, self._progress.steps.optimizers(), silent=silent)
+        found = self._watched.adapter_of(known.seed) if silent else None, piles
+        said = [words for words in found if words is not None]
         for words in said:
             if words not in self._said:
                 self._said.add(words)

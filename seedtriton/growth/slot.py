@@ -6,6 +6,7 @@ decides nothing: who may move, and when, is the gates' and the controller's busi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ from .trying import (
     seed_module,
     slot_named,
 )
+
+logger = logging.getLogger("seedtriton")
 
 # Forward passes that are looked at for leaks after entering TRAINING and after each epoch: more than a gate
 # forgives, and few enough to cost nothing (a walk over the seed's graph each).
@@ -425,4 +428,11 @@ def _after_load(slot: nn.Module, incompatible_keys: object) -> None:
         # The tensor is the number rounded to float32; the number decides whether alpha is at its target.
         if float(torch.tensor(slot._alpha_value, dtype=torch.float32, device="cpu")) != float(loaded):
             slot._alpha_value = float(loaded)
+        if slot._alpha_value > 0.0 and slot._mode != BLENDED:
+            logger.warning(
+                "%s was loaded with alpha %.3g, and its stage is %s, in which it is not blended in: the state_dict of "
+                "a module has no stage. Load the controller's state first (README, Stop and resume), or the slot's: "
+                "slot.load_lifecycle_state(saved.lifecycle_state())",
+                slot_named(slot.name), slot._alpha_value, slot.stage,
+            )  # fmt: skip
         slot._keep_alpha_a_leaf()

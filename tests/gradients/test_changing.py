@@ -331,6 +331,17 @@ def test_parameters_of_the_host_whose_gradients_pile_up_are_named_once(caplog):
     assert "pile up" not in monitor.read()["s"].reason
 
 
+def test_a_host_whose_parameters_were_all_replaced_piles_up_in_no_optimizer():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = GradientMonitor(model, {"s": model.seed}, optimizers=optimizer)
+    model.host, model.head = nn.Linear(4, 6), nn.Linear(6, 3)
+    model.backward()
+    monitor.measure()
+    words = "of the host parameter 'host.weight', parameter 'host.bias', parameter 'head.weight' and 1 more in no known"
+    assert words in monitor.read()["s"].reason
+
+
 def test_a_host_whose_optimizer_is_unknown_is_not_blamed():
     model = Model()
     monitor = GradientMonitor(model, {"s": model.seed}, optimizers=torch.optim.SGD(model.seed.parameters(), lr=0.1))
@@ -587,3 +598,21 @@ def test_a_copied_controller_goes_on():
     assert len(optimizer.param_groups) == 2
 
 
+
+
+class Shard(torch.nn.Parameter):
+    """Looks like a DTensor, which fully_shard replaces by the gathered parameter during a forward pass."""
+
+    placements = device_mesh = None
+
+
+def test_a_shard_that_is_gathered_is_no_change():
+    model, monitor = watched()
+    model.seed[0]._parameters["weight"] = shard = Shard(torch.eye(6))
+    monitor.refresh()
+    step(model, monitor, 2)
+    model.seed[0]._parameters["weight"] = nn.Parameter(torch.eye(6))
+    assert monitor.read()["s"].samples == 2
+    model.seed[0]._parameters["weight"] = shard
+    step(model, monitor, 2)
+    assert monitor.read()["s"].samples == 4

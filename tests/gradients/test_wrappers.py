@@ -48,8 +48,24 @@ class ScheduleFree:
         self.base.zero_grad(set_to_none)
 
 
+class Forwarding:
+    """Lightning's: imitates the class of the optimizer, and hands on every attribute of it."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Lightning" + type(optimizer).__name__, (Forwarding, type(optimizer)), {})
+
+    optimizer = property(lambda self: self._optimizer)
+
+    def step(self, closure=None):
+        self._optimizer.step(closure)
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
 def lightning(optimizer):
-    """Lightning's: a class made at run time of its own and the optimizer's, that shares the whole ``__dict__``."""
+    """Lightning's of earlier releases: a class made at run time, that shares the whole ``__dict__``."""
 
     class LightningOptimizer:
         def __init__(self, inner):
@@ -103,7 +119,7 @@ def nested(optimizer):
     return Accelerated(ScheduleFree(optimizer))
 
 
-WRAPPERS = [Accelerated, ScheduleFree, lightning, Lookahead, nested]
+WRAPPERS = [Accelerated, ScheduleFree, Forwarding, lightning, Lookahead, nested]
 
 
 def parts():

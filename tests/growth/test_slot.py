@@ -127,6 +127,20 @@ def test_alpha_travels_with_the_state_dict_and_still_learns(assign):
     assert target.alpha.grad is not None
 
 
+def test_a_blended_state_in_a_slot_that_does_not_blend_is_said(caplog):
+    """All keys match, and the output is the host's: a deployed model would be without its seed."""
+    source, target = slot_in(Stage.FOSSILIZED, alpha=1.0), SeedSlot()
+    target.germinate(copy.deepcopy(source.seed))
+    target.load_state_dict(source.state_dict())
+    assert "loaded with alpha 1, and its stage is GERMINATED" in caplog.text
+    target.load_lifecycle_state(source.lifecycle_state())
+    features = torch.randn(2, 4)
+    assert torch.equal(target(features), source(features))
+    caplog.clear()
+    target.load_state_dict(source.state_dict())
+    assert caplog.text == ""
+
+
 def test_a_fossil_keeps_its_alpha_and_no_longer_measures_it():
     slot = slot_in(Stage.FOSSILIZED, alpha=0.5)
     slot(torch.randn(2, 4)).sum().backward()
