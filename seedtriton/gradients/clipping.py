@@ -36,20 +36,20 @@ class MeasuredGradients:
 
     def forget(self) -> None:
         """After an optimizer step or clipping: what was measured is gone."""
-        self._measured = self._scaled = False
+        self._measured = False
         # Emptied, because even a weak reference to a gradient stands in the way of torch.utils.swap_tensors.
         self._witnesses: list[weakref.ref[Tensor]] = []
         self._versions: int | None = 0
 
     def remember(self, gradients: Sequence[Tensor], scaled: bool) -> None:
         """Note what was measured, and whether it still had its loss scale."""
-        self._measured, self._scaled, self._witnesses, self._versions = True, scaled, [], 0
+        self._measured, self._witnesses, self._versions = True, [], 0
         # Not while compiling: what is set there is set for good, and clipping then makes its own pass.
         if torch.compiler.is_compiling():
             return
         # A note of every gradient is a sixth of a measurement, and stands in the way of torch.utils.swap_tensors: not
-        # for those who never clip.
-        if self._asked:
+        # for those who never clip. With a loss scale only the measurement knows the norm, from the first step on.
+        if self._asked or scaled:
             # Weak: no gradient may live longer because it was measured.
             versions = _versions(gradients)
             self._witnesses = list(map(weakref.ref, gradients))
@@ -58,12 +58,9 @@ class MeasuredGradients:
     def are(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the last measurement was of these very gradients, in their present state.
 
-        The first time that it is asked nobody noted them, and clipping makes a pass of its own; but of gradients that
-        still had their loss scale only the measurement knows the norm, and they are taken for those.
+        The first time that it is asked nobody may have noted them, and clipping makes a pass of its own.
         """
-        if not self._asked:
-            self._asked = True
-            return self._measured and self._scaled
+        self._asked = True
         return (
             self._measured
             and len(gradients) == len(self._witnesses) > 0

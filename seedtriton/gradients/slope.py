@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..core.errors import ConfigurationError
 
-# Gradients of the seed that are looked at, its smallest; one alone may be zero for reasons of its own.
+# Gradients that are looked at, the smallest of the seed and of the host: one alone may be zero for reasons of its own,
+# and all of a seed's are where the script blends by itself at alpha = 0.
 WITNESSES = 4
 
 
@@ -32,6 +33,7 @@ class Alpha:
         self.holder = holder
         self.correction: Tensor | float | None = None
         self._witnesses: list[Tensor] = []
+        self._host: list[Tensor] = []
         self._hooked: Tensor | None = None
         self._added = False  # a backward pass has added to the slope since it was taken
         self._held = False  # taken, and the step has not come yet: the next measurement adds to it
@@ -49,10 +51,9 @@ class Alpha:
             )
         return cls(alpha)
 
-    def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Take the parameters whose gradients tell whether the slope was cleared: the seed's."""
-        learning = [p for p in parameters if p.requires_grad and p.numel()]
-        self._witnesses = sorted(learning, key=Tensor.numel)[:WITNESSES]
+    def watch(self, parameters: Sequence[Tensor], host: Sequence[Tensor]) -> None:
+        """Take the parameters whose gradients tell whether the slope was cleared: the seed's, and some of the host."""
+        self._witnesses, self._host = _smallest(parameters), _smallest(host)
         self._hook()
 
     def gradient(self) -> Tensor | None:
@@ -117,7 +118,7 @@ class Alpha:
             same = self._seen == (id(gradient), gradient._version - 1)
             if same:
                 return None
-        present = [w.grad for w in self._witnesses if w.grad is not None]
+        present = [w.grad for w in (*self._witnesses, *self._host) if w.grad is not None]
         device = self.holder.alpha.device
         dense = [g.to_dense() if g.layout is not torch.strided else g for g in present]
         return torch.stack([g.ne(0).any().to(device) for g in dense]).any().float()
@@ -125,6 +126,11 @@ class Alpha:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of alpha has no hook: the copy of this finds that out by itself.
         return {**self.__dict__, "_hooked": None, "_seen": None, "_stale": None}
+
+
+def _smallest(parameters: Sequence[Tensor]) -> list[Tensor]:
+    learning = [p for p in parameters if p.requires_grad and p.numel()]
+    return sorted(learning, key=Tensor.numel)[:WITNESSES]
 
 
 class _Holder:

@@ -198,6 +198,7 @@ class Windows(Ring):
         for name in names:
             self._begin_window(1 + self.seeds.index(name))
             self._progress.begin(name, self._watched.of_seed[name])
+        self._rounds.close()
         if self._progress.steps.calls:  # before anything was measured there is nothing to drop
             self._changes.update(dict.fromkeys(names, words))
             logger.warning("parameters changed (%s): the window of %s begins anew", words, names)

@@ -227,6 +227,22 @@ def test_a_scaler_neither_skips_a_step_nor_halves_its_scale_for_a_seed_in_quaran
     assert scales == {True: (4.0, True), False: (2.0, False)}
 
 
+def test_the_first_clip_sees_what_was_written_since_the_measurement():
+    loop = Loop().backward()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = torch.optim.SGD([p for m in loop.modules().values() for p in m.parameters()], 0.1)
+    loop.monitor.watch(optimizer)
+    scaler.scale(torch.zeros(()))
+    loop.monitor.measure(scaler)
+    scaler.unscale_(optimizer)
+    with torch.no_grad():
+        for module in loop.modules().values():
+            for parameter in module.parameters():
+                parameter.grad.mul_(2.0)
+    expected = norm_of([g for part in loop.gradients().values() for g in part])
+    assert loop.monitor.clip_grad_norm_(1.0).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_sparse_and_wide_gradients_of_a_seed_are_put_in_quarantine():
     host, seed = nn.Linear(3, 3), nn.ModuleList([nn.Embedding(5, 2, sparse=True), nn.Linear(2, 2).double()])
     monitor = GradientMonitor(host, {"a": seed}, quarantine=True)

@@ -119,6 +119,28 @@ def test_a_second_loss_through_the_seed_is_gone_with_its_gradients(set_to_none):
     loop.check()
 
 
+@BOTH
+def test_a_seed_without_a_gradient_of_its_own_keeps_the_slope_of_all_micro_batches(set_to_none):
+    """Where the script blends by itself at alpha = 0, nothing reaches the seed."""
+    loop = Loop()
+    for number in range(4):
+        for _ in range(3):
+            x = loop.host(torch.randn(8, 4, generator=loop.data))
+            s = loop.seed(x.detach())
+            out = x + loop.alpha * (s - x)
+            out.retain_grad()
+            out.square().mean().backward()
+            loop.true_gain -= float((out.grad.double() * (s - x).detach().double()).sum())
+        loop.monitor.measure()
+        if number == 2:  # and one that is dropped
+            loop.clear(set_to_none)
+            continue
+        loop.step(set_to_none)
+    rows = loop.rows
+    assert [row[1] for row in rows] == [0.0] * 3
+    loop.check()
+
+
 def test_gradients_that_were_clipped_or_scaled_are_not_taken_for_cleared_ones():
     loop = Loop()
     loop.backward()
@@ -186,6 +208,17 @@ def test_a_seed_that_comes_or_begins_anew_between_measurements_loses_no_sample()
     loop.backward()
     loop.monitor.measure()
     loop.monitor.reset("a")
+    loop.backward()
+    loop.monitor.measure()
+    assert loop.monitor.read()["a"].samples == 1
+
+
+def test_a_window_that_begins_anew_because_parameters_changed_loses_no_sample():
+    loop = Loop()
+    loop.backward()
+    loop.monitor.measure()
+    loop.seed.weight = nn.Parameter(loop.seed.weight.detach().clone())
+    loop.monitor.read()
     loop.backward()
     loop.monitor.measure()
     assert loop.monitor.read()["a"].samples == 1
