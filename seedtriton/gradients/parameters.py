@@ -219,7 +219,7 @@ class Watched:
             (segment, self._alphas[name]) for segment, name in enumerate(self._seeds, start=1) if name in self._alphas
         ]
         for segment, alpha in self.gains:
-            alpha.watch(found[self.names[segment - 1]], list(named[0].values()))
+            alpha.watch(found[self.names[segment - 1]])
         self._hook_loads()
         if self.collecting is not None:
             self.collecting.watch(self.tracked, self.name_of)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..core.errors import ConfigurationError
 
-# Gradients that are looked at, the smallest of the seed and of the host: one alone may be zero for reasons of its own,
-# and all of a seed's are where the script blends by itself at alpha = 0.
+# Gradients of the seed that are looked at, its smallest; one alone may be zero for reasons of its own. None of the
+# host: what lies behind the slot has its gradient of the same backward pass already.
 WITNESSES = 4
 
 
@@ -33,7 +33,6 @@ class Alpha:
         self.holder = holder
         self.correction: Tensor | float | None = None
         self._witnesses: list[Tensor] = []
-        self._host: list[Tensor] = []
         self._hooked: Tensor | None = None
         self._added = False  # a backward pass has added to the slope since it was taken
         self._held = False  # taken, and the step has not come yet: the next measurement adds to it
@@ -51,9 +50,10 @@ class Alpha:
             )
         return cls(alpha)
 
-    def watch(self, parameters: Sequence[Tensor], host: Sequence[Tensor]) -> None:
-        """Take the parameters whose gradients tell whether the slope was cleared: the seed's, and some of the host."""
-        self._witnesses, self._host = _smallest(parameters), _smallest(host)
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Take the parameters whose gradients tell whether the slope was cleared: the seed's."""
+        learning = [p for p in parameters if p.requires_grad and p.numel()]
+        self._witnesses = sorted(learning, key=Tensor.numel)[:WITNESSES]
         self._hook()
 
     def gradient(self) -> Tensor | None:
@@ -113,12 +113,13 @@ class Alpha:
         """0 if the seed's gradients were cleared, None if not; a 0-dim tensor of 0 or 1 where only the device knows."""
         if gradient is None:
             return 0.0
-        if self._seen is not None and not gradient.is_inference():
-            # One more backward pass is one more write. Anything else may have been zero_(), or clipping.
-            same = self._seen == (id(gradient), gradient._version - 1)
-            if same:
+        if not gradient.is_inference():
+            # One more backward pass is one more write, or makes a gradient that nobody has written to. Anything else
+            # may have been zero_(), or clipping.
+            written = gradient._version if self._seen is None else gradient._version - 1
+            if (self._seen is None and written == 0) or self._seen == (id(gradient), written):
                 return None
-        present = [w.grad for w in (*self._witnesses, *self._host) if w.grad is not None]
+        present = [w.grad for w in self._witnesses if w.grad is not None]
         device = self.holder.alpha.device
         dense = [g.to_dense() if g.layout is not torch.strided else g for g in present]
         return torch.stack([g.ne(0).any().to(device) for g in dense]).any().float()
@@ -126,11 +127,6 @@ class Alpha:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of alpha has no hook: the copy of this finds that out by itself.
         return {**self.__dict__, "_hooked": None, "_seen": None, "_stale": None}
-
-
-def _smallest(parameters: Sequence[Tensor]) -> list[Tensor]:
-    learning = [p for p in parameters if p.requires_grad and p.numel()]
-    return sorted(learning, key=Tensor.numel)[:WITNESSES]
 
 
 class _Holder:
