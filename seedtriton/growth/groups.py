@@ -116,10 +116,11 @@ def _refuse_unsteppable(
     elif "SparseAdam" in kinds:
         reason = "it steps sparse gradients alone, and a seed has dense ones"
     elif any("muon" in kind.lower() for kind in kinds) and group.get("use_muon", True):
-        # torch's steps matrices alone, others flatten what has more dimensions.
+        # torch's steps matrices alone; others flatten what has more dimensions, and some take vectors: who holds one does.
         exact = isinstance(optimizer, getattr(torch.optim, "Muon", ()))
+        takes_vectors = any(p.ndim < 2 for known in optimizer.param_groups for p in known["params"])
         odd = [n for n, p in learning.items() if (p.ndim != 2 if exact else p.ndim < 2)]
-        if odd:
+        if odd and not takes_vectors:
             reason = f"it steps matrices alone, and the seed has {len(odd)} other parameters, such as {odd[:3]}"
     if reason is not None:
         raise WiringError(

@@ -283,7 +283,11 @@ class SingleDeviceMuon(torch.optim.SGD):
     [
         (lambda ps: torch.optim.LBFGS(ps), nn.Linear(4, 4), "parameters of its first group alone"),
         (lambda ps: torch.optim.Muon([p for p in ps if p.ndim == 2]), nn.Linear(4, 4), r"matrices alone.*'seed.bias'"),
-        (lambda ps: SingleDeviceMuon(ps, lr=0.1), nn.Linear(4, 4), r"1 other parameters, such as \['seed.bias'\]"),
+        (
+            lambda ps: SingleDeviceMuon([p for p in ps if p.ndim == 2], lr=0.1),
+            nn.Linear(4, 4),
+            r"1 other parameters, such as \['seed.bias'\]",
+        ),
         (lambda ps: torch.optim.SparseAdam(ps), nn.Linear(4, 4), "sparse gradients alone"),
     ],
 )
