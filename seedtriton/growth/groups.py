@@ -116,7 +116,7 @@ def _refuse_unsteppable(
     elif "SparseAdam" in kinds:
         reason = "it steps sparse gradients alone, and a seed has dense ones"
     elif any("muon" in kind.lower() for kind in kinds) and group.get("use_muon", True):
-        # torch's steps matrices alone; others flatten what has more dimensions, and some take vectors: who holds one does.
+        # torch's steps matrices alone; others flatten what has more dimensions; whoever holds a vector takes vectors.
         exact = isinstance(optimizer, getattr(torch.optim, "Muon", ()))
         takes_vectors = any(p.ndim < 2 for known in optimizer.param_groups for p in known["params"])
         odd = [n for n, p in learning.items() if (p.ndim != 2 if exact else p.ndim < 2)]
