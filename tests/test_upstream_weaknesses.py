@@ -127,7 +127,8 @@ def test_w10_every_sample_of_the_window_counts():
         for parameter in model.early.seed.parameters():
             parameter.grad.fill_(scale)
 
-    growth.optimizer.step = lambda: None
+    for group in growth.optimizer.param_groups:
+        group["lr"] = 0.0  # a measurement without a step would be the same sample again
     train(model, growth, 10, spoil)
     elements = sum(p.numel() for p in model.early.seed.parameters())
     assert growth.evidence()["early"].seed_norm == pytest.approx(math.sqrt(elements / 10))
@@ -364,6 +365,9 @@ def test_w11_and_w12_the_host_is_read_once_for_all_seeds_and_clipping_reads_noth
     growth = GrowthController(model, torch.optim.SGD(model.parameters(), lr=0.05), sinks=[])
     for slot in ("early", "late"):
         growth.germinate(slot, Residual(6, 16), probe=PROBE)
+    # The first clip of all reads for itself; from then on a measurement keeps what the next one needs.
+    train(model, growth, 1)
+    growth.clip_grad_norm_(1.0)
     model(torch.randn(8, 8)).square().mean().backward()
     read.clear()
     growth.measure()

@@ -113,9 +113,10 @@ class StepCounter:
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
         return bool(wanted) and all(id(parameter) in held for parameter in wanted)
 
-    def restore(self, by_optimizer: Sequence[int]) -> None:
-        for entry, saved in zip(self._watched, by_optimizer):
+    def restore(self, by_optimizer: Sequence[int], waited: Sequence[int]) -> None:
+        for entry, saved, measurements in zip(self._watched, by_optimizer, waited):
             entry.calls, entry.skipped = saved, None
+            entry.measured = self.calls - measurements
         self.total = sum(by_optimizer)
 
     def by_optimizer(self) -> list[int]:
@@ -148,9 +149,14 @@ class StepCounter:
             found.append(self._watched[index].calls - begun - int(missed))
         return min(found, default=None)
 
+    def waited(self) -> list[int]:
+        """Measurements since its last step, by optimizer."""
+        return [self.calls - entry.measured for entry in self._watched]
+
     def idle(self, holders: Sequence[int]) -> int | None:
         """Measurements since the last step of those optimizers, the most of them."""
-        return max((self.calls - self._watched[index].measured for index in holders), default=None)
+        waited = self.waited()
+        return max((waited[index] for index in holders), default=None)
 
 
 def _nothing() -> None:
@@ -219,9 +225,10 @@ class Progress:
         }
 
     def state_dict(self, names: Iterable[str]) -> dict[str, Any]:
-        """Steps by optimizer, and the mark of each of these seeds."""
+        """Steps and measurements since the last one by optimizer, and the mark of each of these seeds."""
         return {
             "steps": self.steps.taken(),
+            "waited": self.steps.waited(),
             "marks": {name: self.marks[name].state_dict() for name in names},
         }
 
@@ -230,6 +237,9 @@ class Progress:
         steps, marks, watched = state["steps"], state["marks"], len(self.steps.by_optimizer())
         if not isinstance(steps, list) or len(steps) != watched:
             raise StateDictError(f"{kind}: the state counts steps {steps!r}, the monitor {watched} optimizers")
+        waited = state["waited"]
+        if not isinstance(waited, list) or len(waited) != watched or not all(type(w) is int and w >= 0 for w in waited):
+            raise StateDictError(f"{kind}: the state's 'waited' is {waited!r}, not {watched} counts of measurements")
         if not isinstance(marks, dict) or marks.keys() != parameters.keys():
             raise StateDictError(f"{kind}: the state does not hold one mark for each of {list(parameters)}")
         for name, found in parameters.items():
@@ -237,7 +247,7 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Sequence[Tensor]]) -> None:
         """Take over ``state_dict``, which was checked."""
-        self.steps.restore(state["steps"])
+        self.steps.restore(state["steps"], state.get("waited", [0] * len(state["steps"])))  # 0.1 has none
         for name, mark in state["marks"].items():
             self.marks[name] = Mark.from_state_dict(mark, parameters[name])
 

@@ -1073,6 +1073,8 @@ BAD_STATES = {
     "other seeds": lambda s: edit(s, "seeds", ["b"]),
     "no seeds": lambda s: edit(s, "seeds", KeyError),
     "no steps": lambda s: edit(s, "steps", KeyError),
+    "measurements since the step of optimizers it has not": lambda s: edit(s, "waited", [0, 0, 0]),
+    "measurements since the step below zero": lambda s: edit(s, "waited", [-1]),
     "no marks": lambda s: edit(s, "marks", KeyError),
     "unknown extra key": lambda s: edit(s, "surprise", 1),
     "no mark of the seed": lambda s: edit(s, "marks", {}),

@@ -35,6 +35,8 @@ def test_a_state_of_the_first_release_is_taken_over_bit_for_bit(saved, step, sta
     # The rule of the seeds is the one that they were trained by.
     assert run.model.early.isolation == TrustRegion(0.3, "norm")
     assert run.model.late.isolation == StraightThrough()
+    # What 0.1 did not save: how long the optimizer has not stepped.
+    assert now["growth"]["monitor"]["_extra_state"].pop("waited") == [0]
     for part in ("growth", "model", "optimizer", "scheduler", "step"):
         assert same(now[part], old[part]), part
     # And it goes on from there.
