@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -214,7 +214,23 @@ class Bench:
                 calls[one.name], rows[one.name]["rel_error"] = self._checked(case.task, one, works, truth, pristine)
             except Exception as error:
                 rows[one.name]["note"] = _said(error)
-        by_name = {one.name: one for one in todo}
+        self._time(case, {one.name: one for one in todo}, calls, truth, pristine, rows)
+        for one in rows.values():
+            taken = one["gpu_us_median"] or (None if self.cuda else one["wall_us_median"])
+            if taken:
+                one["copy_bandwidth_fraction"] = least / taken * 1e6 / self.anchors["copy_bytes_per_second"]
+        return list(rows.values())
+
+    def _time(
+        self,
+        case: Case,
+        by_name: Mapping[str, Contender],
+        calls: dict[str, list[Call]],
+        truth: dict[str, Any],
+        pristine: Sequence[Tensor],
+        rows: dict[str, dict[str, Any]],
+    ) -> None:
+        """Write what is counted and timed of these calls into their rows."""
         for name in list(calls):
             try:
                 rows[name] |= self._counts(calls[name], pristine)
@@ -239,11 +255,6 @@ class Bench:
             for name, found in self._calls(calls, pristine).items():
                 median = statistics.median(found) * 1e6
                 rows[name] |= {"cpu_us_median": median, "wall_us_median": median}
-        for one in rows.values():
-            taken = one["gpu_us_median"] or (None if self.cuda else one["wall_us_median"])
-            if taken:
-                one["copy_bandwidth_fraction"] = least / taken * 1e6 / self.anchors["copy_bytes_per_second"]
-        return list(rows.values())
 
     def _checked(
         self, task: str, one: Contender, works: Sequence[Work], truth: dict[str, Any], pristine: Sequence[Tensor]

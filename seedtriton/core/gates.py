@@ -163,9 +163,7 @@ class QualityGates(PlainState):
         limits = self.thresholds
         return [
             _stage_is(status, Stage.BLENDING, "in_blending", "not_in_blending"),
-            _measured(status.known),
-            _finite(status.known, limits.max_dropped_share),
-            _fresh(status.known, limits.max_sample_age),
+            *_seen_lately(status.known, limits),
             _yes(
                 "alpha", status.alpha_holds and status.alpha == status.alpha_target > 0.0,
                 "alpha_target_reached", "alpha_not_at_target",
@@ -182,9 +180,7 @@ class QualityGates(PlainState):
         limits = self.thresholds
         return [
             _stage_is(status, Stage.HOLDING, "in_holding", "not_in_holding"),
-            _measured(status.known),
-            _finite(status.known, limits.max_dropped_share),
-            _fresh(status.known, limits.max_sample_age),
+            *_seen_lately(status.known, limits),
             _epochs(status, limits.min_holding_epochs, "min_holding_epochs", "held", "not_held_long_enough"),
             _probed(
                 "contribution", "min_contribution", status.probe, limits.min_contribution,
@@ -373,6 +369,12 @@ def _fresh(known: SeedEvidence, limit: int | None) -> Check:
         "age", "max_sample_age", known.age, limit,
         "samples_fresh", "samples_stale", "optimizer steps without a new measurement",
     )
+
+
+def _seen_lately(known: SeedEvidence, limits: GateThresholds) -> list[Check]:
+    """What a seed that is felt is still asked about its gradients."""
+    finite, fresh = _finite(known, limits.max_dropped_share), _fresh(known, limits.max_sample_age)
+    return [_measured(known), finite, fresh]
 
 
 def _in_optimizer(known: SeedEvidence, required: bool | None) -> Check:

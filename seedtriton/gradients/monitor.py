@@ -343,6 +343,7 @@ class GradientMonitor(Windows):
         self._mark_stepped()
         return total
 
+
 def _check_rms(vanishing: float | None, exploding: float | None) -> None:
     for name, value in (("vanishing_rms", vanishing), ("exploding_rms", exploding)):
         if value is not None and not 0.0 < value < math.inf:

@@ -232,6 +232,10 @@ class Progress:
             "marks": {name: self.marks[name].state_dict() for name in names},
         }
 
+    def later(self) -> dict[str, Any]:
+        """What states of 0.1 do not hold, with what its absence means: that nobody waits."""
+        return {"waited": [0] * len(self.steps.by_optimizer())}
+
     def check_state(self, state: Mapping[str, Any], kind: str, parameters: Mapping[str, Sequence[Tensor]]) -> None:
         """StateDictError, naming ``kind``, unless the state fits these optimizers and the parameters of these seeds."""
         steps, marks, watched = state["steps"], state["marks"], len(self.steps.by_optimizer())
@@ -247,7 +251,7 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Sequence[Tensor]]) -> None:
         """Take over ``state_dict``, which was checked."""
-        self.steps.restore(state["steps"], state.get("waited", [0] * len(state["steps"])))  # 0.1 has none
+        self.steps.restore(state["steps"], {**self.later(), **state}["waited"])
         for name, mark in state["marks"].items():
             self.marks[name] = Mark.from_state_dict(mark, parameters[name])
 

@@ -239,8 +239,7 @@ def _check_before_load(monitor: nn.Module, state_dict: Mapping[str, Any], prefix
     kind = "GradientMonitor"
     check_entries(monitor, state_dict, prefix, kind)
     keys, extra = ("seeds", "tag", "steps", "marks"), state_dict[f"{prefix}_extra_state"]
-    later = {"waited": [0] * len(monitor._progress.steps.by_optimizer())}
-    state = check_state(extra, kind, monitor.VERSION, keys, later)
+    state = check_state(extra, kind, monitor.VERSION, keys, monitor._progress.later())
     if state["seeds"] != list(monitor.seeds):
         raise StateDictError(
             f"{kind}: the state is of seeds {state['seeds']}, the monitor has {list(monitor.seeds)}"
