@@ -21,7 +21,7 @@ def step(batch: torch.Tensor) -> torch.Tensor:
     loss = nn.functional.cross_entropy(head(features + adapter(features)), labels[batch])
     loss.backward()
     monitor.measure()  # after backward, before clipping and the step
-    monitor.clip_grad_norm_(1.0)  # uses the pass of measure(); returns the norm, on the device
+    monitor.clip_grad_norm_(1.0)  # by the pass of measure(), from the second step on; returns the norm
     optimizer.step()
     optimizer.zero_grad()
     return loss

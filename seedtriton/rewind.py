@@ -97,7 +97,7 @@ def _flat(container: Any) -> list[Any]:
 
 
 def random_states() -> dict[str, Any]:
-    """Of Python, of numpy if it is loaded, of torch on the CPU and on every accelerator in use."""
+    """Of Python, of numpy if it is loaded, of torch on the CPU and on CUDA if it is in use."""
     states: dict[str, Any] = {"Python's random": random.getstate(), "torch's on the CPU": torch.get_rng_state()}
     numpy = sys.modules.get("numpy")
     if numpy is not None:

@@ -548,3 +548,10 @@ def test_one_pass_of_a_model_is_still_checked_under_the_old_name():
     ]
     assert all(same(gradients, found[0]) for gradients in found)
     assert len(found[0]) == 4
+
+
+def test_an_output_that_is_nan_with_and_without_the_seed_is_the_same():
+    model = Mlp()
+    inputs = torch.randn(Mlp.shape)
+    inputs[0, 0] = float("nan")
+    assert assert_invisible(model, inputs) == {}

@@ -1,4 +1,4 @@
-"""What is known of one seed: the statistics of its window and the formulas of the ratio, in plain Python.
+"""What is known of one seed: the statistics of its window and the formulas of its ratio, in plain Python.
 
 The one place where these are defined. Nothing here measures and nothing decides: the monitor hands in
 samples, the gates ask for ``SeedEvidence``.

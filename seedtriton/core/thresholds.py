@@ -42,9 +42,8 @@ class GateThresholds(PlainState):
             to tell are listed as not asked.
         require_optimizer: G2, the seed's parameters are in an optimizer that steps.
         min_displacement: G2, relative change of the seed's weights since TRAINING began.
-        max_displacement: G2, the same: above it the seed has run away. Seeds that were ready had gone at most 8 times
-            their own size, and 620 times from weights that began near zero and left little to divide by; SGD with
-            momentum drove seeds 27 124 times away, and further.
+        max_displacement: G2, the same: above it the seed has run away. Far above where seeds go that become ready, also
+            from weights that began near zero and leave little to divide by.
         min_live_share: G2, share of the seed's parameters whose gradient is not all zero.
         max_vanishing_share: G2, share of the seed's gradient tensors that are vanishing. Off: no measurement says
             yet where seeds that learn stop, and what is all zero is ``min_live_share``'s.

@@ -36,14 +36,13 @@ class MeasuredGradients:
 
     def forget(self) -> None:
         """After an optimizer step or clipping: what was measured is gone."""
-        self._measured = False
         # Emptied, because even a weak reference to a gradient stands in the way of torch.utils.swap_tensors.
         self._witnesses: list[weakref.ref[Tensor]] = []
         self._versions: int | None = 0
 
     def remember(self, gradients: Sequence[Tensor], scaled: bool) -> None:
         """Note what was measured, and whether it still had its loss scale."""
-        self._measured, self._witnesses, self._versions = True, [], 0
+        self.forget()
         # Not while compiling: what is set there is set for good, and clipping then makes its own pass.
         if torch.compiler.is_compiling():
             return
@@ -51,9 +50,8 @@ class MeasuredGradients:
         # for those who never clip. With a loss scale only the measurement knows the norm, from the first step on.
         if self._asked or scaled:
             # Weak: no gradient may live longer because it was measured.
-            versions = _versions(gradients)
-            self._witnesses = list(map(weakref.ref, gradients))
-            self._measured, self._versions = versions is not None, versions
+            self._versions = _versions(gradients)
+            self._witnesses = [] if self._versions is None else list(map(weakref.ref, gradients))
 
     def are(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the last measurement was of these very gradients, in their present state.
@@ -62,8 +60,7 @@ class MeasuredGradients:
         """
         self._asked = True
         return (
-            self._measured
-            and len(gradients) == len(self._witnesses) > 0
+            len(gradients) == len(self._witnesses) > 0
             and all(seen() is gradient for seen, gradient in zip(self._witnesses, gradients))
             and _versions(gradients) == self._versions
         )

@@ -62,6 +62,7 @@ class FlatGradients:
         self._items = model_or_parameters
         self._source = ParameterSource(model_or_parameters)
         self._flats: list[_Flat] = []
+        self._placed: frozenset[int] = frozenset()
         self._outside: dict[Tensor, tuple[str, str]] = {}  # added later, and without a place
         self._handles: list[Any] = []
         self.refresh()
@@ -86,7 +87,7 @@ class FlatGradients:
 
     def places(self) -> frozenset[int]:
         """``id`` of every parameter that has a place."""
-        return frozenset(id(place.parameter) for flat in self._flats for place in flat.places)
+        return self._placed
 
     @torch.no_grad()
     def restore(self, missing: Literal["leave", "zero"] = "leave") -> int:
@@ -194,6 +195,7 @@ class FlatGradients:
                     if gradient is not None and gradient is place.attached:
                         place.parameter.grad = gradient.clone()
         self._flats = flats
+        self._placed = frozenset(id(place.parameter) for place in places)
         self._look_again()
         for handle in self._handles:
             handle.remove()

@@ -42,8 +42,8 @@ def read_scaler(
         raise WiringError(
             "a scaler says for each optimizer whether its gradients are still scaled: give the monitor its optimizers"
         )
-    # get(): looking up an unknown optimizer would add it to the scaler's table.
-    states = [_state_of(scaler, optimizer) for optimizer in optimizers]
+    table = table_of(scaler)
+    states = [state_in(table, optimizer) for optimizer in optimizers]
     stages = {state["stage"] if state else OptState.READY for state in states}
     if in_step:
         stages = {OptState.UNSCALED if stage is OptState.STEPPED else stage for stage in stages}
@@ -76,8 +76,15 @@ def scale_of_all(scales: Sequence[LossScale], scaler: torch.amp.GradScaler | Non
     return LossScale(scale, scale, skips)
 
 
-def _state_of(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Any:
-    states = [scaler._per_optimizer_states.get(id(known)) for known in names_of(optimizer)]
+def table_of(scaler: torch.amp.GradScaler | None) -> Any:
+    """What the scaler knows of each optimizer, another table after ``update()``; None: there is none, or it is off."""
+    return getattr(scaler, "_per_optimizer_states", None)
+
+
+def state_in(table: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """What such a table says of an optimizer, by itself or a wrapper of it; None where it says nothing."""
+    # get(): looking up an unknown optimizer would add it to the table.
+    states = [None if table is None else table.get(id(known)) for known in names_of(optimizer)]
     return next((state for state in states if state), None)
 
 

@@ -34,9 +34,9 @@ WINDOW = 128
 class GradientMonitor(Windows):
     """Measures the gradients of a host and its seeds, and says what the last samples show.
 
-    Call ``measure()`` (or the monitor itself) once per optimizer step: after backward and unscaling, before
-    clipping and the step. It never writes to a gradient outside ``clip_grad_norm_``, holds none
-    across steps, and leaves training bit for bit as it was.
+    Call ``measure()`` (or the monitor itself) once per optimizer step: after backward, before a GradScaler's
+    ``unscale_`` (``measure(scaler)``), clipping and the step. Outside ``clip_grad_norm_`` it writes to no gradient, but
+    for the zeros of ``quarantine``; it holds none across steps, and otherwise leaves training bit for bit as it was.
 
     Args:
         host: a module, or parameters. Seeds found inside it are taken out by identity.
@@ -63,8 +63,8 @@ class GradientMonitor(Windows):
             is past TRAINING). The sample is dropped and counted. Too late for ``collect_in_backward``.
 
     Raises:
-        WiringError: no parameters on a side, or a parameter in two seeds.
-        ConfigurationError: an impossible window, eps, floor, limit, flat or tag, or an alpha for an unknown seed.
+        WiringError: no parameters on a side, a parameter in two seeds, or an optimizer that cannot be watched.
+        ConfigurationError: impossible window, eps, floor, limit, lanes, flat or tag, or an alpha for an unknown seed.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class GradientMonitor(Windows):
         if not (tag is None or isinstance(tag, str)):
             raise ConfigurationError(f"tag must be a string or None, got {tag!r}")
         _check_rms(vanishing_rms, exploding_rms)
+        ops.check_lanes(lanes)
         super().__init__(Watched(host, seeds, alphas or {}), window, eps, host_floor, vanishing_rms, exploding_rms)
         self.lanes, self.tag, self._flat = lanes, tag, flat
         self.max_norm, self._apart, self.quarantine = math.inf, False, quarantine
@@ -121,10 +122,10 @@ class GradientMonitor(Windows):
         tag: str | None = None,
         every: int = 1,
     ) -> None:
-        """Measure the gradients that exist now: one sample per optimizer step. Waits for nothing, changes no gradient.
+        """Measure the gradients that exist now: one sample per optimizer step. Waits for nothing.
 
         A second call before the step, of micro-batches or hooks that fire twice, replaces the sample of the first.
-        Without known optimizers every call is a sample.
+        Without known optimizers every call is a sample, and so it is after ``rounds.PATIENCE`` calls without a step.
 
         Of the blend factors the gradient is taken, it is zero afterwards. It goes with the seed's gradients: what
         clears those (zero_grad, both ways) drops it, and what of it came before.
@@ -140,14 +141,15 @@ class GradientMonitor(Windows):
             tag: the loss that these gradients are of; see the constructor. A call with another tag than the
                 monitor's makes no sample, and discards what backward left for the blend factors, so that it is
                 not added to theirs from the loss that counts: give each blend factor to one monitor only.
-            every: measure in the first of so many optimizer steps, and only drop the slopes in the others.
+            every: measure in the first of so many optimizer steps, and only drop the slopes in the others, in which
+                nothing is put in quarantine.
 
         Raises:
             WiringError: with a scaler: no optimizer is known, or one has already stepped. With ``gradients``: a
                 parameter that is not watched. Nothing was measured.
             ConfigurationError: with ``gradients``: no pairs, a parameter that is listed twice, or a gradient of
-                another shape; a tag where the monitor has none, or none where it has one; an impossible ``every``.
-                Nothing was measured.
+                another shape; a tag where the monitor has none, or none where it has one; an impossible ``every`` of
+                a loss that counts. Nothing was measured.
         """
         counts = _counts(self.tag, tag)
         self._refresh_if_stale()
@@ -200,17 +202,19 @@ class GradientMonitor(Windows):
 
         Raises:
             ConfigurationError: no optimizer, or the monitor has a tag, which a hook cannot know.
-            WiringError: later, in ``step(closure)``: the gradients do not exist yet when the hook runs.
+            WiringError: one cannot be watched. Later, in ``step(closure)``: the gradients do not exist yet when the
+                hook runs.
         """
-        if not optimizers:
+        found = each_plain(optimizers)
+        if not found:
             raise ConfigurationError("attach() needs the optimizers, in the order in which they step")
         if self.tag is not None:
             raise ConfigurationError(
                 f"a hook in step() cannot know the loss, and this monitor measures {self.tag!r} alone: call "
                 "measure(tag=...), or leave the tag out when these optimizers step for that loss only"
             )
-        self.watch(*optimizers)
-        return StepHook(self, each_plain(optimizers), scaler, self._progress.steps.optimizers)
+        self.watch(found)
+        return StepHook(self, found, scaler, self._progress.steps.optimizers)
 
     def collect_in_backward(self) -> BackwardCollector:
         """Take the sums while backward runs, for optimizers that step inside it and free each gradient.
@@ -294,8 +298,9 @@ class GradientMonitor(Windows):
             correction = 0.0 if anew else alpha.correction
             if correction is not None:
                 row = self.ring.index_select(0, newest)
-                gone = torch.as_tensor(correction, device=row.device) == 0
-                row[:, segment, EXTRA] = row[:, segment, EXTRA].masked_fill(gone, 0.0)
+                # Filled, because a number that is copied to a GPU waits for it; NaN: there is none.
+                kept = correction.to(row.device) if isinstance(correction, Tensor) else row.new_full((), correction)
+                row[:, segment, EXTRA] = row[:, segment, EXTRA].masked_fill(kept == 0, math.nan)
                 self.ring.index_copy_(0, newest, row)
 
     def clip_grad_norm_(
@@ -303,7 +308,8 @@ class GradientMonitor(Windows):
     ) -> Tensor:
         """Scale all gradients so that their total norm is at most ``max_norm``, as torch's function does.
 
-        Uses the pass of a ``measure()`` after the last optimizer step, and makes its own when there was none.
+        Uses the pass of a ``measure()`` after the last optimizer step; where there was none, and the first time of all,
+        it makes its own.
         ``coefficient = min(1, max_norm / (norm + 1e-6))``; NaN propagates. At a coefficient of exactly 1 no gradient is
         written (on a GPU with Triton, and on a CPU).
 
@@ -314,8 +320,8 @@ class GradientMonitor(Windows):
                 a seed whose slot is past TRAINING counts with the host. Clipped together, a seed takes from the
                 host's step.
             reuse: False: make a pass in any case. Whether gradients are still what was measured is seen by torch's
-                version counters, and a write through ``grad.data``, by a kernel of one's own or inside of a CUDA graph
-                counts in none: pass False if there is one between ``measure()`` and clipping.
+                version counters, and a write through ``grad.data``, by a kernel of one's own, by ``unscale_`` on a CPU
+                or inside of a CUDA graph counts in none: pass False if there is one between ``measure()`` and clipping.
 
         Returns:
             The norm before clipping, the host's where seeds are apart: float32, 0-dim, on the device.

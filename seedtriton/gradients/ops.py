@@ -1,7 +1,7 @@
 """The public operations: they check their arguments, pick the backend and count no step.
 
 ``segmented_sumsq`` and ``scale_`` are for everybody; ``record_`` is what one measurement of the monitor is.
-All three are registered with ``torch.library`` for torch.compile and torch.export; an eager call does not
+All four are registered with ``torch.library`` for torch.compile and torch.export; an eager call does not
 go through the dispatcher, which costs 20 µs and more for a list of 300 tensors.
 """
 
@@ -72,8 +72,9 @@ def segmented_sumsq(
 
     Raises:
         ConfigurationError: lengths that differ, a segment out of range, a dtype without squares.
+        WiringError: an address that a CUDA graph, while it is captured, cannot take up.
     """
-    _check_lanes(lanes)
+    check_lanes(lanes)
     if _traced(tensors):
         _check_lists(tensors, segments, num_segments)
         found: Tensor = torch.ops.seedtriton.segmented_sumsq(
@@ -93,6 +94,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor | float) -> None:
     Raises:
         ConfigurationError: a tensor that overlaps itself (expanded), is not floating point, or a coefficient
             that is not one number.
+        WiringError: an address that a CUDA graph, while it is captured, cannot take up.
     """
     tensors = list(tensors)
     if not tensors:
@@ -100,7 +102,8 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor | float) -> None:
     if not isinstance(coefficient, Tensor):
         if coefficient == 1.0:
             return
-        coefficient = torch.tensor(float(coefficient), dtype=torch.float64, device=tensors[0].device)
+        # Filled, because a number that is copied to a GPU waits for it.
+        coefficient = torch.full((), float(coefficient), dtype=torch.float64, device=tensors[0].device)
     if coefficient.numel() != 1 or not coefficient.is_floating_point():
         raise ConfigurationError(
             "coefficient must be a number or a floating tensor with one element, got "
@@ -173,25 +176,32 @@ def _segmented_sumsq(
     tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int, lanes: torch.dtype
 ) -> Tensor:
     if tensors and backend_of(tensors[0].device).name == "triton":
-        from ..kernels import gradient_sums
-
         # The kernel looks at what the tensors are only when their signature is new; checking each of them
         # here, in every call, would cost more than the launch.
         try:
-            return gradient_sums.segmented_sumsq(tensors, segments, num_segments, lanes)
+            return _launch_sumsq(Listed(tensors, segments), num_segments, lanes)
         except ValueError:  # Unsupported, or lists that the check below explains
             _check_lists(tensors, segments, num_segments)
         inside, outside = _split(tensors, segments, tensors[0].device)
         if not inside[0]:
             return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
         rest = reference.segmented_sumsq(*outside, num_segments, lanes, tensors[0].device)
-        return gradient_sums.segmented_sumsq(*inside, num_segments, lanes, rest.view(-1, 1))
+        return _launch_sumsq(inside, num_segments, lanes, rest.view(-1, 1))
     _check_segments(tensors, segments, num_segments)
     try:
         return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
     except ValueError:
         _check_lists(tensors, segments, num_segments)
         raise
+
+
+def _launch_sumsq(listed: Listed, num_segments: int, lanes: torch.dtype, outside: Tensor | None = None) -> Tensor:
+    from ..kernels import _launch, gradient_sums
+
+    try:
+        return gradient_sums.segmented_sumsq(*listed, num_segments, lanes, outside)
+    except _launch.Uncapturable as error:
+        raise _named(error, listed.tensors, (), None) from error
 
 
 def _scale_(
@@ -203,26 +213,39 @@ def _scale_(
 ) -> None:
     """``reference.scale_segments_``, in one launch where it can be; ``copy[0]``, float64, is copied to ``copy[1]``."""
     if backend_of(coefficients.device).name == "triton" and any(map(Tensor.numel, listed.tensors)):
-        from ..kernels import _launch, gradient_scale
+        from ..kernels import gradient_scale
 
         try:
-            gradient_scale.scale_segments_(*listed, coefficients, clear=clear, copy=copy)
+            _launch_scale(listed, coefficients, clear, names, copy)
         except gradient_scale.Unsupported:
             _check_scalable(listed.tensors)
             inside, outside = _split(*listed, coefficients.device)
             # A tensor that is listed twice is scaled twice, which programs side by side cannot do.
             places = [tensor.data_ptr() for tensor in inside.tensors if tensor.numel()]
             if len(set(places)) == len(places):
-                gradient_scale.scale_segments_(*inside, coefficients, clear=clear)
+                _launch_scale(inside, coefficients, clear, names)
                 listed = outside
-        except _launch.Uncapturable as error:
-            raise _named(error, listed.tensors, (), names) from error
         else:
             return
     _check_scalable(listed.tensors)
     reference.scale_segments_(listed, coefficients, clear)
     if copy is not None:
         copy[1].copy_(copy[0])
+
+
+def _launch_scale(
+    listed: Listed,
+    coefficients: Tensor,
+    clear: bool,
+    names: Callable[[Tensor], str] | None,
+    copy: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    from ..kernels import _launch, gradient_scale
+
+    try:
+        gradient_scale.scale_segments_(*listed, coefficients, clear=clear, copy=copy)
+    except _launch.Uncapturable as error:
+        raise _named(error, listed.tensors, (), names) from error
 
 
 def _record_(
@@ -381,7 +404,8 @@ def _check_scalable(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _check_lanes(lanes: torch.dtype) -> None:
+def check_lanes(lanes: torch.dtype) -> None:
+    """ConfigurationError unless rows may be summed in this dtype."""
     if lanes not in LANES:
         raise ConfigurationError(f"lanes must be one of {LANES}, got {lanes}")
 

@@ -184,10 +184,9 @@ class Progress:
         self.steps = StepCounter()
         self.marks: dict[str, Mark] = {}
 
-    def begin(self, name: str, parameters: Sequence[Tensor], by_optimizer: Sequence[int] | None = None) -> None:
-        """Begin the window of a seed here; ``by_optimizer`` steps do not count, all so far unless told."""
-        taken = self.steps.by_optimizer() if by_optimizer is None else by_optimizer
-        self.marks[name] = Mark.of(parameters, self.steps.total, taken, self.steps.skipped())
+    def begin(self, name: str, parameters: Sequence[Tensor]) -> None:
+        """Begin the window of a seed here: steps so far do not count."""
+        self.marks[name] = Mark.of(parameters, self.steps.total, self.steps.by_optimizer(), self.steps.skipped())
 
     def packed(self, parameters: Mapping[str, Sequence[Tensor]], device: torch.device) -> list[Tensor]:
         """What ``unpacked`` reads, float64: skipped steps, then of each seed how far it has moved, and those then."""
@@ -278,9 +277,7 @@ class Mark:
         by_optimizer: Sequence[int] = (),
         skipped: Sequence[Tensor | None] = (),
     ) -> Mark:
-        # Steps that nobody counted were not counted as skipped either.
-        known = list(skipped) if len(by_optimizer) else []
-        return cls([_values(p).clone() for p in _moving(parameters)], steps, list(by_optimizer), known)
+        return cls([_values(p).clone() for p in _moving(parameters)], steps, list(by_optimizer), list(skipped))
 
     def displacement(self, parameters: Sequence[Tensor]) -> Tensor:
         """``|w - w0| / max(|w0|, WEIGHT_FLOOR sqrt(n))``, float64 0-dim; NaN where ``unknown`` says why."""

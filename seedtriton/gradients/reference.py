@@ -186,7 +186,9 @@ def scale_segments_(listed: Listed, coefficients: Tensor, clear: bool = False) -
         coefficient = coefficients[segment]
         if clear:
             gone = coefficient.lt(0.0).to(tensor.device)
-            tensor.copy_(torch.where(gone, torch.zeros_like(tensor), tensor))
+            # where() has no kernel for sparse tensors.
+            elements = tensor._values() if tensor.layout == torch.sparse_coo else tensor
+            elements.copy_(torch.where(gone, torch.zeros_like(elements), elements))
         scale_([tensor], coefficient)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..core.errors import ConfigurationError
+from .loss_scale import table_of
 from .progress import StepCounter
 from .row import APPEND, REPLACE, REPLACE_USABLE
 
@@ -58,8 +59,7 @@ class Rounds:
         """Count a measurement; what it does to the newest row: APPEND, REPLACE or REPLACE_USABLE."""
         if torch.compiler.is_compiling():
             return APPEND  # what a graph counted would be a constant in it
-        # A scaler that is switched off has none, and skips no step.
-        states = getattr(scaler, "_per_optimizer_states", None)
+        states = table_of(scaler)
         if not self.open:
             replace = APPEND
         elif states is None or self._scaler_states is None:

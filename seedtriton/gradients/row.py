@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.evidence import RATIO_EPS
+
 # A value at which torch.nn.utils.clip_grad_norm_ keeps a zero norm from dividing by zero.
 CLIP_EPS = 1e-6
 
@@ -109,7 +111,7 @@ class Rules(NamedTuple):
     """
 
     max_norm: float = math.inf
-    eps: float = 1e-8
+    eps: float = RATIO_EPS
     vanishing_rms: float = VANISHING_RMS
     exploding_rms: float = EXPLODING_RMS
     lanes: torch.dtype = torch.float32

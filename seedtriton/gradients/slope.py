@@ -105,7 +105,8 @@ class Alpha:
         # NaN and infinities could not be taken out again, so these alone go at once.
         finite = torch.where(slope.isfinite(), slope, torch.zeros_like(slope))
         still = torch.zeros_like(slope) if self._stale is None else self._stale
-        is_kept = torch.as_tensor(kept, device=slope.device) != 0
+        # Filled, because a number that is copied to a GPU waits for it.
+        is_kept = (kept.to(slope.device) if isinstance(kept, Tensor) else slope.new_full((), kept)) != 0
         slope.copy_(torch.where(is_kept, slope, finite))
         self._stale = torch.where(is_kept, still, finite)
 

@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import OptState
 
 from ..core.errors import WiringError
 from .early import EarlySums
-from .loss_scale import scale_of, scale_of_all
+from .loss_scale import scale_of, scale_of_all, state_in, table_of
 from .row import LossScale
 
 
@@ -44,11 +44,11 @@ class _Round:
         self.closed = False
         self.recorded = -1
         # The very table, which scaler.update() replaces: it says later on what became of this round.
-        self._states = {} if scaler is None else scaler._per_optimizer_states
+        self._table = table_of(scaler)
 
     def skipped(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the scaler was asked to step the optimizer, whose hook has not run in this round."""
-        state = self._states.get(id(optimizer))
+        state = state_in(self._table, optimizer)
         return state is not None and state["stage"] is OptState.STEPPED
 
 

@@ -59,8 +59,7 @@ class Windows(Ring):
         self._transit: Transit | None = None
         self._arrived: Transit | None = None
         for name, parameters in watched.of_seed.items():
-            # Steps that an optimizer took before it was watched are unknown, and count for nothing.
-            self._progress.begin(name, parameters, by_optimizer=())
+            self._progress.begin(name, parameters)
         self.register_load_state_dict_pre_hook(_check_before_load)
 
     @property
@@ -216,6 +215,9 @@ class Windows(Ring):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over ``get_extra_state``, which the load has already checked."""
         self._progress.load_state_dict(state, self._watched.of_seed)
+        # What was measured before the load belongs to no row of this window.
+        self._rounds.close()
+        self._mark_stepped()
 
     @property
     def awaits_step(self) -> bool:

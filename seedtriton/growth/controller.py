@@ -41,7 +41,8 @@ class GrowthController:
     """Grows a model while it trains: ``germinate``, then ``measure`` per step and ``end_epoch`` per epoch.
 
     Args:
-        model: contains one ``SeedSlot`` or more; DDP and compiled wrappers are looked through.
+        model: contains one ``SeedSlot`` or more; DDP and compiled wrappers are looked through (DDP does not
+            reduce a seed that is germinated behind it).
         optimizer: what trains the host; a seed gets a parameter group of its own in it. Wrappers (accelerate, Trainer,
             Lightning, schedule-free, Lookahead) are looked through.
         thresholds: limits of the gates.
@@ -186,7 +187,7 @@ class GrowthController:
         tag: str | None = None,
         every: int = 1,
     ) -> None:
-        """Measure the gradients of this step: after backward and unscaling, before clipping and the step.
+        """Measure the gradients of this step: after backward, before a GradScaler's unscale_, clipping and the step.
 
         Also moves every alpha that is on its way, once per optimizer step, from the next forward pass on. Does nothing
         while no slot holds a living seed. For the arguments see ``GradientMonitor.measure``.

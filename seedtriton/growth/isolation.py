@@ -47,8 +47,7 @@ class TrustRegion:
       for comparison.
 
     The default of ``rho`` is the largest of 0.1, 0.2, 0.3, 0.5 and 1.0 that did not overshoot on a host that had
-    nearly converged, where 0.5 raised the loss by up to 66 % while it was blended (by the rule "norm"); on hosts that
-    still learn all of these end alike (bench/growth).
+    nearly converged (by the rule "norm"; ``bench.growth --warm``); on hosts that still learn all of these end alike.
 
     Raises:
         ConfigurationError: ``rho`` is not a finite number above 0, or no rule has this name.

@@ -10,7 +10,7 @@ from muon import Muon
 from torch import nn
 from used import Used
 
-from seedtriton import GradientMonitor, WiringError
+from seedtriton import ConfigurationError, GradientMonitor, WiringError
 from seedtriton.gradients.row import EXTRA, SUMSQ
 
 
@@ -27,6 +27,18 @@ class Overwriting(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     parameter.grad.mul_(7.0).sign_()
                     parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As accelerate's: an Optimizer by name, whose ``__init__`` is never called."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
 
 
 MAKERS = {
@@ -226,6 +238,39 @@ def test_sums_of_a_round_that_the_scaler_cut_short_are_in_no_later_sample():
     scaled_round(loop, 1, stepping="b")
     loop.used.close()
     loop.used.check()
+
+
+def test_a_last_step_that_is_skipped_is_seen_through_a_wrapper():
+    """The scaler knows the wrapper that its ``step`` was given, the hook the optimizer inside."""
+    found = []
+    for wrap in (lambda optimizer: optimizer, Wrapped):
+        loop = Loop("adamw", "adamw", torch.amp.GradScaler("cpu", init_scale=1024.0), attached=False)
+        inside, loop.b = loop.b, wrap(loop.b)
+        loop.monitor.attach(loop.a, loop.b, scaler=loop.scaler)
+        assert loop.monitor._progress.steps.optimizers() == [loop.a, inside]
+        scaled_round(loop, 0, [loop.host])
+        loop.used.drop()
+        scaled_round(loop, 1, stepping="b")
+        loop.used.close()
+        loop.used.check()
+        found.append(loop.monitor.read()["a"])
+    assert found[0] == found[1]
+    assert found[0].samples == 1
+
+
+def test_a_scaler_that_is_switched_off_is_none():
+    loop = Loop(scaler=torch.amp.GradScaler("cpu", enabled=False))
+    for step in range(2):
+        scaled_round(loop, step)
+        loop.used.close()
+    loop.used.check()
+
+
+@pytest.mark.parametrize("none", [(), ([],), ((), [])])
+def test_no_optimizer_at_all_is_refused(none):
+    loop = Loop(attached=False)
+    with pytest.raises(ConfigurationError, match="in the order in which they step"):
+        loop.monitor.attach(*none)
 
 
 def test_a_scaler_that_is_updated_between_the_steps_ends_no_round():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from seedtriton import ConfigurationError, FlatGradients, GradientMonitor, GrowthController, SeedSlot, ops
 from seedtriton.core.evidence import MEASURED, NEVER_MEASURED
+from seedtriton.gradients import reference
+from seedtriton.gradients.row import Listed
 
 
 def parts(device=None):
@@ -312,3 +315,25 @@ def test_clipping_twice_is_right_in_every_order(order):
             for g, (p, _) in zip(truth, owned):
                 assert torch.allclose(p.grad.double(), g, rtol=1e-5, atol=1e-9)
     assert monitor.read()["s"].status == MEASURED
+
+
+class Elsewhere:
+    """Coefficients on a device whose values nobody may look at."""
+
+    device = types.SimpleNamespace(type="elsewhere")
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+
+@pytest.mark.parametrize(("coefficient", "expected"), [(0.5, [0.5, 1.0]), (1.0, [1.0, 2.0]), (-1.0, [0.0, 0.0])])
+def test_sparse_gradients_are_scaled_and_cleared_without_a_look_at_the_coefficient(coefficient, expected):
+    """As on a GPU, where looking would wait."""
+    value = math.nan if coefficient < 0.0 else 2.0
+    gradient = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, value]), (3,), check_invariants=True)
+    coefficients = Elsewhere(torch.tensor([coefficient], dtype=torch.float64))
+    reference.scale_segments_(Listed([gradient], [0]), coefficients, clear=True)
+    assert gradient._values().tolist() == expected

@@ -432,6 +432,7 @@ def test_a_monitor_without_seeds_measures_the_host_and_clips():
         ({"eps": math.nan}, "eps .* got nan"),
         ({"host_floor": -1.0}, r"host_floor .* got -1\.0"),
         ({"host_floor": math.inf}, "host_floor .* got inf"),
+        ({"lanes": torch.float16}, "lanes must be one of .* got torch.float16"),
         ({"alphas": {"b": torch.zeros(())}}, r"unknown seeds \['b'\]; seeds are \['a'\]"),
         ({"alphas": {"a": 0.5}}, "an alpha is .* got float"),
     ],

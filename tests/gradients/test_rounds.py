@@ -313,3 +313,45 @@ def test_a_discriminator_is_measured_by_its_own_loss_alone():
     assert growth.evidence()["slot"].samples == 5
     with pytest.raises(ConfigurationError, match="say which loss it is now"):
         growth.measure()
+
+
+def test_a_slope_that_nobody_gives_is_none_however_often_a_step_is_measured():
+    for calls in (1, 2):
+        loop = Loop()
+        parameters = [*loop.host.parameters(), *loop.seed.parameters()]
+        for _ in range(6):
+            loop.backward()
+            for _ in range(calls):
+                loop.monitor.measure(gradients=[(p, p.grad) for p in parameters])
+            loop.optimizer.step()
+        found = loop.monitor.read()["a"]
+        assert (found.samples, found.blend_gain) == (6, None)
+
+
+def test_a_load_ends_the_step_that_was_being_measured():
+    loop, saved = Loop(), None
+    for _ in range(4):
+        loop.backward()
+        loop.monitor.measure()
+        saved = copy.deepcopy(loop.monitor.state_dict())
+        loop.optimizer.step()
+        loop.clear()
+    loop.backward()
+    loop.monitor.measure()
+    loop.monitor.load_state_dict(saved)
+    loop.backward()
+    loop.monitor.measure()
+    assert int(loop.monitor.count) == 5
+
+
+def test_after_a_load_nothing_is_clipped_by_the_norms_that_were_loaded():
+    loop = Loop()
+    loop.backward().monitor.measure()
+    loop.monitor.clip_grad_norm_(1.0)
+    loop.optimizer.step()
+    loop.clear()
+    saved = copy.deepcopy(loop.monitor.state_dict())
+    loop.backward(1e3).monitor.measure()
+    loop.monitor.load_state_dict(saved)
+    truth = math.sqrt(sum(loop.norms()))
+    assert float(loop.monitor.clip_grad_norm_(0.5)) == pytest.approx(truth, rel=1e-5)
