@@ -111,38 +111,53 @@ def clear_segment(  # type: ignore[no-untyped-def]
                 _clear(address, tl.load(meta + item) * halves, BLOCK)
 
 
-@triton.jit
-def _row_of(sample, fixed, num_segments, QUANTITIES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the row of a sample begins."""
-    ring = tl.load(fixed).to(tl.pointer_type(tl.float64))
-    return ring + (sample % tl.load(fixed + 2)) * num_segments * QUANTITIES
-
-
-@triton.jit
-def _newest(  # type: ignore[no-untyped-def]
-    samples, fixed, segment, num_segments, inside, SUMSQ: tl.constexpr, EXTRA: tl.constexpr,
+# The steps of ``finish`` are not inlined: the compiler would compute their addresses at the start of every program and
+# keep them in registers across the loads, 128 of them on sm_90 instead of 48; and what one step holds is free for the
+# next, so that 256 segments fit into 64 registers on sm_100.
+@triton.jit(noinline=True)
+def _open_row(  # type: ignore[no-untyped-def]
+    places, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, EXTRA: tl.constexpr,
     QUANTITIES: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
-    """The blend gains of the newest row if it is replaced, else NaN; and 1 if it is, else 0."""
+    """Count the row and say where it goes; a row that it replaces leaves its gains there, else they are NaN."""
+    segment = tl.arange(0, SEGMENTS)
+    inside = segment < num_segments
+    # Addresses that stay are read here: as arguments they would take registers from the start.
+    fixed = places + 2 * num_segments
+    ring = tl.load(fixed).to(tl.pointer_type(tl.float64))
+    samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
+    window = tl.load(fixed + 2)
     replace = tl.load(fixed + 3)
+    samples = tl.load(samples_cell)
+    place = samples % window
+    newest = tl.where(place == 0, window, place) - 1
     there = (replace != 0) & (samples > 0)
-    cell = _row_of(tl.maximum(samples - 1, 0), fixed, num_segments, QUANTITIES) + segment * QUANTITIES
+    cell = ring + newest * num_segments * QUANTITIES + segment * QUANTITIES
     sumsq = tl.load(cell + SUMSQ, mask=inside & there, other=0.0)
     extra = tl.load(cell + EXTRA, mask=inside & there, other=0.0)
     bad = ~(sumsq < float("inf")) | ((segment == 0) & (extra != 0.0))
-    usable = tl.sum(bad.to(tl.int32)) == 0
-    replaced = there & (usable | (replace == REPLACE))
-    return tl.where(replaced & (segment != 0), extra, float("nan")), replaced.to(tl.int64)
+    replaced = there & ((tl.sum(bad.to(tl.int32)) == 0) | (replace == REPLACE))
+    # Everybody has read the count and the newest row before anybody writes.
+    tl.debug_barrier()
+    tl.store(samples_cell, tl.where(replaced, samples, samples + 1))
+    row = ring + tl.where(replaced, newest, place) * num_segments * QUANTITIES
+    tl.store(row + segment * QUANTITIES + EXTRA, tl.where(replaced, extra, float("nan")), mask=inside)
+    return row
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_gains(  # type: ignore[no-untyped-def]
-    cell, places, segment, inside, gain_scale, found_inf, before, EXTRA: tl.constexpr
-):
+    row, places, num_segments, gain_scale, found_inf, SEGMENTS: tl.constexpr, EXTRA: tl.constexpr,
+    QUANTITIES: tl.constexpr,
+):  # fmt: skip
     """The blend gain of every seed, read, negated and set to zero; of the host, whether the step will be skipped.
 
-    What was ``before`` it in the same step is added, NaN where nothing was.
+    It is added to what ``_open_row`` has left in its place: NaN, or the gain before it in the same step.
     """
+    segment = tl.arange(0, SEGMENTS)
+    inside = segment < num_segments
+    cell = row + segment * QUANTITIES + EXTRA
+    before = tl.load(cell, mask=inside, other=0.0)
     address = tl.load(places + segment, mask=inside, other=0)
     present = address != 0
     gain_cell = address.to(tl.pointer_type(tl.float32))
@@ -151,16 +166,65 @@ def _write_gains(  # type: ignore[no-untyped-def]
     gain += tl.where(before == before, before, 0.0)
     skipped = tl.where(_scalar_or(found_inf, 0.0) != 0.0, 1.0, 0.0)
     absent = tl.where(segment == 0, skipped, before)
-    tl.store(cell + EXTRA, tl.where(present, gain, absent), mask=inside)
+    tl.store(cell, tl.where(present, gain, absent), mask=inside)
 
 
 @triton.jit
+def _sums_of(  # type: ignore[no-untyped-def]
+    segment, work, item_starts, items, num_segments, outside, MEASURED: tl.constexpr, SUMSQ: tl.constexpr
+):  # fmt: skip
+    """Of each segment its sum of squares, and whether it has items: an empty one never closes, its cells are old."""
+    inside = segment < num_segments
+    first = tl.load(item_starts + segment, mask=inside, other=0)
+    busy = inside & (tl.load(item_starts + segment + 1, mask=inside, other=0) > first)
+    sumsq = tl.load(work + items + segment, mask=busy, other=0.0, cache_modifier=".cg")
+    added = outside.to(tl.pointer_type(tl.float64)) + segment * MEASURED
+    return sumsq + tl.load(added + SUMSQ, mask=inside & (outside != 0), other=0.0), busy
+
+
+@triton.jit(noinline=True)
+def _write_row(  # type: ignore[no-untyped-def]
+    row, work, item_starts, items, num_segments, outside, grad_scale, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr,
+    LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr,
+    TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, QUANTITIES: tl.constexpr,
+):  # fmt: skip
+    """All of the row but its gains."""
+    segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
+    inside = segment < num_segments
+    sumsq, busy = _sums_of(segment, work, item_starts, items, num_segments, outside, MEASURED, SUMSQ)
+    cell = row + segment * QUANTITIES
+    # Each fp64 division is a call, so there is one per scalar and a product per lane.
+    scale = _scalar_or(grad_scale, 1.0)
+    tl.store(cell + SUMSQ, sumsq * (1.0 / (scale * scale)), mask=inside)
+    added = outside.to(tl.pointer_type(tl.float64)) + segment * MEASURED
+    has_added = inside & (outside != 0)
+    marked = (work + items + num_segments + segment).to(tl.pointer_type(tl.int64))
+    marks = tl.load(marked, mask=busy, other=0, cache_modifier=".cg")
+    live = (marks & (VANISHING_MARK - 1)).to(tl.float64)
+    live += tl.load(added + LIVE, mask=has_added, other=0.0)
+    tl.store(cell + LIVE, live, mask=inside)
+    vanishing = ((marks & (EXPLODING_MARK - 1)) // VANISHING_MARK).to(tl.float64)
+    vanishing += tl.load(added + VANISHING, mask=has_added, other=0.0)
+    tl.store(cell + VANISHING, vanishing, mask=inside)
+    exploding = (marks // EXPLODING_MARK).to(tl.float64)
+    exploding += tl.load(added + EXPLODING, mask=has_added, other=0.0)
+    tl.store(cell + EXPLODING, exploding, mask=inside)
+    counts = work + items + 2 * num_segments
+    tl.store(cell + TENSORS, tl.load(counts + segment, mask=inside, other=0.0), mask=inside)
+    tl.store(cell + ELEMENTS, tl.load(counts + num_segments + segment, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit(noinline=True)
 def _write_summary(  # type: ignore[no-untyped-def]
-    summary_cell, sumsq, modes, segment, num_segments, inside, max_norm, eps, CLIP_EPS: tl.constexpr,
-    APART: tl.constexpr, GUARDED: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
-    SUMMARY_HEAD: tl.constexpr,
+    row, modes, num_segments, summary, max_norm, eps, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr,
+    QUANTITIES: tl.constexpr, CLIP_EPS: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
+    TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Total norm, and of each segment its ratio of this sample, its clip coefficient and whether it is kept."""
+    segment = tl.arange(0, SEGMENTS)
+    inside = segment < num_segments
+    sumsq = tl.load(row + segment * QUANTITIES + SUMSQ, mask=inside, other=0.0)
+    summary_cell = summary.to(tl.pointer_type(tl.float64))
     norms = tl.sqrt(sumsq)
     host = tl.sum(tl.where(segment == 0, norms, 0.0))
     cell = summary_cell + SUMMARY_HEAD + segment
@@ -179,9 +243,18 @@ def _write_summary(  # type: ignore[no-untyped-def]
     tl.store(cell + 2 * num_segments, tl.where(kept, 1.0, -1.0), mask=inside)
 
 
-# Not inlined: the compiler would compute the addresses below at the start of every program and keep them in
-# registers across the loads, 128 of them on sm_90 instead of 48.
 @triton.jit(noinline=True)
+def _write_sums(  # type: ignore[no-untyped-def]
+    work, item_starts, items, num_segments, summary, outside, SEGMENTS: tl.constexpr, MEASURED: tl.constexpr,
+    SUMSQ: tl.constexpr,
+):  # fmt: skip
+    """The sums alone."""
+    segment = tl.arange(0, SEGMENTS)
+    sumsq, _ = _sums_of(segment, work, item_starts, items, num_segments, outside, MEASURED, SUMSQ)
+    tl.store(summary.to(tl.pointer_type(tl.float64)) + segment, sumsq, mask=segment < num_segments)
+
+
+@triton.jit
 def finish(  # type: ignore[no-untyped-def]
     work, item_starts, places, items, num_segments, summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps,
     CLIP_EPS: tl.constexpr, EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
@@ -190,60 +263,26 @@ def finish(  # type: ignore[no-untyped-def]
     CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
     REPLACE: tl.constexpr,
 ):  # fmt: skip
-    """By the last program: the row of the ring, the gains, the summary, the count; or the sums alone."""
-    segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
-    inside = segment < num_segments
-    # An empty segment never closes, so its cells hold nothing of this sample.
-    first = tl.load(item_starts + segment, mask=inside, other=0)
-    busy = inside & (tl.load(item_starts + segment + 1, mask=inside, other=0) > first)
-    closed = work + items + segment
-    sumsq = tl.load(closed, mask=busy, other=0.0, cache_modifier=".cg")
-    added = outside.to(tl.pointer_type(tl.float64)) + segment * MEASURED
-    has_added = inside & (outside != 0)
-    sumsq += tl.load(added + SUMSQ, mask=has_added, other=0.0)
-    summary_cell = summary.to(tl.pointer_type(tl.float64))
+    """By the last program: the count, the row of the ring and the summary; or the sums alone."""
     if EPILOGUE:
-        # Addresses that stay are read here: as arguments they would take registers from the start.
-        fixed = places + 2 * num_segments
-        samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
-        samples = tl.load(samples_cell)
-        before, replaced = _newest(
-            samples, fixed, segment, num_segments, inside, SUMSQ, EXTRA, QUANTITIES, REPLACE
-        )
-        # Everybody has read the count and the newest row before anybody writes.
+        row = _open_row(places, num_segments, SEGMENTS, SUMSQ, EXTRA, QUANTITIES, REPLACE)
+        # Different threads may read in one step what others have written in the step before; so below.
         tl.debug_barrier()
-        samples -= replaced
-        tl.store(samples_cell, samples + 1)
-        cell = _row_of(samples, fixed, num_segments, QUANTITIES) + segment * QUANTITIES
-        # Each fp64 division is a call, so there is one per scalar and a product per lane.
-        scale = _scalar_or(grad_scale, 1.0)
-        sumsq *= 1.0 / (scale * scale)
-        tl.store(cell + SUMSQ, sumsq, mask=inside)
-        marked = (closed + num_segments).to(tl.pointer_type(tl.int64))
-        marks = tl.load(marked, mask=busy, other=0, cache_modifier=".cg")
-        live = (marks & (VANISHING_MARK - 1)).to(tl.float64)
-        live += tl.load(added + LIVE, mask=has_added, other=0.0)
-        tl.store(cell + LIVE, live, mask=inside)
-        vanishing = ((marks & (EXPLODING_MARK - 1)) // VANISHING_MARK).to(tl.float64)
-        vanishing += tl.load(added + VANISHING, mask=has_added, other=0.0)
-        tl.store(cell + VANISHING, vanishing, mask=inside)
-        exploding = (marks // EXPLODING_MARK).to(tl.float64)
-        exploding += tl.load(added + EXPLODING, mask=has_added, other=0.0)
-        tl.store(cell + EXPLODING, exploding, mask=inside)
-        counts = work + items + 2 * num_segments
-        tl.store(cell + TENSORS, tl.load(counts + segment, mask=inside, other=0.0), mask=inside)
-        tl.store(cell + ELEMENTS, tl.load(counts + num_segments + segment, mask=inside, other=0.0), mask=inside)
-
-        _write_gains(cell, places, segment, inside, gain_scale, found_inf, before, EXTRA)
+        _write_gains(row, places, num_segments, gain_scale, found_inf, SEGMENTS, EXTRA, QUANTITIES)
+        _write_row(
+            row, work, item_starts, items, num_segments, outside, grad_scale, SEGMENTS, SUMSQ, LIVE, VANISHING,
+            EXPLODING, MEASURED, TENSORS, ELEMENTS, QUANTITIES,
+        )  # fmt: skip
+        tl.debug_barrier()
         _write_summary(
-            summary_cell, sumsq, places + num_segments, segment, num_segments, inside, max_norm, eps, CLIP_EPS,
+            row, places + num_segments, num_segments, summary, max_norm, eps, SEGMENTS, SUMSQ, QUANTITIES, CLIP_EPS,
             APART, GUARDED, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
         )  # fmt: skip
     else:
-        tl.store(summary_cell + segment, sumsq, mask=inside)
+        _write_sums(work, item_starts, items, num_segments, summary, outside, SEGMENTS, MEASURED, SUMSQ)
 
 
-# Not inlined, like the two above: their registers are needed one after the other and not beside the main loop's.
+# Not inlined, like the steps above: their registers are needed one after the other and not beside the main loop's.
 @triton.jit(noinline=True)
 def complete_tensor(  # type: ignore[no-untyped-def]
     item, partial, meta, work, arrivals, items, num_segments, chunk, grad_scale, vanishing_rms, exploding_rms

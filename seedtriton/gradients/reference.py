@@ -268,8 +268,9 @@ def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: L
         newest = ring.index_select(0, (count - 1).remainder(ring.shape[0]).view(1))[0]
         replaced = _is_replaced(newest, count, replace)
         before = newest[1:, EXTRA].masked_fill(replaced.logical_not(), math.nan)
-        gain = row[1:, EXTRA]
-        row[1:, EXTRA] = torch.where(gain.isnan(), before, gain + before.nan_to_num(0.0, math.inf, -math.inf))
+        told = constant(tuple(index in slope_segments for index in range(1, len(row))), torch.bool, device)
+        added = row[1:, EXTRA] + before.nan_to_num(0.0, math.inf, -math.inf)
+        row[1:, EXTRA] = torch.where(told, added, before)
         count.sub_(replaced.long())
     ring.index_copy_(0, count.remainder(ring.shape[0]).view(1), row.unsqueeze(0))
     count.add_(1)

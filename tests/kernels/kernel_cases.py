@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from seedtriton.gradients import reference
 from seedtriton.gradients.row import (
     APART,
+    APPEND,
     CLIP_COEFFICIENT,
     CLIP_EPS,
     EXTRA,
@@ -27,7 +28,10 @@ from seedtriton.gradients.row import (
     LIVE,
     NO_GAINS,
     QUANTITIES,
+    REPLACE,
+    REPLACE_USABLE,
     SUMMARY_HEAD,
+    SUMSQ,
     TENSORS,
     TOTAL_NORM,
     UNSCALED,
@@ -128,13 +132,17 @@ class Sample:
     def summary(self):
         return self.ours[2]
 
-    def record(self, gradients, segments, gains=(), gain_segments=(), max_norm=1.0, eps=1e-8, more=None, **options):
+    def record(
+        self, gradients, segments, gains=(), gain_segments=(), max_norm=1.0, eps=1e-8, more=None, replace=APPEND,
+        **options,
+    ):  # fmt: skip
         """One measurement by both; ``more`` is only for the kernel."""
         twins = [gain.clone() for gain in gains]
         gradients, rules, scale = Listed(gradients, segments), *rules_and_scale(max_norm=max_norm, eps=eps, **options)
         copies = gradients._replace(tensors=[gradient.clone() for gradient in gradients.tensors])
-        kernel_record(self.ours, gradients, Listed(gains, gain_segments), rules, scale, **(more or {}))
-        reference.record_(copies, Listed(twins, gain_segments), Window(*self.theirs), rules, scale)
+        ours = Window(*self.ours, replace)
+        kernel_record(ours, gradients, Listed(gains, gain_segments), rules, scale, **(more or {}))
+        reference.record_(copies, Listed(twins, gain_segments), Window(*self.theirs, replace), rules, scale)
         for ours, theirs in zip(gradients.tensors, copies.tensors):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
         for gain in gains:
@@ -430,6 +438,46 @@ def test_gains_are_read_negated_and_set_to_zero(device):
         sample.assert_same()
         row = sample.ring[sample.ours[1].item() - 1, :, EXTRA]
         assert row[segments].tolist() == [-value for value in values]
+
+
+STALE = {"finite": (1.0, 0.0), "skipped": (1.0, 1.0), "host not finite": (INF, 0.0)}
+
+
+@pytest.mark.parametrize("more", [{}, {"two_launches": True}], ids=["one-launch", "two-launches"])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 7])  # nothing before it; the first, middle and last place of a ring of 3
+@pytest.mark.parametrize("stale", STALE)
+@pytest.mark.parametrize("replace", [APPEND, REPLACE, REPLACE_USABLE])
+def test_the_newest_row_is_replaced_and_its_gains_are_added_to(replace, stale, count, more, device):
+    value, skipped = STALE[stale]
+    sample = Sample(40, device, window=3)
+    found_inf = torch.tensor(skipped, device=device)
+    for index in range(count):
+        # The last row before is that of the same step: a seed has a gain, another none.
+        old = place(torch.full((5,), value if index == count - 1 else 1.0), device)
+        gains = [torch.tensor(2.0, device=device), torch.tensor(0.5, device=device)]
+        sample.record([old], [0], gains, [3, 39], found_inf=found_inf)
+    new = [random(9, torch.float32, device), random(9, torch.float32, device)]
+    gains = [torch.tensor(0.25, device=device), torch.tensor(8.0, device=device)]
+    sample.record(new, [0, 3], gains, [3, 7], replace=replace, more=more)
+    sample.assert_same()
+    replaced = count > 0 and (replace == REPLACE or (replace == REPLACE_USABLE and stale == "finite"))
+    assert sample.ours[1].item() == count + (not replaced)
+    row = sample.ring[(sample.ours[1].item() - 1) % 3]
+    before, other = (2.0, -0.5) if replaced else (0.0, NAN)
+    assert row[[0, 3, 7], EXTRA].tolist() == [0.0, -0.25 - before, -8.0]
+    assert row[39, EXTRA].item() == pytest.approx(other, nan_ok=True)
+    assert row[:, EXTRA].isnan().sum().item() == 40 - (4 if replaced else 3)
+    assert row[3, SUMSQ].item() == pytest.approx(truth(new[1:], [0], 1).item())
+
+
+def test_a_gain_that_is_not_a_number_makes_the_sum_of_its_step_one(device):
+    sample = Sample(3, device)
+    for values in ((0.5, 1.0), (NAN, 1.0)):
+        gains = [torch.tensor(value, device=device) for value in values]
+        sample.record([random(9, torch.float32, device)], [0], gains, [1, 2], replace=REPLACE)
+    sample.assert_same()
+    assert sample.ours[1].item() == 1
+    assert (math.isnan(sample.ring[0, 1, EXTRA]), sample.ring[0, 2, EXTRA].item()) == (True, -2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
