@@ -186,7 +186,7 @@ class _Wall(Function):
         return None, None
 
 
-def given_to(features: Tensor, anchor: Tensor, *, copy: bool, wall: bool) -> Tensor:
+def given_to(features: Tensor, learning: Iterable[Tensor], *, copy: bool, wall: bool) -> Tensor:
     """What a seed is given of its features: they themselves, or a copy.
 
     torch's group norm on a CPU writes the gradient of a channels_last input whether it is wanted or not: into nothing,
@@ -195,7 +195,8 @@ def given_to(features: Tensor, anchor: Tensor, *, copy: bool, wall: bool) -> Ten
 
     Args:
         features: floating, any shape.
-        anchor: any tensor that requires a gradient; it gets none.
+        learning: one of them that requires a gradient holds the wall, and gets none from it; without one no backward
+            pass gets there.
         copy: whether the seed writes into them.
         wall: whether the seed may have a group norm; otherwise a copy and the gradient of its input are saved.
     """
@@ -204,8 +205,10 @@ def given_to(features: Tensor, anchor: Tensor, *, copy: bool, wall: bool) -> Ten
     last = wall and features.dim() > 3 and features.stride(1) <= features.stride(-1)
     quick = torch.compiler.is_compiling() or not transforming()
     if last and quick and features.is_cpu and not features.requires_grad and torch.is_grad_enabled():
-        walled: Tensor = _Wall.apply(features, anchor)
-        return walled
+        anchor = next((tensor for tensor in learning if tensor.requires_grad), None)
+        if anchor is not None:
+            walled: Tensor = _Wall.apply(features, anchor)
+            return walled
     return features.clone() if copy else features
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -151,8 +152,8 @@ class SeedSlot(nn.Module):
             inner = blending.shield(features, alpha)
         compiling = torch.compiler.is_compiling()
         looking = self._checks_due > 0 and not compiling and not blending.transforming()
-        anchor = alpha if alpha.requires_grad else next(seed.parameters())
-        given = given_to(inner, anchor, copy=self._copy_input, wall=looking or self._group_norm)
+        wall = looking or self._group_norm
+        given = given_to(inner, chain((alpha,), seed.parameters()), copy=self._copy_input, wall=wall)
         if mode == BLENDED:
             return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
         version = given._version if looking else 0
@@ -215,7 +216,7 @@ class SeedSlot(nn.Module):
             if blend == blending.GATE and probe is not None:
                 gate = blending.gate_for(probe, tuple(gate_dims or ()), channel_dim).to(first.device, first.dtype)
             self._place(module, gate, blend, first.device)
-        self._group_norm, self._copy_input, self._handed_on = tried.group_norm, tried.writes, tried.handed_on
+        self._group_norm, self._copy_input, self._handed_on = tried.group_norm, tried.writes, as_number(tried.handed_on)
         self.preserves_shape = True if probe is not None else None
         self.isolation, self.isolate_blending = isolation or TrustRegion(), bool(isolate_blending)
         self.random.begin(self.name or "")

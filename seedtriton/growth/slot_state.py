@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..core.errors import ConfigurationError, StateDictError
 from ..core.lifecycle import RESTING, Lifecycle, Stage
 from ..core.state import check_state
 from .blending import BLENDS, GATE, GateNetwork, check_blend
-from .isolation import NORM, RULES, Isolation, StraightThrough, TrustRegion
+from .isolation import NORM, Isolation, StraightThrough, TrustRegion
 from .randomness import SeedRandom
 
 VERSION = 1
@@ -22,7 +23,9 @@ _KEYS = (
     "preserves_shape", "copy_input",
 )  # fmt: skip
 # Only in a state where there is something to say: 0.1 knew none of them. Its rule was "norm".
-_LATER_KEYS = ("gate_dims", "channel_dim", "isolate_blending", "random", "rule", "handed_on")
+_LATER: Mapping[str, Any] = MappingProxyType(
+    {"gate_dims": None, "channel_dim": None, "isolate_blending": False, "random": {}, "rule": NORM, "handed_on": None}
+)
 
 
 @dataclass(frozen=True)
@@ -76,35 +79,37 @@ class SavedSlot:
     @classmethod
     def read(cls, state: object) -> SavedSlot:
         """The state that ``state_dict`` wrote; StateDictError when it is damaged."""
-        later = [key for key in _LATER_KEYS if isinstance(state, dict) and key in state]
-        values = check_state(state, "SeedSlot", VERSION, (*_KEYS, *later))
+        values = check_state(state, "SeedSlot", VERSION, _KEYS, _LATER)
         lifecycle = Lifecycle()
         lifecycle.load_state_dict(values["lifecycle"])
         alpha, violations, due = values["alpha"], values["isolation_violations"], values["checks_due"]
-        if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or type(violations) is not int or type(due) is not int:
+        counts = all(type(count) is int and count >= 0 for count in (violations, due))
+        if type(alpha) is not float or not 0.0 <= alpha <= 1.0 or not counts:
             raise StateDictError(
                 f"SeedSlot: bad alpha {alpha!r}, isolation_violations {violations!r} or checks_due {due!r}"
             )
-        apart, dtype = values.get("isolate_blending", False), getattr(torch, str(values["dtype"]), None)
-        if type(apart) is not bool:
-            raise StateDictError(f"SeedSlot: isolate_blending must be True or False, got {apart!r}")
-        rule, kept = values.get("rule", NORM), values.get("handed_on")
-        if rule not in RULES or type(kept) not in (float, type(None)):
-            raise StateDictError(f"SeedSlot: bad rule {rule!r} or handed_on {kept!r}")
+        apart, copy_input, keeps = values["isolate_blending"], values["copy_input"], values["preserves_shape"]
+        if type(apart) is not bool or type(copy_input) is not bool or not (keeps is None or keeps is True):
+            raise StateDictError(
+                f"SeedSlot: bad isolate_blending {apart!r}, copy_input {copy_input!r} or preserves_shape {keeps!r}"
+            )
+        kept, dtype = values["handed_on"], getattr(torch, str(values["dtype"]), None)
+        if type(kept) not in (float, type(None)):
+            raise StateDictError(f"SeedSlot: bad handed_on {kept!r}")
         return cls(
             lifecycle=lifecycle,
             alpha=alpha,
-            isolation=StraightThrough() if values["rho"] is None else TrustRegion(values["rho"], rule),
+            isolation=_isolation(values),
             isolate_blending=apart,
             isolation_violations=violations,
             checks_due=due,
-            random=SeedRandom.from_state(values.get("random", {})),
+            random=SeedRandom.from_state(values["random"]),
             blend=values["blend"],
             gate=_gate(values),
             dtype=dtype if isinstance(dtype, torch.dtype) else None,
             frozen=None if values["frozen"] is None else _names(values["frozen"]),
-            preserves_shape=values["preserves_shape"],
-            copy_input=values["copy_input"],
+            preserves_shape=keeps,
+            copy_input=copy_input,
             handed_on=kept,
         )
 
@@ -133,12 +138,20 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _isolation(values: Mapping[str, Any]) -> Isolation:
+    rho, rule = values["rho"], values["rule"]
+    try:
+        return StraightThrough() if rho is None else TrustRegion(rho, rule)
+    except ConfigurationError as error:
+        raise StateDictError(f"SeedSlot: {error}") from error
+
+
 def _gate(values: Mapping[str, Any]) -> GateNetwork | None:
     blend, channels = values["blend"], values["channels"]
     gated = type(channels) is int and channels > 0
     if blend not in BLENDS or gated != (blend == GATE):
         raise StateDictError(f"SeedSlot: blend {blend!r} does not go with channels {channels!r} of a gate")
-    dims, channel_dim = values.get("gate_dims"), values.get("channel_dim")
+    dims, channel_dim = values["gate_dims"], values["channel_dim"]
     try:
         check_blend(blend, dims, channel_dim)
     except ConfigurationError as error:

@@ -56,6 +56,17 @@ def test_what_is_handed_on_is_the_slope_over_the_samples():
     torch.testing.assert_close(handed_on(features, 3 * features + 7), torch.tensor(3.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_what_is_known_does_not_depend_on_whether_somebody_looked(read):
+    slot = SeedSlot()
+    slot.germinate(Residual(4), probe=torch.zeros(3, 4))  # features that do not vary say nothing
+    if read:
+        assert slot.handed_on is None
+    slot.move(Stage.TRAINING)
+    slot(torch.randn(3, 4))
+    assert slot.handed_on == pytest.approx(1.0, abs=0.25)
+
+
 def test_the_seed_is_looked_at_once_and_the_first_look_stays():
     slot = slot_in_training()
     slot(torch.randn(3, 4))

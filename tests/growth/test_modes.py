@@ -61,6 +61,14 @@ for functional in (False, True):
                             slot.set_alpha(0.5)
                         for _ in range(2):
                             slot(x).square().sum().backward()
+x = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last)
+for first in (0, 1):  # one parameter of the fossil is frozen: no gradient reaches it, the other one learns
+    slot = SeedSlot()
+    slot.germinate(Norm(False))
+    for stage in (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED):
+        slot.move(stage)
+    list(slot.seed.parameters())[first].requires_grad_(False)
+    slot(x).square().sum().backward()
 for x, groups in (
     (torch.randn(2, 8, 3, 4, 5).to(memory_format=torch.channels_last_3d), 4),
     (torch.randn(2, 1, 6, 6).to(memory_format=torch.channels_last), 1),
