@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lifecycle_figure(read_events(options.events), options.picture)
             return 0
         return doctor()
-    except (SeedtritonError, OSError) as error:
+    except (SeedtritonError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}")
         return 1
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from seedtriton.cli import main
+from seedtriton.report.plots import lifecycle_figure
 
 
 def test_demo_fossilizes_the_healthy_seed_and_refuses_the_sabotaged_one(tmp_path, capsys):
@@ -50,6 +51,31 @@ def test_plot_draws_from_a_file_of_events_and_a_missing_file_is_no_traceback(tmp
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert main(["plot", str(tmp_path / "none.jsonl"), str(tmp_path / "b.png")]) == 1
     assert "none.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, words", [("", "no events"), ('{"event": "epoch", "epoch": 0}\n{"ev', "line 2")])
+def test_a_file_of_events_that_cannot_be_drawn_is_named(text, words, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    path = tmp_path / "events.jsonl"
+    path.write_text(text)
+    assert main(["plot", str(path), str(tmp_path / "a.png")]) == 1
+    assert words in capsys.readouterr().out
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_drawing_leaves_the_callers_matplotlib_alone(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="pictures need matplotlib")
+    before = matplotlib.get_backend()
+    with matplotlib.rc_context({"font.size": 7.0}):
+        pyplot.switch_backend("svg")
+        pyplot.figure()
+        settings, figures = dict(matplotlib.rcParams), pyplot.get_fignums()
+        event = {"event": "epoch", "seed": None, "epoch": 0, "accuracy": 0.5, "loss": 1.0}
+        lifecycle_figure([event], tmp_path / "a.png")
+        assert (matplotlib.get_backend(), dict(matplotlib.rcParams), pyplot.get_fignums()) == ("svg", settings, figures)
+    pyplot.close("all")
+    pyplot.switch_backend(before)
 
 
 def test_doctor_names_versions_and_the_reason_for_the_backend(capsys):

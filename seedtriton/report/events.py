@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ..core.evidence import SeedEvidence
@@ -16,17 +17,7 @@ def gate_fields(verdict: Verdict) -> Event:
         "gate": str(verdict.gate),
         "target": str(verdict.target),
         "passed": verdict.passed,
-        "checks": [
-            {
-                "question": check.question,
-                "name": check.name,
-                "passed": check.passed,
-                "value": check.value,
-                "limit": check.limit,
-                "reason": check.reason,
-            }
-            for check in verdict.checks
-        ],
+        "checks": [dataclasses.asdict(check) for check in verdict.checks],
     }
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..core.errors import ConfigurationError
 from ..core.lifecycle import Stage
 
 # Colour-blind safe (Okabe and Ito); the stages before and after a life stay white.
@@ -20,9 +21,15 @@ SEED_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#000000")
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events of a file of JSON lines."""
+    """The events of a file of JSON lines; ConfigurationError names a line that is none."""
+    events = []
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        for number, line in enumerate(file, start=1):
+            try:
+                events += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ConfigurationError(f"{os.fspath(path)}, line {number}, is no event: {error}") from error
+    return events
 
 
 def stage_bands(events: Iterable[dict[str, Any]], last_epoch: int) -> dict[str, list[tuple[Stage, int, int]]]:
@@ -48,21 +55,25 @@ def lifecycle_figure(events: Sequence[dict[str, Any]], path: str | os.PathLike[s
 
     Raises:
         ImportError: matplotlib is not installed.
+        ConfigurationError: there are no events.
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    if not events:
+        raise ConfigurationError("there are no events to draw: the run had no epoch, or wrote elsewhere")
+    # For this picture alone: the caller's backend and settings stay.
+    with matplotlib.rc_context({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}):
+        _draw(events, Figure(figsize=(10, 11), layout="constrained"), title).savefig(path, dpi=130)
 
+
+def _draw(events: Sequence[dict[str, Any]], figure: Any, title: str) -> Any:
     last = max(event["epoch"] for event in events)
     bands = stage_bands(events, last)
     seeds = list(bands)
     colours = {seed: SEED_COLOURS[i % len(SEED_COLOURS)] for i, seed in enumerate(seeds)}
-    plt.rcParams.update({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(
-        5, 1, figsize=(10, 11), sharex=True, constrained_layout=True,
-        height_ratios=[0.28 * max(1, len(seeds)) + 0.2, 1, 1, 0.7, 1.2],
-    )
+    heights = [0.28 * max(1, len(seeds)) + 0.2, 1, 1, 0.7, 1.2]
+    axes = figure.subplots(5, 1, sharex=True, height_ratios=heights)
     stages, ratio, gain, alpha, accuracy = axes
     _draw_bands(stages, bands, colours)
     for seed in seeds:
@@ -74,7 +85,7 @@ def lifecycle_figure(events: Sequence[dict[str, Any]], path: str | os.PathLike[s
     _draw_limit(gain, _limit(events, "blend_gain"), "threshold")
     ratio.set_yscale("log")
     ratio.set_ylabel("gradient ratio\nseed / host")
-    ratio.set_xlim(0, last)
+    ratio.set_xlim(0, max(1, last))
     gain.axhline(0, color="0.8", lw=0.8, zorder=0)
     gain.set_ylabel("blend gain\nt statistic")
     alpha.set_ylabel("alpha")
@@ -92,8 +103,7 @@ def lifecycle_figure(events: Sequence[dict[str, Any]], path: str | os.PathLike[s
             panel.legend(loc=place, frameon=False, ncols=3)
     figure.align_ylabels(axes[1:])
     figure.suptitle(title or "The life of a seed", fontsize=14, fontweight="bold")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def _draw_bands(panel: Any, bands: dict[str, list[tuple[Stage, int, int]]], colours: dict[str, str]) -> None:
