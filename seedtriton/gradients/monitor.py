@@ -24,6 +24,7 @@ from .in_backward import BackwardCollector
 from .loss_scale import read_scaler
 from .optimizers import each_plain
 from .parameters import Gradients, Parameters, Watched
+from .rounds import check_every
 from .row import EXPLODING_RMS, EXTRA, UNSCALED, VANISHING_RMS, Listed, LossScale, Rules
 from .step_hook import StepHook
 from .windows import Windows
@@ -148,9 +149,10 @@ class GradientMonitor(Windows):
             WiringError: with a scaler: no optimizer is known, or one has already stepped. With ``gradients``: a
                 parameter that is not watched. Nothing was measured.
             ConfigurationError: with ``gradients``: no pairs, a parameter that is listed twice, or a gradient of
-                another shape; a tag where the monitor has none, or none where it has one; an impossible ``every`` of
-                a loss that counts. Nothing was measured.
+                another shape; a tag where the monitor has none, or none where it has one; an impossible ``every``.
+                Nothing was measured.
         """
+        check_every(every)
         counts = _counts(self.tag, tag)
         self._refresh_if_stale()
         given = None if gradients is None else self._watched.check(gradients)
@@ -160,6 +162,12 @@ class GradientMonitor(Windows):
             return
         scale = UNSCALED if scaler is None else read_scaler(scaler, self._progress.steps.optimizers())
         self._measure(scale, given, scaler=scaler)
+
+    def pass_over(self, *, tag: str | None = None, every: int = 1) -> None:
+        """Count a call in whose place nothing is measured; its arguments, and their errors, are ``measure``'s."""
+        check_every(every)
+        if _counts(self.tag, tag):
+            self._rounds.pass_over()
 
     @torch.no_grad()
     def _discard(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,24 @@ from .row import APPEND, REPLACE, REPLACE_USABLE
 PATIENCE, TIMES = 64, 4
 
 
+def nothing() -> None:
+    """What happens when a round begins, unless somebody is told."""
+
+
+def check_every(every: int) -> None:
+    """ConfigurationError unless a measurement in so many steps is possible."""
+    if type(every) is not int or every < 1:
+        raise ConfigurationError(f"every must be a whole number of optimizer steps of at least 1, got {every!r}")
+
+
 class Rounds:
     """A round is what is measured between two steps of the known optimizers; in a compiled graph every call is one.
 
     Args:
         steps: knows the optimizers; without any, every call is a round.
+
+    Attributes:
+        begun: called when a round begins, whoever measures.
     """
 
     def __init__(self, steps: StepCounter) -> None:
@@ -29,6 +43,7 @@ class Rounds:
         self._calls = 0  # measurements in this round
         self._most = 0  # in any round that ended with a step
         self._turns = 0  # rounds that ``due`` was asked about
+        self.begun: Callable[[], None] = nothing
 
     @property
     def known(self) -> bool:
@@ -41,9 +56,7 @@ class Rounds:
         return self._calls > 0 and self.known and self._calls < max(PATIENCE, TIMES * self._most)
 
     def due(self, every: int) -> bool:
-        """Whether this round is to be measured, the first of ``every``; ConfigurationError for an impossible one."""
-        if type(every) is not int or every < 1:
-            raise ConfigurationError(f"every must be a whole number of optimizer steps of at least 1, got {every!r}")
+        """Whether this round is to be measured, the first of ``every``."""
         if torch.compiler.is_compiling():
             if every > 1:
                 raise ConfigurationError("a compiled measurement cannot count optimizer steps: call it every so often")
@@ -52,15 +65,23 @@ class Rounds:
             self._turns += 1
         due = (self._turns - 1) % every == 0
         if not due:
-            self._calls += 1  # it waits for its step as well
+            self.pass_over()
         return due
+
+    def pass_over(self) -> None:
+        """Count a call that is not measured: it waits for its step as well."""
+        if not self.open:
+            self.begun()
+        self._calls += 1
 
     def enter(self, scaler: torch.amp.GradScaler | None) -> int:
         """Count a measurement; what it does to the newest row: APPEND, REPLACE or REPLACE_USABLE."""
         if torch.compiler.is_compiling():
+            self.begun()
             return APPEND  # what a graph counted would be a constant in it
         states = table_of(scaler)
         if not self.open:
+            self.begun()
             replace = APPEND
         elif states is None or self._scaler_states is None:
             # Nobody says whether a step was skipped in between; a row that is not finite tells.

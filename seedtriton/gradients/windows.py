@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -219,10 +219,9 @@ class Windows(Ring):
         self._rounds.close()
         self._mark_stepped()
 
-    @property
-    def awaits_step(self) -> bool:
-        """Whether something was measured that waits for the step of a known optimizer; another call belongs to it."""
-        return self._rounds.open
+    def at_each_step(self, call: Callable[[], None]) -> None:
+        """Call ``call`` once per optimizer step that is measured, or passed over: at its first measurement."""
+        self._rounds.begun = call
 
     def _stepped(self) -> None:
         """An optimizer has stepped."""

@@ -107,6 +107,7 @@ class GrowthController:
         self.monitor: GradientMonitor = self._wiring.monitor
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
         self._position = Position()
+        self.monitor.at_each_step(self._position.take_step)
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
 
     @property
@@ -116,7 +117,7 @@ class GrowthController:
 
     @property
     def step(self) -> int:
-        """Steps counted by ``measure``."""
+        """Optimizer steps before which ``measure`` was called."""
         return self._position.step
 
     @normal_tensors()
@@ -189,14 +190,13 @@ class GrowthController:
     ) -> None:
         """Measure the gradients of this step: after backward, before a GradScaler's unscale_, clipping and the step.
 
-        Also moves every alpha that is on its way, once per optimizer step, from the next forward pass on. Does nothing
+        Also moves every alpha on its way, once per optimizer step, as does a hook of ``monitor.attach``. Only counts
         while no slot holds a living seed. For the arguments see ``GradientMonitor.measure``.
         """
-        began = not self.monitor.awaits_step
         if self._lives:
             self.monitor.measure(scaler, gradients=gradients, tag=tag, every=every)
-        if began and tag == self.monitor.tag:
-            self._position.take_step()
+        else:
+            self.monitor.pass_over(tag=tag, every=every)
 
     def clip_grad_norm_(self, max_norm: Limit, error_if_nonfinite: bool = False, *, reuse: bool = True) -> Tensor:
         """Clip the host, with all that is blended, by its norm, and every seed behind it by its own; the host's norm.
@@ -257,9 +257,7 @@ class GrowthController:
         """
         life = self._mover.living(slot)
         if life.pruning is not None:
-            raise WiringError(
-                f"the seed in {slot!r} is being pruned ({life.pruning[0]}); set_alpha_target() would keep it"
-            )
+            raise WiringError(f"the seed in {slot!r} is being pruned ({life.pruning[0]}); set_alpha_target() keeps it")
         life.evidence = self.monitor.read()[slot]
         verdict = self._judge(life)
         if verdict.passed:

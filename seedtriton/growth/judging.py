@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 from torch import nn
@@ -74,4 +73,4 @@ def trainable(*modules: nn.Module) -> int:
 
 def _points(before: float | None, now: float | None) -> float | None:
     """Rise of an accuracy in percentage points."""
-    return None if before is None or now is None or math.isnan(now) else 100.0 * (now - before)
+    return None if before is None or now is None else 100.0 * (now - before)

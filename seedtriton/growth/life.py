@@ -25,7 +25,7 @@ class Life:
     pruning: tuple[str, str] | None = None  # reason and initiator, while alpha is on its way down to the end
     training_accuracy: float | None = None  # when TRAINING began
     blending_accuracy: float | None = None  # when BLENDING began
-    evidence: SeedEvidence | None = field(default=None)
+    evidence: SeedEvidence | None = None
     warned: set[str] = field(default_factory=set)  # names of warnings that were said
 
     VERSION: ClassVar[int] = 1

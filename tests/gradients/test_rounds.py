@@ -296,6 +296,46 @@ def test_alpha_moves_once_per_optimizer_step(micro, every):
     assert growth.evidence()["slot"].samples == -(-12 // every)
 
 
+def test_alpha_moves_under_the_hook_of_attach_too():
+    model, optimizer, growth = grown()
+    growth._move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
+    growth.monitor.attach(optimizer)
+    for number in range(1, 13):
+        for _ in range(2):
+            model(torch.randn(4, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert growth.step == number
+        assert (model.slot.alpha_value == 1.0) == (number >= 10)
+    assert growth.evidence()["slot"].samples == 12
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("micro, every", [(1, 1), (3, 1), (2, 3)])
+def test_steps_are_counted_alike_with_and_without_a_seed(micro, every, seeded):
+    model, optimizer, growth = grown(pruned_epochs=9)
+    if not seeded:
+        growth.prune("slot")
+    for number in range(1, 8):
+        for _ in range(micro):
+            model(torch.randn(4, 4)).square().mean().backward()
+            growth.measure(every=every)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert growth.step == number
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("arguments", [{"every": 0}, {"every": 1.5}, {"tag": "generator"}])
+def test_impossible_arguments_are_refused_before_the_first_seed_as_well(arguments, seeded):
+    _, _, growth = grown()
+    if not seeded:
+        growth.prune("slot")
+    with pytest.raises(ConfigurationError):
+        growth.measure(**arguments)
+    assert growth.step == 0
+
+
 def test_a_discriminator_is_measured_by_its_own_loss_alone():
     model, optimizer, growth = grown(tag="discriminator")
     generator = nn.Linear(2, 4)

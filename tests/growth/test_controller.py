@@ -15,6 +15,7 @@ from seedtriton import (
     Gate,
     GateThresholds,
     GrowthController,
+    ProgressThreshold,
     Stage,
     StraightThrough,
     TrustRegion,
@@ -437,6 +438,42 @@ def test_improvement_is_in_percentage_points_since_training_began():
     check = next(check for check in verdict.checks if check.question == "improvement")
     assert check.value == pytest.approx(2.0)
     assert check.passed
+
+
+def test_a_threshold_by_progress_is_asked_at_the_share_of_the_epochs_that_are_done():
+    limit = ProgressThreshold(early=0.0, mid=1e-6, late=1e6, mid_from=0.25, late_from=0.75)
+    script = Script(thresholds=GateThresholds(min_gradient_ratio=limit), total_epochs=8, auto_advance=())
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    script.growth.advance("early")
+    asked = [next(c for c in verdict.checks if c.question == "gradient_ratio") for (verdict,) in script.epochs(10)]
+    assert [check.limit for check in asked] == [0.0] + 4 * [1e-6] + 5 * [1e6]
+    assert [check.passed for check in asked] == 5 * [True] + 5 * [False]
+    unknown = Script(thresholds=GateThresholds(min_gradient_ratio=limit))
+    unknown.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    (verdict,) = unknown.epoch()
+    assert "progress_unknown" in {check.name for check in verdict.failed}
+
+
+def test_a_strict_epoch_refuses_a_seed_that_was_never_measured_and_counts_nothing():
+    script = Script()
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    events = len(script.events)
+    with pytest.raises(WiringError, match="early"):
+        script.growth.end_epoch(accuracy=0.5, strict=True)
+    assert (script.growth.epoch, len(script.events)) == (0, events)
+    assert script.growth.slots["early"].lifecycle.epochs_in_stage == 0
+    script.epoch()
+    script.growth.end_epoch(strict=True)
+    assert script.growth.epoch == 2
+
+
+def test_the_loss_of_an_epoch_is_in_its_events():
+    script = Script()
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    script.growth.end_epoch(accuracy=0.25, loss=0.5)
+    told = {event["seed"]: (event["loss"], event["accuracy"]) for event in script.of("epoch")}
+    assert told[None] == (0.5, 0.25)
+    assert told["early"][0] == 0.5
 
 
 def test_events_are_flat_json_safe_and_carry_the_agreed_fields():
