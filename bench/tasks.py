@@ -132,23 +132,13 @@ class Task:
 
     def sample_losses(self, model: nn.Module, data: Data) -> Tensor:
         """Loss of each sample in eval mode, without gradient; [n]."""
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            losses = self.losses(model(data[0]), data[1])
-        model.train(training)
-        return losses
+        return self.losses(_outputs(model, data), data[1])
 
     def accuracy(self, model: nn.Module, data: Data) -> float | None:
         """Share of right answers; None for a regression."""
         if self.losses is squared_errors:
             return None
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            right = (model(data[0]).argmax(dim=-1) == data[1]).double().mean().item()
-        model.train(training)
-        return right
+        return (_outputs(model, data).argmax(dim=-1) == data[1]).double().mean().item()
 
     def widened(self, factor: int) -> Task:
         """The same task with a host ``factor`` times as wide."""
@@ -169,6 +159,16 @@ class Task:
 
         parts = {name: shuffled(getattr(self, name)) for name in ("train", "probe", "truth")}
         return dataclasses.replace(self, **parts)
+
+
+def _outputs(model: nn.Module, data: Data) -> Tensor:
+    """In eval mode, without gradient; the mode is put back."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs: Tensor = model(data[0])
+    model.train(training)
+    return outputs
 
 
 class BatchStream:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .core.errors import ConfigurationError
-from .core.lifecycle import Stage
+from .core.lifecycle import RESTING, Stage
 from .core.verdict import Verdict
 from .growth.controller import GrowthController
 from .growth.slot import SeedSlot
@@ -28,7 +28,6 @@ from .report.sinks import JsonLinesSink
 EPOCHS = 60
 GERMINATION = 20  # epoch before which no seed is there
 PATIENCE = 20  # epochs behind the host after which the script gives a refused seed up
-RESTING = ("PRUNED", "EMBARGOED", "RESETTING")
 HEALTHY, SABOTAGED = "healthy", "sabotaged"
 
 
@@ -202,7 +201,7 @@ def _say_moves(say: Callable[[str], None]) -> Callable[[Event], None]:
         if event["event"] == "germinated":
             place = "in the optimizer" if event["in_optimizer"] else "in NO optimizer (sabotage)"
             say(f"epoch {event['epoch']:3d}  {event['seed']}: germinated, {event['parameters']} parameters, {place}")
-        elif event["event"] == "stage" and event["source"] not in RESTING:
+        elif event["event"] == "stage" and event["source"] not in map(str, RESTING):
             say(f"epoch {event['epoch']:3d}  {event['seed']}: {event['source']} -> {event['target']}")
 
     return sink

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.growth.tables import over
 from bench.machine import header
 from bench.optimizers import ADAMW, FAST_SGD, MUON, OPTIMIZERS, SGD
 from bench.tasks import TASKS, BatchStream, Task
@@ -252,11 +253,6 @@ class Bar:
         return f"{'kept  ' if self.passed else 'MISSED'} {self.words}"
 
 
-def rise(found: dict[str, Any], since: str = "loss_at_germination") -> float:
-    """Worst validation loss while blending over an earlier one, minus 1."""
-    return found["worst_while_blending"] / found[since] - 1.0
-
-
 def bars(runs: Sequence[dict[str, Any]], strategy: str = DEFAULT) -> Iterator[Bar]:
     """What is promised of the library's default way to train behind the host, and of its gates."""
     promised = [found for found in runs if found["optimizer"] not in UNPROMISED]
@@ -273,8 +269,8 @@ def bars(runs: Sequence[dict[str, Any]], strategy: str = DEFAULT) -> Iterator[Ba
         if not ours:
             continue
         blended = [found for found in ours.values() if found["worst_while_blending"] is not None]
-        rises = [rise(found) for found in blended]
-        later = max((rise(found, "loss_before_blending") for found in blended), default=0.0)
+        rises = [over(found) - 1.0 for found in blended]
+        later = max((over(found, "loss_before_blending") - 1.0 for found in blended), default=0.0)
         within = sum(one <= MAX_RISE for one in rises)
         yield Bar(
             within == len(rises),

@@ -9,13 +9,13 @@ COLOURS = (
 )  # fmt: skip
 
 
-def _over_germination(run):
-    """Worst loss while blending over the one at germination; None where nothing was blended."""
+def over(run, since="loss_at_germination"):
+    """Worst validation loss while blending over an earlier one; None where nothing was blended."""
     worst = run["worst_while_blending"]
-    return None if worst is None else worst / run["loss_at_germination"]
+    return None if worst is None else worst / run[since]
 
 
-WORST = ("worst while blending\n/ at germination", _over_germination)
+WORST = ("worst while blending\n/ at germination", over)
 FINAL = ("final loss", lambda run: run["final_loss"])
 
 
@@ -137,8 +137,8 @@ def _summary(runs):
     lines = ["| TRAINING by | largest rise over the moment before blending | ends below no growth |", "|---|---|---|"]
     for strategy in _names(runs, "strategy"):
         found = [run for run in runs if run["strategy"] == strategy]
-        blended = [run for run in found if run["worst_while_blending"] is not None]
-        rises = [run["worst_while_blending"] / run["loss_before_blending"] - 1 for run in blended]
+        blended = [over(run, "loss_before_blending") for run in found]
+        rises = [times - 1 for times in blended if times is not None]
         rise = f"{max(rises):+.1%}" if rises else "-"
         lines.append(f"| {strategy} | {rise} | {_below(runs, strategy)} |")
     return lines

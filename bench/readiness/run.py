@@ -30,7 +30,6 @@ from seedtriton import GateThresholds, GrowthController, Verdict
 from seedtriton.gradients.row import ELEMENTS, SUMSQ
 from seedtriton.growth.probing import probe, twin_of
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SLOT = "slot"
 OPTIMIZERS = {ADAMW: 5, SGD: 3, MUON: 3}  # random seeds of each
 EPOCHS, STEPS = 10, 40  # of TRAINING; verdicts are given at the end of each epoch

@@ -1,6 +1,6 @@
 """The error classes. Every message names the value, the limit and the way out.
 
-A refusal by a gate is not here: it is data (``gates.Verdict``), never an exception.
+A refusal by a gate is not here: it is data (``verdict.Verdict``), never an exception.
 """
 
 from __future__ import annotations

@@ -189,8 +189,11 @@ class QualityGates(PlainState):
             _accuracy_kept(status, limits.max_accuracy_drop),
         ]
 
+    def _chosen(self, known: SeedEvidence) -> float | None:
+        return known.rms_ratio if self.thresholds.ratio == "rms" else known.ratio
+
     def _not_exploding(self, known: SeedEvidence) -> Check:
-        value = known.rms_ratio if self.thresholds.ratio == "rms" else known.ratio
+        value = self._chosen(known)
         limit = self.thresholds.max_gradient_ratio
         if limit is None:
             return _not_asked("exploding", "max_gradient_ratio", value)
@@ -203,7 +206,7 @@ class QualityGates(PlainState):
 
     def _ratio(self, status: SeedStatus, known: SeedEvidence) -> Check:
         limit = self.thresholds.min_gradient_ratio
-        value = known.rms_ratio if self.thresholds.ratio == "rms" else known.ratio
+        value = self._chosen(known)
         if limit is None:
             return _not_asked("gradient_ratio", "min_gradient_ratio", value)
         if isinstance(limit, ProgressThreshold):
