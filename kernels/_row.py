@@ -16,6 +16,9 @@ TENSOR_BLOCK = tl.constexpr(256)
 # A tensor's mark is 1 when it is live, plus these: one sum counts all three.
 VANISHING_MARK = tl.constexpr(_plan.MOST_TENSORS + 1)
 EXPLODING_MARK = tl.constexpr((_plan.MOST_TENSORS + 1) ** 2)
+# Where the count and the table of tensors are, before the marks. Read there and not among the arguments, and the sums
+# left with their loss scale: either way sm_100 would take 74 registers instead of 60.
+TABLE_ADDRESSES = tl.constexpr(_plan.TABLE_ADDRESSES)
 
 
 @triton.jit
@@ -38,14 +41,34 @@ def _scalar_or(address, default):  # type: ignore[no-untyped-def]
 @triton.jit
 def marks_of(work, items, num_segments):  # type: ignore[no-untyped-def]
     """Where the marks of the tensors are."""
-    return (work + items + 4 * num_segments).to(tl.pointer_type(tl.int64))
+    return (work + items + 4 * num_segments + TABLE_ADDRESSES).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def _note_tensor(slot, sumsq, table, entries):  # type: ignore[no-untyped-def]
+    """A tensor into the table of tensors, as ``reference.note_tensors_``.
+
+    ``table`` holds the addresses of the count, of sums, of last and of first samples; ``entries`` the place of each
+    slot in them, -1 for the item that is of no tensor.
+    """
+    entry = tl.load(entries + slot)
+    # Whoever finishes the sample, and counts it, waits for every tensor.
+    sample = (tl.load(tl.load(table).to(tl.pointer_type(tl.int64))) + 1).to(tl.int32)
+    tl.store(tl.load(table + 1).to(tl.pointer_type(tl.float64)) + entry, sumsq, mask=entry >= 0)
+    tl.store(tl.load(table + 2).to(tl.pointer_type(tl.int32)) + entry, sample, mask=entry >= 0)
+    first = tl.load(table + 3).to(tl.pointer_type(tl.int32)) + entry
+    known = tl.load(first, mask=(entry >= 0) & ~(sumsq < float("inf")), other=1)
+    tl.store(first, sample, mask=known == 0)
 
 
 @triton.jit
 def judge_tensor(  # type: ignore[no-untyped-def]
-    item, sumsq, meta, marks, items, chunk, grad_scale, vanishing_rms, exploding_rms
+    item, sumsq, meta, marks, items, num_segments, chunk, grad_scale, vanishing_rms, exploding_rms
 ):
-    """Mark a tensor, of which ``item`` is any, as live, vanishing or exploding; as ``reference.columns_of_sums``."""
+    """Mark a tensor, of which ``item`` is any, as live, vanishing or exploding; as ``reference.columns_of_sums``.
+
+    And note it in the table of tensors.
+    """
     final = item - tl.load(meta + 4 * items + item) + tl.load(meta + 5 * items + item) - 1
     elements = tl.load(meta + 4 * items + final).to(tl.float64) * chunk + tl.load(meta + final)
     # The sum still holds the loss scale, so the limits take it as well.
@@ -57,7 +80,9 @@ def judge_tensor(  # type: ignore[no-untyped-def]
     # Not below infinity: infinite or NaN.
     exploding = (sumsq > high * high * elements) | ~(sumsq < float("inf"))
     mark = live.to(tl.int64) + vanishing.to(tl.int64) * VANISHING_MARK + exploding.to(tl.int64) * EXPLODING_MARK
-    tl.store(marks + tl.load(meta + 3 * items + item), mark)
+    slot = tl.load(meta + 3 * items + item)
+    tl.store(marks + slot, mark)
+    _note_tensor(slot, sumsq, marks - TABLE_ADDRESSES, meta + 6 * items + 2 * num_segments + 2)
 
 
 @triton.jit
@@ -159,7 +184,8 @@ def finish(  # type: ignore[no-untyped-def]
     CLIP_EPS: tl.constexpr, EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
     VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr, TENSORS: tl.constexpr,
     ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
-    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
+    CLIP_COEFFICIENT: tl.constexpr, UNSCALE: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):  # fmt: skip
     """By the last program: the row of the ring, the gains, the summary, the count; or the sums alone."""
     segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
@@ -184,7 +210,9 @@ def finish(  # type: ignore[no-untyped-def]
         cell = row + segment * QUANTITIES
         # Each fp64 division is a call, so there is one per scalar and a product per lane.
         scale = _scalar_or(grad_scale, 1.0)
-        sumsq *= 1.0 / (scale * scale)
+        unscale = 1.0 / (scale * scale)
+        tl.store(summary_cell + UNSCALE, unscale)
+        sumsq *= unscale
         tl.store(cell + SUMSQ, sumsq, mask=inside)
         marked = (closed + num_segments).to(tl.pointer_type(tl.int64))
         marks = tl.load(marked, mask=busy, other=0, cache_modifier=".cg")
@@ -228,5 +256,5 @@ def complete_tensor(  # type: ignore[no-untyped-def]
             sumsq = sum_range(work, first, first + parts, TENSOR_BLOCK)
     if whole:
         marks = marks_of(work, items, num_segments)
-        judge_tensor(item, sumsq, meta, marks, items, chunk, grad_scale, vanishing_rms, exploding_rms)
+        judge_tensor(item, sumsq, meta, marks, items, num_segments, chunk, grad_scale, vanishing_rms, exploding_rms)
     return whole

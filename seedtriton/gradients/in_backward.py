@@ -67,10 +67,10 @@ class BackwardCollector:
             sumsq = before[0] + sumsq.to(before[0].device)
         self._found[segment, id(parameter)] = sumsq, gradient.numel()
 
-    def take(self, device: torch.device) -> tuple[Tensor, tuple[list[int], list[int]]]:
-        """Of each tensor so far the sum of squares (float64 [n]), then elements and segments; starts afresh."""
+    def take(self, device: torch.device) -> tuple[Tensor, tuple[list[int], list[int]], list[int]]:
+        """Of each so far: sum of squares (float64 [n]); elements, segment; its parameter's ``id``. Starts afresh."""
         found, self._found = self._found, {}
         sums = [sumsq.to(device) for sumsq, _ in found.values()]
         elements = [size for _, size in found.values()]
         none = torch.empty(0, dtype=torch.float64, device=device)
-        return torch.cat([none, *sums]), (elements, [segment for segment, _ in found])
+        return torch.cat([none, *sums]), (elements, [segment for segment, _ in found]), [key for _, key in found]

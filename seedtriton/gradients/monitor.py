@@ -209,8 +209,9 @@ class GradientMonitor(Windows):
         gains = self._watched.gains_of(given)
         collecting = self._watched.collecting
         if given is None and collecting is not None:
-            sums, listed = collecting.take(self.ring.device)
-            ops.record_sums_(sums, listed, gains, self._window(), self._rules(), scale)
+            sums, listed, owners = collecting.take(self.ring.device)
+            entries = self._watched.entries_of(owners)
+            ops.record_sums_(sums, listed, gains, self._window(), self._rules(), scale, entries)
             return
         gradients = self._watched.gradients_of(given)
         tensors = gradients.tensors

@@ -27,6 +27,7 @@ from .row import (
     LossScale,
     Outside,
     Rules,
+    TensorTable,
     Window,
     coefficients_of,
 )
@@ -151,8 +152,9 @@ def record_(
     """
     if _traced((*gradients.tensors[:1], window.ring)):
         torch.ops.seedtriton.record_(
-            *map(list, gradients), *map(list, gains), *window, rules.max_norm, rules.eps, *scale,
-            rules.lanes == torch.float64, rules.vanishing_rms, rules.exploding_rms, list(rules.modes),
+            *map(list, gradients[:2]), *map(list, gains[:2]), *window[:3], *window.table.columns, rules.max_norm,
+            rules.eps, *scale, rules.lanes == torch.float64, rules.vanishing_rms, rules.exploding_rms,
+            list(rules.modes), None if gradients.entries is None else list(gradients.entries),
         )  # fmt: skip
     else:
         _record_(gradients, gains, window, rules, scale, flat, names)
@@ -178,11 +180,11 @@ def _segmented_sumsq(
             return gradient_sums.segmented_sumsq(tensors, segments, num_segments, lanes)
         except ValueError:  # Unsupported, or lists that the check below explains
             _check_lists(tensors, segments, num_segments)
-        inside, outside = _split(tensors, segments, tensors[0].device)
-        if not inside[0]:
+        inside, outside = _split(Listed(tensors, segments), tensors[0].device)
+        if not inside.tensors:
             return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
-        rest = reference.segmented_sumsq(*outside, num_segments, lanes, tensors[0].device)
-        return gradient_sums.segmented_sumsq(*inside, num_segments, lanes, rest.view(-1, 1))
+        rest = reference.segmented_sumsq(*outside[:2], num_segments, lanes, tensors[0].device)
+        return gradient_sums.segmented_sumsq(*inside[:2], num_segments, lanes, rest.view(-1, 1))
     _check_segments(tensors, segments, num_segments)
     try:
         return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
@@ -203,14 +205,14 @@ def _scale_(
         from ..kernels import _launch, gradient_scale
 
         try:
-            gradient_scale.scale_segments_(*listed, coefficients, clear=clear, copy=copy)
+            gradient_scale.scale_segments_(*listed[:2], coefficients, clear=clear, copy=copy)
         except gradient_scale.Unsupported:
             _check_scalable(listed.tensors)
-            inside, outside = _split(*listed, coefficients.device)
+            inside, outside = _split(listed, coefficients.device)
             # A tensor that is listed twice is scaled twice, which programs side by side cannot do.
             places = [tensor.data_ptr() for tensor in inside.tensors if tensor.numel()]
             if len(set(places)) == len(places):
-                gradient_scale.scale_segments_(*inside, coefficients, clear=clear)
+                gradient_scale.scale_segments_(*inside[:2], coefficients, clear=clear)
                 listed = outside
         except _launch.Uncapturable as error:
             raise _named(error, listed.tensors, (), names) from error
@@ -240,9 +242,13 @@ def _record_(
     try:
         _launch_record(gradients, gains, window, rules, scale, flat, names)
     except gradient_sums.Unsupported:
-        inside, rest = _split(*gradients, device)
-        columns = reference.measured_columns(rest, num_segments, device, rules, scale.gradients)
-        counts = reference.count_by_segment(list(map(Tensor.numel, rest.tensors)), rest.segments, num_segments)
+        inside, rest = _split(gradients, device)
+        elements = list(map(Tensor.numel, rest.tensors))
+        with torch.no_grad():
+            sums = reference.sums_of(rest, rules, device)
+        columns = reference.columns_of_sums(sums, elements, rest.segments, num_segments, rules, scale.gradients)
+        counts = reference.count_by_segment(elements, rest.segments, num_segments)
+        reference.note_tensors_(window.table, window.written + 1, sums, rest.entries)
         _launch_record(inside, gains, window, rules, scale, None, names, Outside(columns, counts))
         reference.quarantine_(rest, window.summary, rules)
 
@@ -259,6 +265,7 @@ def _launch_record(
 ) -> None:
     from ..kernels import _launch, gradient_sums
 
+    window.table.newest = None
     try:
         gradient_sums.record_(
             gradients, gains, window, rules, scale, layout=LAYOUT, clip_eps=CLIP_EPS, outside=outside, flat=flat
@@ -274,19 +281,22 @@ def record_sums_(
     window: Window,
     rules: Rules,
     scale: LossScale = UNSCALED,
+    entries: Sequence[int] | None = None,
 ) -> None:
     """``record_`` for sums that were taken elsewhere. Eager only.
 
     ``sums`` is float64 [n] on the ring's device, the sum of squares of each tensor, ``listed`` the size and the segment
-    of each; the other arguments are ``reference.record_``'s.
+    of each, ``entries`` as in ``Listed``; the other arguments are ``reference.record_``'s.
     """
     elements, segments = listed
     num_segments = window.ring.shape[1]
     columns = reference.columns_of_sums(sums, elements, segments, num_segments, rules, scale.gradients)
     outside = Outside(columns, reference.count_by_segment(elements, segments, num_segments))
     if backend_of(window.ring.device).name == "torch" or not _plain(gains.tensors, window.ring.device):
+        reference.keep_tensors_(window, sums, columns, entries)
         reference.finish_(outside, gains, window, rules, scale)
         return
+    reference.note_tensors_(window.table, window.written + 1, sums, entries)
     _launch_record(Listed((), ()), gains, window, rules, scale, None, None, outside)
 
 
@@ -299,15 +309,17 @@ def _named(
     return WiringError(f"{names((gains if error.gain else tensors)[error.index])} {error.fate}")
 
 
-def _split(tensors: Sequence[Tensor], segments: Sequence[int], device: torch.device) -> tuple[Listed, Listed]:
-    """What the kernel can take on ``device``, and the rest, each with its segments."""
+def _split(listed: Listed, device: torch.device) -> tuple[Listed, Listed]:
+    """What the kernel can take on ``device``, and the rest, each with its segments and entries."""
     from ..kernels import gradient_sums
 
+    tensors, segments, entries = listed
     fits = [gradient_sums.unsupported(tensor, device) is None for tensor in tensors]
 
     def those(wanted: bool) -> Listed:
         chosen = [index for index, fit in enumerate(fits) if fit is wanted]
-        return Listed([tensors[index] for index in chosen], [segments[index] for index in chosen])
+        own = chosen if entries is None else [entries[index] for index in chosen]
+        return Listed([tensors[index] for index in chosen], [segments[index] for index in chosen], own)
 
     return those(True), those(False)
 
@@ -384,9 +396,10 @@ _library.define("segmented_sumsq(Tensor[] tensors, int[] segments, int num_segme
 _library.define("scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()")
 _library.define(
     "record_(Tensor(e!)[] gradients, int[] segments, Tensor(a!)[] gains, int[] gain_segments, Tensor(b!) ring, "
-    "Tensor(c!) count, Tensor(d!) summary, float max_norm, float eps, Tensor? grad_scale=None, "
-    "Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False, "
-    f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}, int[] modes=[]) -> ()"
+    "Tensor(c!) count, Tensor(d!) summary, Tensor(f!) sumsq, Tensor(g!) last, Tensor(h!) first, float max_norm, "
+    "float eps, Tensor? grad_scale=None, Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False, "
+    f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}, int[] modes=[], "
+    "int[]? entries=None) -> ()"
 )
 _library.define("scale_segments_(Tensor(a!)[] tensors, int[] segments, Tensor coefficients) -> ()")
 
@@ -405,6 +418,9 @@ def _record_impl(
     ring: Tensor,
     count: Tensor,
     summary: Tensor,
+    sumsq: Tensor,
+    last: Tensor,
+    first: Tensor,
     max_norm: float,
     eps: float,
     grad_scale: Tensor | None = None,
@@ -414,13 +430,16 @@ def _record_impl(
     vanishing_rms: float = VANISHING_RMS,
     exploding_rms: float = EXPLODING_RMS,
     modes: Sequence[int] = (),
+    entries: Sequence[int] | None = None,
 ) -> None:
+    window = Window(ring, count, summary, TensorTable(sumsq, last, first))
     _record_(
-        Listed(gradients, segments), Listed(gains, gain_segments), Window(ring, count, summary),
+        Listed(gradients, segments, entries), Listed(gains, gain_segments), window,
         Rules(max_norm, eps, vanishing_rms, exploding_rms, _lanes(wide), tuple(modes)),
         LossScale(grad_scale, gain_scale, found_inf),
         None, None,
     )  # fmt: skip
+    reference.settle_(window.table, count)
 
 
 def _scale_impl(tensors: list[Tensor], coefficient: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,8 @@ EXPLODING_RMS = 10.0
 # is not finite, the last two are -1, which writes zeros.
 TOTAL_NORM = 0  # root of the sum over all segments that are not apart
 CLIP_COEFFICIENT = 1  # of the host, and of whatever is not apart
-SUMMARY_HEAD = 2
+UNSCALE = 2  # times this, a sum of squares in the table of tensors is that of true gradients, without the loss scale
+SUMMARY_HEAD = 3
 
 # How a segment is clipped, added up; 0: with the host.
 APART = 1  # by its own norm, with the same limit
@@ -55,6 +57,7 @@ class RowLayout(NamedTuple):
     quantities: int = QUANTITIES
     total_norm: int = TOTAL_NORM
     clip_coefficient: int = CLIP_COEFFICIENT
+    unscale: int = UNSCALE
     summary_head: int = SUMMARY_HEAD
     apart: int = APART
     guarded: int = GUARDED
@@ -64,13 +67,39 @@ LAYOUT = RowLayout()
 
 
 class Listed(NamedTuple):
-    """Tensors and the segment of each: gradients, or the gradients of blend factors alpha (0-dim)."""
+    """Tensors and the segment of each: gradients, or the gradients of blend factors alpha (0-dim).
+
+    ``entries`` is the place of each in the table of tensors; None: the i-th has entry i.
+    """
 
     tensors: Sequence[Tensor]
     segments: Sequence[int]
+    entries: Sequence[int] | None = None
 
 
 NO_GAINS = Listed((), ())
+
+
+@dataclass
+class TensorTable:
+    """What is known of each parameter's gradient, 16 bytes of it, [parameters] each. Samples are counted from 1.
+
+    Attributes:
+        sumsq: float64, its last sum of squares, still with the loss scale: see UNSCALE.
+        last: int32, the sample of that sum; below 0 where there is none yet: -1 - those written before it was watched.
+        first: int32, the first sample in which it was not finite; 0: none.
+        newest: sums and entries of the newest sample, where they are not written yet; see ``reference.settle_``.
+    """
+
+    sumsq: Tensor
+    last: Tensor
+    first: Tensor
+    newest: tuple[Tensor, Sequence[int] | None] | None = None
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three of them."""
+        return self.sumsq, self.last, self.first
 
 
 class Window(NamedTuple):
@@ -80,11 +109,13 @@ class Window(NamedTuple):
         ring: float64 [window, segments, QUANTITIES]; row ``count % window`` is overwritten.
         written: int64 0-dim, samples ever written; 1 is added.
         summary: float64 [SUMMARY_HEAD + 3 * segments], overwritten.
+        table: entries of what is listed are overwritten.
     """
 
     ring: Tensor
     written: Tensor
     summary: Tensor
+    table: TensorTable
 
 
 class Rules(NamedTuple):

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateDictError, WiringError
 from ..core.evidence import NEVER_MEASURED, SeedEvidence
 from ..core.state import check_state
+from ..core.tensors import TensorReading
 from .clipping import MeasuredGradients
 from .parameters import Parameters, Watched
 from .progress import Progress
 from .reading import Latest, Reader, Transit, pack
 from .ring import Ring, check_entries
+from .row import Window
+from .tensors import read_tensors
 
 
 class Windows(Ring):
@@ -42,7 +46,7 @@ class Windows(Ring):
         exploding_rms: float | None,
     ) -> None:
         """Lay out an empty ring on the device of the parameters."""
-        super().__init__(window, 1 + len(watched.names), watched.tracked[0].device)
+        super().__init__(window, 1 + len(watched.names), watched.tracked, watched.tracked[0].device)
         self.window, self.eps, self.host_floor = window, eps, host_floor
         self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
         self._watched, self._progress, self._measured = watched, Progress(), MeasuredGradients()
@@ -92,6 +96,32 @@ class Windows(Ring):
         age = steps.total - arrived.steps if steps.optimizers() else None
         return Latest(self._unpack(arrived.buffer), age)
 
+    def tensors(self, seed: str | None = None) -> list[TensorReading]:
+        """What the last sample says of the gradient of every parameter, largest norm first; those without one are last.
+
+        The measurement has noted it by the way. Copies to the host once, and waits for that copy.
+
+        Args:
+            seed: only the host's tensors and this seed's, and of what was not finite only what lies in its window.
+
+        Raises:
+            ConfigurationError: no seed has this name.
+        """
+        self._refresh_if_stale()
+        segment = None if seed is None else 1 + self.seeds.index(self._watched.known(seed))
+        self._follow()
+        limits = self.vanishing_rms, self.exploding_rms
+        return read_tensors(self._noted, self._watched, (self.count, self.since, self.summary), limits, segment)
+
+    def _window(self) -> Window:
+        self._follow()
+        return super()._window()
+
+    def _follow(self) -> None:
+        """Give every parameter that is watched now an entry in the table of tensors."""
+        if not torch.compiler.is_compiling():
+            self._noted.follow(self._watched.tracked, self.count)
+
     def _pack(self) -> Tensor:
         self._refresh_if_stale()
         return pack(self.ring, self.count, self.since, self._progress.displacements(self._watched.of_seed))
@@ -120,6 +150,7 @@ class Windows(Ring):
             WiringError: no parameters, or parameters of another seed; nothing has changed.
         """
         self._watched.add(name, seed, alpha)
+        self._follow()
         self._add_column()
         self._mark_stepped()
         self._progress.begin(name, self._watched.of_seed[name])
@@ -132,6 +163,7 @@ class Windows(Ring):
         """
         segment = 1 + self.seeds.index(self._watched.known(name))
         self._watched.remove(name)
+        self._follow()
         del self._progress.marks[name]
         self._remove_column(segment)
         self._mark_stepped()
@@ -143,6 +175,7 @@ class Windows(Ring):
             WiringError: no parameters on a side, or a parameter in two seeds.
         """
         self._watched.refresh()
+        self._follow()
 
     def _refresh_if_stale(self) -> None:
         if self._watched.stale:
@@ -160,6 +193,7 @@ class Windows(Ring):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over ``get_extra_state``, which the load has already checked."""
         self._progress.load_state_dict(state, self._watched.of_seed)
+        self._noted.forget(self.count)
 
     def _mark_stepped(self) -> None:
         """No optimizer step and no clipping since the last measurement: from now on there was one."""

@@ -424,7 +424,8 @@ def test_opcheck_scale():
     opcheck(torch.ops.seedtriton.scale_.default, [torch.randn(3), torch.randn(2, 4)], torch.tensor(0.5))
 
 
-def test_opcheck_record():
+@pytest.mark.parametrize("entries", [None, [3, 1]])
+def test_opcheck_record(entries):
     opcheck(
         torch.ops.seedtriton.record_.default,
         [torch.randn(3), torch.randn(2, 4)],
@@ -434,8 +435,12 @@ def test_opcheck_record():
         torch.zeros(4, 2, QUANTITIES, dtype=torch.float64),
         torch.zeros((), dtype=torch.int64),
         torch.zeros(SUMMARY_HEAD + 3 * 2, dtype=torch.float64),
+        torch.zeros(5, dtype=torch.float64),
+        torch.zeros(5, dtype=torch.int32),
+        torch.zeros(5, dtype=torch.int32),
         1.0,
         1e-8,
+        entries=entries,
     )
 
 
