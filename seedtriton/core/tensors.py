@@ -31,7 +31,8 @@ class TensorReading(NamedTuple):
             since sample N", "no gradient" in this sample, "frozen" (none, and it requires none), "empty" (it has no
             elements), or "never measured" since it is watched.
         sample: number of the last sample, counted from 1.
-        first_not_finite: the first sample in which it was not finite, even if it is now; None: in none.
+        first_not_finite: the first sample in which it was not finite, even if it is now, since a window last began: its
+            seed's, for the host any seed's; None: in none.
     """
 
     name: str

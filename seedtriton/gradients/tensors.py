@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,13 @@ class TensorNotes:
                 column.index_copy_(0, new, known.to(count.device).index_select(0, old))
         self._tracked, self.table = tracked, table
 
+    @torch.no_grad()
+    def begin(self, segments: Sequence[int], chosen: Collection[int]) -> None:
+        """A window begins for these segments: what was not finite before it is forgotten."""
+        entries = [entry for entry, segment in enumerate(segments) if segment in chosen]
+        index = torch.tensor(entries, dtype=torch.int64, device="cpu").to(self.table.first.device)
+        self.table.first.index_fill_(0, index, 0)
+
     def to(self, device: torch.device, count: Tensor) -> None:
         """Move it; ``count`` is where it was."""
         settle_(self.table, count)
@@ -67,43 +75,36 @@ def _empty(size: int, count: Tensor) -> TensorTable:
 def read_tensors(
     noted: TensorNotes,
     watched: Watched,
-    counters: tuple[Tensor, Tensor, Tensor],
+    count: Tensor,
+    summary: Tensor,
     limits: tuple[float | None, float | None],
-    segment: int | None,
 ) -> list[TensorReading]:
-    """The readings of all tensors, or of those of the host and one other segment, by one copy.
+    """The readings of all tensors, largest first, by one copy.
 
     Args:
         noted: follows ``watched``.
         watched: who they are.
-        counters: count, since and summary of the ring.
+        count: of the ring.
+        summary: of the newest sample.
         limits: root mean squares below which a tensor vanishes and above which it explodes; None: not asked.
-        segment: of a seed; what was not finite before its window is not told then.
     """
-    count, since, summary = counters
     settle_(noted.table, count)
-    parts = [count.view(1), since, summary[UNSCALE : UNSCALE + 1], *noted.table.columns]
-    packed = torch.cat([part.double() for part in parts]).tolist()
-    sample, scale = int(packed[0]), packed[1 + len(since)]
-    begun = 0 if segment is None else int(packed[1 + segment])
-    columns = packed[2 + len(since) :]
+    parts = [count.view(1), summary[UNSCALE : UNSCALE + 1], *noted.table.columns]
+    sample, scale, *columns = torch.cat([part.double() for part in parts]).tolist()
     size = len(watched.tracked)
-    readings = []
-    for entry, (name, parameter, own) in enumerate(zip(watched.paths(), watched.tracked, watched.segments)):
-        if segment is not None and own not in (0, segment):
-            continue
-        first = int(columns[2 * size + entry])
-        readings.append(
-            read_tensor(
-                name,
-                tuple(parameter.shape),
-                own,
-                sumsq=columns[entry] * scale,
-                last=int(columns[size + entry]),
-                first=first if first > begun else None,
-                sample=sample,
-                trained=parameter.requires_grad,
-                limits=limits,
-            )
+    sumsq, last, first = columns[:size], columns[size : 2 * size], columns[2 * size :]
+    readings = [
+        read_tensor(
+            name,
+            tuple(parameter.shape),
+            segment,
+            sumsq=sumsq[entry] * scale,
+            last=int(last[entry]),
+            first=int(first[entry]) or None,
+            sample=int(sample),
+            trained=parameter.requires_grad,
+            limits=limits,
         )
+        for entry, (name, parameter, segment) in enumerate(zip(watched.paths(), watched.tracked, watched.segments))
+    ]
     return sorted(readings, key=TensorReading.largest_first)

@@ -102,7 +102,7 @@ class Windows(Ring):
         The measurement has noted it by the way. Copies to the host once, and waits for that copy.
 
         Args:
-            seed: only the host's tensors and this seed's, and of what was not finite only what lies in its window.
+            seed: of the host and this seed only.
 
         Raises:
             ConfigurationError: no seed has this name.
@@ -111,7 +111,8 @@ class Windows(Ring):
         segment = None if seed is None else 1 + self.seeds.index(self._watched.known(seed))
         self._follow()
         limits = self.vanishing_rms, self.exploding_rms
-        return read_tensors(self._noted, self._watched, (self.count, self.since, self.summary), limits, segment)
+        readings = read_tensors(self._noted, self._watched, self.count, self.summary, limits)
+        return [reading for reading in readings if segment is None or reading.segment in (0, segment)]
 
     def _window(self) -> Window:
         self._follow()
@@ -138,7 +139,10 @@ class Windows(Ring):
             ConfigurationError: no seed has this name.
         """
         self._refresh_if_stale()
-        for seed in self.seeds if name is None else [self._watched.known(name)]:
+        seeds = self.seeds if name is None else [self._watched.known(name)]
+        self._follow()
+        self._noted.begin(self._watched.segments, {0, *(1 + self.seeds.index(seed) for seed in seeds)})
+        for seed in seeds:
             self._begin_window(1 + self.seeds.index(seed))
             self._progress.begin(seed, self._watched.of_seed[seed])
 
@@ -151,6 +155,7 @@ class Windows(Ring):
         """
         self._watched.add(name, seed, alpha)
         self._follow()
+        self._noted.begin(self._watched.segments, {0})
         self._add_column()
         self._mark_stepped()
         self._progress.begin(name, self._watched.of_seed[name])

@@ -408,8 +408,8 @@ def test_a_module_that_calls_it_exports():
     assert torch.equal(program.module()(*arguments), Norms()(*arguments))
 
 
-def opcheck(op, *arguments):
-    checks = torch.library.opcheck(op, arguments)
+def opcheck(op, *arguments, **options):
+    checks = torch.library.opcheck(op, arguments, options)
     assert set(checks.values()) == {"SUCCESS"}, checks
 
 

@@ -557,6 +557,32 @@ def test_modes_that_change_reach_the_device(device):
         sample.assert_same()
 
 
+def test_tensors_without_entries_of_their_own_are_noted_in_their_order(device):
+    # By segment, the kernel takes them in another order, and drops the empty one.
+    gradients = [random(n, torch.float32, device) for n in (9000, 3, 0, 20000, 7)]
+    gradients[3][19999], segments = INF, [2, 0, 1, 1, 0]
+    for more in ({}, {"programs": 2}, {"two_launches": True}):
+        sample = Sample(3, device)
+        for _ in range(2):
+            kernel_record(sample.ours, Listed(gradients, segments), **more)
+        sumsq, last, first = (column[:6].tolist() for column in sample.ours[3].columns)
+        right = [gradient.double().square().sum().item() for gradient in gradients]
+        assert [sumsq[0], sumsq[1], *sumsq[3:5]] == pytest.approx([right[0], right[1], *right[3:5]], rel=EPSILON)
+        assert (sumsq[2], sumsq[5]) == (-7.0, -7.0)
+        assert last == [2, 2, -7, 2, 2, -7]
+        assert first == [0, 0, 0, 1, 0, 0]
+
+
+def test_other_entries_for_the_same_tensors_are_other_entries_on_the_device(device):
+    gradients = [random(10, torch.float32, device) for _ in range(3)]
+    sample = Sample(2, device)
+    for entries in ([0, 1, 2], [4, 1, 3], None, [4, 1, 3]):
+        kernel_record(sample.ours, Listed(gradients, [0, 1, 0], entries))
+    right = [gradient.double().square().sum().item() for gradient in gradients]
+    assert sample.ours[3].sumsq[:5].tolist() == pytest.approx([*right, right[2], right[0]], rel=EPSILON)
+    assert sample.ours[3].last[:6].tolist() == [3, 4, 3, 4, 4, -7]
+
+
 def test_outside_sums_meet_the_kernels(device):
     sample = Sample(3, device)
     inside = [random(1000, torch.float32, device), random(10, torch.bfloat16, device)]
