@@ -272,6 +272,12 @@ def test_seeds_that_come_and_go_leave_what_is_known_of_the_others():
     late = nn.Linear(2, 2)
     monitor.add_seed("late", late)
     assert by_name(monitor)["late.weight"].state == "never measured"
+    host[1].bias.grad[:] = 1.0
+    monitor.measure()
+    monitor.add_seed("later", nn.Linear(2, 2))  # what is known and not read yet stays as well
+    assert by_name(monitor)["2.weight"].sample == 2
+    assert by_name(monitor)["2.weight"].norm == 10.0
+    monitor.remove_seed("later")
     monitor.remove_seed("a")
     readings = by_name(monitor)
     assert (readings["1.bias"].first_not_finite, readings["1.bias"].segment) == (1, 0)
@@ -279,7 +285,16 @@ def test_seeds_that_come_and_go_leave_what_is_known_of_the_others():
     monitor.measure()
     readings = by_name(monitor)
     assert readings["late.weight"].state == "no gradient"
-    assert (readings["2.weight"].norm, readings["2.weight"].sample) == (10.0, 2)
+    assert (readings["2.weight"].norm, readings["2.weight"].sample) == (10.0, 3)
+
+
+def test_a_new_seed_begins_with_a_host_of_which_nothing_is_held_against_it():
+    host = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    monitor = GradientMonitor(host, {"a": host[1]})
+    ones(*host.parameters(), value=NAN)
+    monitor.measure()
+    monitor.add_seed("b", nn.Linear(2, 2))
+    assert {name for name, r in by_name(monitor).items() if r.first_not_finite} == {"1.weight", "1.bias"}
 
 
 def test_a_loaded_state_knows_no_tensors_yet_and_has_none_in_it():
@@ -368,8 +383,12 @@ def test_a_copy_has_a_table_of_its_own_and_moves_keep_it():
     ones(*twin["model"].first.parameters(), value=NAN)
     twin["monitor"].half().measure()
     assert by_name(twin["monitor"])["first.bias"].state == "not finite since sample 2"
-    assert by_name(pair["monitor"])["first.bias"].norm == 6.0
-    assert by_name(pair["monitor"].half().to("cpu"))["first.bias"].norm == 6.0
+    assert by_name(pair["monitor"].half())["first.bias"].norm == 6.0
+
+
+def test_the_table_goes_where_the_ring_goes():
+    monitor, _ = watched(Bare())
+    assert {column.device.type for column in monitor.to("meta")._noted.table.columns} == {"meta"}
 
 
 def test_the_table_is_16_bytes_per_tensor():
