@@ -68,6 +68,21 @@ class Signature(NamedTuple):
     layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...]
 
 
+class Noted(NamedTuple):
+    """Where a launch notes each tensor; none of it changes while tables live.
+
+    Attributes:
+        addresses: of the number of samples before, and of sums, last and first samples of the table of tensors.
+        entries: the place of each tensor in it; None: the i-th has entry i.
+    """
+
+    addresses: tuple[int, ...] = (0,) * _plan.TABLE_ADDRESSES
+    entries: tuple[int, ...] | None = None
+
+
+NOWHERE = Noted()
+
+
 @triton.jit
 def _probe() -> None:
     """Never launched; its type says whether this process interprets."""
@@ -179,7 +194,14 @@ def _view(buffer: Tensor, size: int) -> Any:
 class Tables:
     """What launches for one signature need on the device, made once."""
 
-    def __init__(self, plan: _plan.Plan, device: torch.device, extras: int, outside: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        plan: _plan.Plan,
+        device: torch.device,
+        extras: int,
+        outside: Sequence[tuple[int, int]],
+        noted: Noted = NOWHERE,
+    ) -> None:
         cpu = device.type == "cpu"
         module = None if cpu else torch.get_device_module(device)
         segments = plan.num_segments
@@ -193,19 +215,24 @@ class Tables:
         self._addresses = _AddressTable(self.slots + extras, device, module, pin=not cpu)
         columns = (plan.lengths, plan.segments, plan.dtypes, plan.slots, plan.pieces, plan.parts)
         starts = (plan.segment_starts, plan.slot_starts)
+        entries = plan.tensors if noted.entries is None else [noted.entries[index] for index in plan.tensors]
         # device="cpu" said: whoever called torch.set_default_device would otherwise be asked.
         host: dict[str, Any] = {"device": "cpu"}
-        meta = [value for column in columns + starts for value in column]
+        meta = [value for column in (*columns, *starts, entries or (-1,)) for value in column]
         self._meta = torch.tensor(meta, dtype=torch.int32, **host).to(device)
         tensors, elements = list(plan.tensor_counts), list(plan.element_counts)
         for segment, (more_tensors, more_elements) in enumerate(outside):
             tensors[segment] += more_tensors
             elements[segment] += more_elements
-        # Partial sums, closed segments (two columns), the two counts of each segment, which stay, and marks: as many
-        # as there are, no rectangle. The item of a plan without elements marks a tensor that is not there.
+        # Partial sums, closed segments (two columns), the two counts of each segment and the addresses of the table of
+        # tensors, which stay, and marks: as many as there are, no rectangle. The item of a plan without elements marks
+        # a tensor that is not there.
         marked = max(self.slots, 1)
-        self.work = torch.zeros(self.items + 4 * segments + marked, dtype=torch.float64, device=device)
-        self.work[self.items + 2 * segments : -marked] = torch.tensor(tensors + elements, dtype=torch.float64, **host)
+        fixed = torch.tensor(tensors + elements, dtype=torch.float64, **host).view(torch.int64)
+        fixed = torch.cat([fixed, torch.tensor(noted.addresses, dtype=torch.int64, **host)]).view(torch.float64)
+        begin = self.items + 2 * segments
+        self.work = torch.zeros(begin + len(fixed) + marked, dtype=torch.float64, device=device)
+        self.work[begin:-marked] = fixed
         self.counters = torch.zeros(segments + 1 + marked, dtype=torch.int32, device=device)
         self.busy_segments = plan.busy_segments
         self.work_address = self.work.data_ptr()
@@ -350,6 +377,7 @@ def find_tables(
     flat: Tensor | None = None,
     settled: bool = True,
     distinct: bool = False,
+    noted: Noted = NOWHERE,
 ) -> Tables:
     """Tables with the current addresses of ``tensors`` in them; the current device must be ``device``.
 
@@ -365,6 +393,7 @@ def find_tables(
         flat: a buffer of which all tensors are views.
         settled: they never move within it, and are not looked at. False: their places are compared in every call.
         distinct: refuse two tensors at one address, which a kernel that writes would race on.
+        noted: where each tensor is noted; belongs into ``domain`` too.
     """
     stream, capturing = _stream(device)
     if flat is None:
@@ -380,7 +409,7 @@ def find_tables(
         return _cache.for_capture(what, pointers, len(pointers) - len(extra_pointers))
     tables = _cache.get(stream, what)
     if tables is None:
-        tables = _make_tables(tensors, segments, num_segments, device, len(extras), outside)
+        tables = _make_tables(tensors, segments, num_segments, device, len(extras), outside, noted)
         if flat is not None:
             tables.base_offsets = _flat_offsets(tensors, flat)
         _cache.put(stream, what, tables)
@@ -404,13 +433,14 @@ def _make_tables(
     device: torch.device,
     extras: int,
     outside: Sequence[tuple[int, int]],
+    noted: Noted,
 ) -> Tables:
     """Tables for tensors of a new signature, which are looked at one by one; no address is in them yet."""
     _check_all(tensors, device)
     plan = _plan.make_plan([t.numel() for t in tensors], [DTYPES[t.dtype] for t in tensors], segments, num_segments)
     # inference_mode(False): tables made inside somebody's inference block are used outside as well.
     with torch.inference_mode(False), torch.no_grad():
-        return Tables(plan, device, extras, outside)
+        return Tables(plan, device, extras, outside, noted)
 
 
 def _moving_signature(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], Any]:

@@ -19,6 +19,8 @@ TARGET_ITEMS = 8192
 MOST_ITEMS = 1 << 18
 # Tensors that a segment may have: the kernel counts three kinds of them in 21 bits each of one number.
 MOST_TENSORS = (1 << 21) - 1
+# Numbers in the workspace that say where the number of samples and the table of tensors are.
+TABLE_ADDRESSES = 4
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ TENSOR_BLOCK = tl.constexpr(256)
 # A tensor's mark is 1 when it is live, plus these: one sum counts all three.
 VANISHING_MARK = tl.constexpr(_plan.MOST_TENSORS + 1)
 EXPLODING_MARK = tl.constexpr((_plan.MOST_TENSORS + 1) ** 2)
+# Where the number of samples and the table of tensors are, before the marks. Read there and not among the arguments,
+# and the sums left with their loss scale: either way sm_100 would take 74 registers instead of 60.
+TABLE_ADDRESSES = tl.constexpr(_plan.TABLE_ADDRESSES)
 
 
 @triton.jit
@@ -38,14 +41,34 @@ def _scalar_or(address, default):  # type: ignore[no-untyped-def]
 @triton.jit
 def marks_of(work, items, num_segments):  # type: ignore[no-untyped-def]
     """Where the marks of the tensors are."""
-    return (work + items + 4 * num_segments).to(tl.pointer_type(tl.int64))
+    return (work + items + 4 * num_segments + TABLE_ADDRESSES).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def _note_tensor(slot, sumsq, table, entries):  # type: ignore[no-untyped-def]
+    """A tensor into the table of tensors, as ``reference.note_tensors_``.
+
+    ``table`` holds the addresses of the number of samples before this one, of sums, of last and of first samples;
+    ``entries`` the place of each slot in them, -1 for the item that is of no tensor.
+    """
+    entry = tl.load(entries + slot)
+    # Whoever finishes the sample, and changes that number, waits for every tensor.
+    sample = (tl.load(tl.load(table).to(tl.pointer_type(tl.int64))) + 1).to(tl.int32)
+    tl.store(tl.load(table + 1).to(tl.pointer_type(tl.float64)) + entry, sumsq, mask=entry >= 0)
+    tl.store(tl.load(table + 2).to(tl.pointer_type(tl.int32)) + entry, sample, mask=entry >= 0)
+    first = tl.load(table + 3).to(tl.pointer_type(tl.int32)) + entry
+    known = tl.load(first, mask=(entry >= 0) & ~(sumsq < float("inf")), other=1)
+    tl.store(first, sample, mask=known == 0)
 
 
 @triton.jit
 def judge_tensor(  # type: ignore[no-untyped-def]
-    item, sumsq, meta, marks, items, chunk, grad_scale, vanishing_rms, exploding_rms
+    item, sumsq, meta, marks, items, num_segments, chunk, grad_scale, vanishing_rms, exploding_rms
 ):
-    """Mark a tensor, of which ``item`` is any, as live, vanishing or exploding; as ``reference.columns_of_sums``."""
+    """Mark a tensor, of which ``item`` is any, as live, vanishing or exploding; as ``reference.columns_of_sums``.
+
+    And note it in the table of tensors.
+    """
     final = item - tl.load(meta + 4 * items + item) + tl.load(meta + 5 * items + item) - 1
     elements = tl.load(meta + 4 * items + final).to(tl.float64) * chunk + tl.load(meta + final)
     # The sum still holds the loss scale, so the limits take it as well.
@@ -57,7 +80,9 @@ def judge_tensor(  # type: ignore[no-untyped-def]
     # Not below infinity: infinite or NaN.
     exploding = (sumsq > high * high * elements) | ~(sumsq < float("inf"))
     mark = live.to(tl.int64) + vanishing.to(tl.int64) * VANISHING_MARK + exploding.to(tl.int64) * EXPLODING_MARK
-    tl.store(marks + tl.load(meta + 3 * items + item), mark)
+    slot = tl.load(meta + 3 * items + item)
+    tl.store(marks + slot, mark)
+    _note_tensor(slot, sumsq, marks - TABLE_ADDRESSES, meta + 6 * items + 2 * num_segments + 2)
 
 
 @triton.jit
@@ -116,32 +141,25 @@ def clear_segment(  # type: ignore[no-untyped-def]
 # next, so that 256 segments fit into 64 registers on sm_100.
 @triton.jit(noinline=True)
 def _open_row(  # type: ignore[no-untyped-def]
-    places, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, EXTRA: tl.constexpr,
-    QUANTITIES: tl.constexpr, REPLACE: tl.constexpr,
-):  # fmt: skip
+    places, num_segments, SEGMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr
+):
     """Count the row and say where it goes; a row that it replaces leaves its gains there, else they are NaN."""
     segment = tl.arange(0, SEGMENTS)
     inside = segment < num_segments
     # Addresses that stay are read here: as arguments they would take registers from the start.
     fixed = places + 2 * num_segments
-    ring = tl.load(fixed).to(tl.pointer_type(tl.float64))
     samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
-    window = tl.load(fixed + 2)
-    replace = tl.load(fixed + 3)
-    samples = tl.load(samples_cell)
-    place = samples % window
-    newest = tl.where(place == 0, window, place) - 1
-    there = (replace != 0) & (samples > 0)
-    cell = ring + newest * num_segments * QUANTITIES + segment * QUANTITIES
-    sumsq = tl.load(cell + SUMSQ, mask=inside & there, other=0.0)
-    extra = tl.load(cell + EXTRA, mask=inside & there, other=0.0)
-    bad = ~(sumsq < float("inf")) | ((segment == 0) & (extra != 0.0))
-    replaced = there & ((tl.sum(bad.to(tl.int32)) == 0) | (replace == REPLACE))
-    # Everybody has read the count and the newest row before anybody writes.
+    before = tl.load(tl.load(fixed + 3).to(tl.pointer_type(tl.int64)))
+    replaced = before < tl.load(samples_cell)
+    row = tl.load(fixed).to(tl.pointer_type(tl.float64))
+    row += (before % tl.load(fixed + 2)) * num_segments * QUANTITIES
+    cell = row + segment * QUANTITIES + EXTRA
+    extra = tl.load(cell, mask=inside & replaced, other=float("nan"))
+    # Everybody has read the count and the row before anybody writes.
     tl.debug_barrier()
-    tl.store(samples_cell, tl.where(replaced, samples, samples + 1))
-    row = ring + tl.where(replaced, newest, place) * num_segments * QUANTITIES
-    tl.store(row + segment * QUANTITIES + EXTRA, tl.where(replaced, extra, float("nan")), mask=inside)
+    tl.store(samples_cell, before + 1)
+    tl.store(tl.load(fixed + 4).to(tl.pointer_type(tl.int64)), before)
+    tl.store(cell, extra, mask=inside)
     return row
 
 
@@ -184,17 +202,19 @@ def _sums_of(  # type: ignore[no-untyped-def]
 
 @triton.jit(noinline=True)
 def _write_row(  # type: ignore[no-untyped-def]
-    row, work, item_starts, items, num_segments, outside, grad_scale, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr,
-    LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr,
-    TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, QUANTITIES: tl.constexpr,
+    row, work, item_starts, items, num_segments, summary, outside, grad_scale, SEGMENTS: tl.constexpr,
+    SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
+    MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, QUANTITIES: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """All of the row but its gains."""
+    """All of the row but its gains, and the loss scale, which the sums of single tensors still hold."""
     segment = tl.arange(0, SEGMENTS)  # all vectors below are [SEGMENTS]
     inside = segment < num_segments
     sumsq, busy = _sums_of(segment, work, item_starts, items, num_segments, outside, MEASURED, SUMSQ)
     cell = row + segment * QUANTITIES
     # Each fp64 division is a call, so there is one per scalar and a product per lane.
     scale = _scalar_or(grad_scale, 1.0)
+    tl.store(summary.to(tl.pointer_type(tl.float64)) + GRAD_SCALE, scale)
     tl.store(cell + SUMSQ, sumsq * (1.0 / (scale * scale)), mask=inside)
     added = outside.to(tl.pointer_type(tl.float64)) + segment * MEASURED
     has_added = inside & (outside != 0)
@@ -212,6 +232,20 @@ def _write_row(  # type: ignore[no-untyped-def]
     counts = work + items + 2 * num_segments
     tl.store(cell + TENSORS, tl.load(counts + segment, mask=inside, other=0.0), mask=inside)
     tl.store(cell + ELEMENTS, tl.load(counts + num_segments + segment, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit(noinline=True)
+def _close_row(  # type: ignore[no-untyped-def]
+    row, places, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, EXTRA: tl.constexpr,
+    QUANTITIES: tl.constexpr,
+):  # fmt: skip
+    """How many samples come before one that replaces this row if it is usable; ``_open_row`` said it for any row."""
+    segment = tl.arange(0, SEGMENTS)
+    sumsq = tl.load(row + segment * QUANTITIES + SUMSQ, mask=segment < num_segments, other=0.0)
+    # What the host has in the place of a gain: 1 if the step will be skipped, else 0.
+    bad = tl.where(sumsq < float("inf"), tl.load(row + EXTRA), 1.0)
+    numbers = tl.load(places + 2 * num_segments + 4).to(tl.pointer_type(tl.int64))
+    tl.store(numbers + 1, tl.load(numbers) + tl.max(bad).to(tl.int64))
 
 
 @triton.jit(noinline=True)
@@ -260,20 +294,21 @@ def finish(  # type: ignore[no-untyped-def]
     CLIP_EPS: tl.constexpr, EPILOGUE: tl.constexpr, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, LIVE: tl.constexpr,
     VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr, TENSORS: tl.constexpr,
     ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr,
-    CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
-    REPLACE: tl.constexpr,
+    CLIP_COEFFICIENT: tl.constexpr, GRAD_SCALE: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):  # fmt: skip
     """By the last program: the count, the row of the ring and the summary; or the sums alone."""
     if EPILOGUE:
-        row = _open_row(places, num_segments, SEGMENTS, SUMSQ, EXTRA, QUANTITIES, REPLACE)
+        row = _open_row(places, num_segments, SEGMENTS, EXTRA, QUANTITIES)
         # Different threads may read in one step what others have written in the step before; so below.
         tl.debug_barrier()
         _write_gains(row, places, num_segments, gain_scale, found_inf, SEGMENTS, EXTRA, QUANTITIES)
         _write_row(
-            row, work, item_starts, items, num_segments, outside, grad_scale, SEGMENTS, SUMSQ, LIVE, VANISHING,
-            EXPLODING, MEASURED, TENSORS, ELEMENTS, QUANTITIES,
+            row, work, item_starts, items, num_segments, summary, outside, grad_scale, SEGMENTS, SUMSQ, LIVE,
+            VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, QUANTITIES, GRAD_SCALE,
         )  # fmt: skip
         tl.debug_barrier()
+        _close_row(row, places, num_segments, SEGMENTS, SUMSQ, EXTRA, QUANTITIES)
         _write_summary(
             row, places + num_segments, num_segments, summary, max_norm, eps, SEGMENTS, SUMSQ, QUANTITIES, CLIP_EPS,
             APART, GUARDED, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
@@ -300,5 +335,5 @@ def complete_tensor(  # type: ignore[no-untyped-def]
             sumsq = sum_range(work, first, first + parts, TENSOR_BLOCK)
     if whole:
         marks = marks_of(work, items, num_segments)
-        judge_tensor(item, sumsq, meta, marks, items, chunk, grad_scale, vanishing_rms, exploding_rms)
+        judge_tensor(item, sumsq, meta, marks, items, num_segments, chunk, grad_scale, vanishing_rms, exploding_rms)
     return whole

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seedtriton.kernels import _launch, _row
-from seedtriton.kernels._launch import Unsupported, release, unsupported
+from seedtriton.kernels._launch import Noted, Unsupported, release, unsupported
 
 if TYPE_CHECKING:
     from seedtriton.gradients.row import Flat, Listed, LossScale, Outside, RowLayout, Rules, Window
@@ -111,8 +111,8 @@ def _run_item(  # type: ignore[no-untyped-def]
     EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, CLIP_EPS: tl.constexpr, SUMSQ: tl.constexpr,
     LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr,
     TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
-    TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, SUMMARY_HEAD: tl.constexpr,
-    APART: tl.constexpr, GUARDED: tl.constexpr, REPLACE: tl.constexpr,
+    TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, GRAD_SCALE: tl.constexpr,
+    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Sum an item; whoever completes its segment closes it, whoever closes the last segment finishes."""
     segment, partial = _sum_item(item, addresses, meta, work, items, chunk, base, LANES, BYTES)
@@ -152,7 +152,7 @@ def _run_item(  # type: ignore[no-untyped-def]
                         work, item_starts, addresses + slots, items, num_segments, summary, outside, grad_scale,
                         gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
                         EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT,
-                        SUMMARY_HEAD, APART, GUARDED, REPLACE,
+                        GRAD_SCALE, SUMMARY_HEAD, APART, GUARDED,
                     )  # fmt: skip
 
 
@@ -176,16 +176,18 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
     MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
     QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
-    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr, REPLACE: tl.constexpr,
+    GRAD_SCALE: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """sumsq[k] = sum of x² over segment k; with EPILOGUE a row of the ring and the summary, else the sums.
 
     addresses: int64 [slots], of the tensors (relative to ``base``); for a row also [num_segments] of the gains (0:
-        none), then the modes [num_segments], the addresses of the ring and the count, the window itself, and whether
-        the newest row is replaced
-    meta: int32, columns of the plan: 6 x [items], item and slot starts 2 x [num_segments + 1]
+        none), then the modes [num_segments], the addresses of the ring and the count, the window itself, and the
+        addresses of the number of samples before this one and of those numbers for the next
+    meta: int32, columns of the plan: 6 x [items], item and slot starts 2 x [num_segments + 1], and the entry of each
+        tensor in the table of tensors [slots]
     work: 8 bytes each, partial sums [items], sums and (int64) marks of closed segments [2, num_segments], tensors and
-        elements [2, num_segments], and (int64) marks of tensors [slots]
+        elements [2, num_segments], (int64) the addresses of that number and of the table of tensors [4] and marks of
+        tensors [slots]
     counters: int32 [num_segments + 1 + slots], zero between calls
     """
     # Addresses come as integers, so that nothing depends on how a pointer argument happens to be aligned.
@@ -202,8 +204,8 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
             chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
             gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES, BYTES,
             SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
-            TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD, APART,
-            GUARDED, REPLACE,
+            TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
+            APART, GUARDED,
         )  # fmt: skip
 
 
@@ -219,7 +221,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
     MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
     QUANTITIES: tl.constexpr, TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr,
-    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr, REPLACE: tl.constexpr,
+    GRAD_SCALE: tl.constexpr, SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """The second of two launches, one program: closes every segment and finishes, without any counter.
 
@@ -234,8 +236,8 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
                 parts = tl.load(meta_table + 5 * items + item)
                 sumsq = _row.sum_range(work_table, item, item + parts, _row.TENSOR_BLOCK)
                 _row.judge_tensor(
-                    item, sumsq, meta_table, _row.marks_of(work_table, items, num_segments), items, chunk,
-                    grad_scale.to(tl.int64), vanishing_rms, exploding_rms,
+                    item, sumsq, meta_table, _row.marks_of(work_table, items, num_segments), items, num_segments,
+                    chunk, grad_scale.to(tl.int64), vanishing_rms, exploding_rms,
                 )  # fmt: skip
         # Different threads read below what one thread stored above.
         tl.debug_barrier()
@@ -254,7 +256,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         work_table, meta_table + 6 * items, address_table + slots, items, num_segments, summary.to(tl.int64),
         outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps,
         CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA,
-        QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD, APART, GUARDED, REPLACE,
+        QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD, APART, GUARDED,
     )  # fmt: skip
 
 
@@ -393,28 +395,33 @@ def record_(
         ValueError: a gain that it cannot take, two gains for one segment, ``outside`` of another shape.
         Uncapturable: a new address while a CUDA graph is captured.
     """
-    ring, count, summary, replace = window
+    ring, count, summary, *_ = window
     device, num_segments = ring.device, ring.shape[1]
     columns = _outside(None if outside is None else outside.columns, (num_segments, layout.measured), device)
     # Held until the launch: a converted number lives in memory that nobody else refers to.
     scalars = [None if number is None else _number(number, device) for number in scale]
-    _check_gains(*gains, device)
+    _check_gains(gains.tensors, gains.segments, device)
     gain_pointers = tuple(map(Tensor.data_ptr, gains.tensors))
-    gain_table = [0] * num_segments
-    for segment, pointer in zip(gains.segments, gain_pointers):
-        gain_table[segment] = pointer
+    gain_table = dict(zip(gains.segments, gain_pointers))
     size, row = ring.shape[0], (ring.data_ptr(), count.data_ptr())
     buffer, settled = (None, True) if flat is None else flat
     modes = rules.modes or (0,) * num_segments
+    noted = _noted(window, gradients.entries)
+    numbered = noted.addresses[0], window.table.numbers.data_ptr()
     with _launch.guard(device), _launch.lock():
         tables = _launch.find_tables(
-            *gradients, num_segments, device, ("record", size, *row, replace, tuple(gains.segments), modes),
-            gain_pointers, (*gain_table, *modes, *row, size, replace), () if outside is None else outside.counts,
-            buffer, settled,
+            *gradients[:2], num_segments, device, ("record", size, *row, tuple(gains.segments), modes, noted),
+            gain_pointers, (*(gain_table.get(k, 0) for k in range(num_segments)), *modes, *row, size, *numbered),
+            () if outside is None else outside.counts, buffer, settled, noted=noted,
         )  # fmt: skip
         numbers = (rules.max_norm, rules.eps, rules.vanishing_rms, rules.exploding_rms)
         arguments = _arguments(tables, buffer, summary, columns, tuple(map(_address, scalars)), numbers)
         _launch_sums(tables, arguments, rules.lanes, True, clip_eps, layout, programs, two_launches)
+
+
+def _noted(window: Window, entries: Sequence[int] | None) -> Noted:
+    addresses = map(Tensor.data_ptr, (window.before, *window.table.columns))
+    return Noted(tuple(addresses), None if entries is None else tuple(entries))
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -80,6 +80,17 @@ def test_the_readmes_first_loop_runs():
     assert names["growth"].evidence()["1"].samples == 6
 
 
+def test_the_readmes_list_of_tensors_runs(capsys):
+    names = names_of_a_script()
+    run(blocks("python")[0], names)
+    capsys.readouterr()
+    [block] = [block for block in blocks("python") if "monitor.tensors()" in block]
+    run(block, names)
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) == 3
+    assert dict(names["model"].named_parameters()).keys() >= {*printed}
+
+
 SETUP, LOOP = blocks("python")[0].split("for epoch in range(epochs):\n")
 FIRST_STEP = textwrap.dedent(LOOP.partition("for batch in loader:\n")[2].partition("    for verdict in")[0])
 CLIPPED = [block for block in blocks("python") if "clip_grad_norm_(max_norm)" in block]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from .evidence import BlendProbe, SeedEvidence
 from .lifecycle import Stage
 from .schedules import ProgressThreshold
 from .state import PlainState, check_state
+from .tensors import NAMING, TensorReading, name_tensors
 from .thresholds import GateThresholds
 from .verdict import PERMISSIVE, SEED_REPLACES_HOST, STRICT, Check, Gate, SeedStatus, Verdict
 
@@ -74,7 +75,7 @@ class QualityGates(PlainState):
         if gate is None:
             guarded = ", ".join(str(stage) for stage in GATE_OF)
             raise ConfigurationError(f"no gate leads to {target}; gates lead to {guarded}")
-        checks = tuple(self._QUESTIONS[gate](self, status))
+        checks = tuple(_naming(check, status.tensors) for check in self._QUESTIONS[gate](self, status))
         # Every gate has a question that cannot be switched off, so "nothing failed" means something.
         passed = all(check.passed is not False for check in checks)
         return Verdict(gate, target, status.seed, passed, checks, self.mode)
@@ -275,6 +276,14 @@ def _yes(
     question: str, passed: bool, yes: str, no: str, value: Any = None, limit: Any = None, reason: str = ""
 ) -> Check:
     return Check(question, yes if passed else no, passed, value, limit, reason)
+
+
+def _naming(check: Check, tensors: Sequence[TensorReading] | None) -> Check:
+    """A refusal with the tensors behind it in its reason, where they are known."""
+    if tensors is None or check.passed is not False or check.question not in NAMING:
+        return check
+    names = name_tensors(check.question, tensors)
+    return dataclasses.replace(check, reason=f"{check.reason}; {names}") if names else check
 
 
 def _unasked(check: Check) -> Check:

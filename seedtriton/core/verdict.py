@@ -14,6 +14,7 @@ from .errors import StateDictError
 from .evidence import BlendProbe, SeedEvidence, collect_evidence
 from .lifecycle import Stage, stage_named
 from .state import PlainState, check_state
+from .tensors import TensorReading
 
 STRICT = "strict"
 PERMISSIVE = "permissive"
@@ -149,6 +150,7 @@ class SeedStatus:
         alpha_holds: it has stopped there.
         progress: share of the whole training that is done, for thresholds that depend on it.
         probe: validation loss at alpha 0 and above, if it was tried; at G5 at the present alpha only.
+        tensors: single gradients of the host and the seed, largest first, for refusals to name; None: not read.
     """
 
     seed: str
@@ -166,6 +168,7 @@ class SeedStatus:
     alpha_holds: bool = True
     progress: float | None = None
     probe: BlendProbe | None = None
+    tensors: tuple[TensorReading, ...] | None = None
 
     @property
     def known(self) -> SeedEvidence:

@@ -83,7 +83,8 @@ def summary_of(gradients: Listed, window: Window, rules: Rules, *, measured: boo
     segments = window.ring.shape[1]
     if not gradients.tensors:
         return reference.summarize(torch.zeros(segments, dtype=torch.float64, device=window.ring.device), rules)
-    return reference.summarize(ops.segmented_sumsq(*gradients, segments, lanes=rules.lanes), rules)
+    sums = ops.segmented_sumsq(gradients.tensors, gradients.segments, segments, lanes=rules.lanes)
+    return reference.summarize(sums, rules)
 
 
 def refuse_nonfinite(summary: Tensor) -> None:

@@ -69,11 +69,12 @@ class EarlySums:
 
     def listed(
         self, segment_of: Callable[[Tensor], int | None], device: torch.device
-    ) -> tuple[Tensor, tuple[list[int], list[int]]]:
-        """Sums (float64 [n] on ``device``), then elements and segments; of what is watched still."""
+    ) -> tuple[Tensor, tuple[list[int], list[int]], list[int]]:
+        """Sums (float64 [n] on ``device``); elements, segments; whose, by ``id``: of what is watched still."""
         sums = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(s.to(device) for s in self._sums)])
-        segments = [segment_of(parameter) for parameter in self._parameters.values()]
-        if None in segments:
-            sums = sums[[index for index, segment in enumerate(segments) if segment is not None]]
-        elements = [p.numel() for p, segment in zip(self._parameters.values(), segments) if segment is not None]
-        return sums, (elements, [segment for segment in segments if segment is not None])
+        segments = {identity: segment_of(parameter) for identity, parameter in self._parameters.items()}
+        watched = {identity: segment for identity, segment in segments.items() if segment is not None}
+        if len(watched) < len(segments):
+            sums = sums[[index for index, identity in enumerate(segments) if identity in watched]]
+        elements = [self._parameters[identity].numel() for identity in watched]
+        return sums, (elements, list(watched.values())), list(watched)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.errors import ConfigurationError
 from ..core.evidence import HOST_FLOOR, RATIO_EPS
 from . import ops
+from .checking import check_lanes
 from .clipping import Limit, checked_max_norm, refuse_nonfinite, summary_of
 from .early import EarlySums
 from .flat import FlatGradients, flat_place
@@ -96,7 +97,7 @@ class GradientMonitor(Windows):
         if not (tag is None or isinstance(tag, str)):
             raise ConfigurationError(f"tag must be a string or None, got {tag!r}")
         _check_rms(vanishing_rms, exploding_rms)
-        ops.check_lanes(lanes)
+        check_lanes(lanes)
         super().__init__(Watched(host, seeds, alphas or {}), window, eps, host_floor, vanishing_rms, exploding_rms)
         self.lanes, self.tag, self._flat = lanes, tag, flat
         self.max_norm, self._apart, self.quarantine = math.inf, False, quarantine
@@ -275,9 +276,9 @@ class GradientMonitor(Windows):
         if early:
             if early.device != self.ring.device:
                 self.to(early.device)
-            sums, listed = early.listed(self._watched.segment_of, self.ring.device)
-            unscaled = scale._replace(gradients=None)
-            ops.record_sums_(sums, listed, gains, self._window(replace), self._rules(), unscaled)
+            sums, listed, owners = early.listed(self._watched.segment_of, self.ring.device)
+            window, entries = self._window(replace), self._watched.entries_of(owners)
+            ops.record_sums_(sums, listed, gains, window, self._rules(), scale._replace(gradients=None), entries)
             self._measured.forget()
         else:
             self._measure_gradients(given, gains, replace, scale)

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from ..core.errors import ConfigurationError, WiringError
 from . import backend, reference
+from .checking import LANES as LANES  # public here
+from .checking import check_lanes, check_lists, check_scalable, check_segments
 from .row import (
+    APPEND,
     CLIP_EPS,
     EXPLODING_RMS,
     GUARDED,
@@ -29,12 +32,11 @@ from .row import (
     LossScale,
     Outside,
     Rules,
+    TensorTable,
     Window,
     coefficients_of,
     kept_of,
 )
-
-LANES = (torch.float32, torch.float64)
 
 
 def backend_of(device: torch.device | str) -> backend.Backend:
@@ -76,7 +78,7 @@ def segmented_sumsq(
     """
     check_lanes(lanes)
     if _traced(tensors):
-        _check_lists(tensors, segments, num_segments)
+        check_lists(tensors, segments, num_segments)
         found: Tensor = torch.ops.seedtriton.segmented_sumsq(
             list(tensors), list(segments), num_segments, lanes == torch.float64
         )
@@ -157,8 +159,10 @@ def record_(
     """
     if _traced((*gradients.tensors[:1], window.ring)):
         torch.ops.seedtriton.record_(
-            *map(list, gradients), *map(list, gains), *window[:3], rules.max_norm, rules.eps, *scale,
-            rules.lanes == torch.float64, rules.vanishing_rms, rules.exploding_rms, list(rules.modes), window.replace,
+            *map(list, gradients[:2]), *map(list, gains[:2]), *window[:3], *window.table.columns,
+            window.table.numbers, rules.max_norm, rules.eps, *scale, rules.lanes == torch.float64,
+            rules.vanishing_rms, rules.exploding_rms, list(rules.modes), window.replace,
+            None if gradients.entries is None else list(gradients.entries),
         )  # fmt: skip
     else:
         _record_(gradients, gains, window, rules, scale, flat, names)
@@ -181,17 +185,17 @@ def _segmented_sumsq(
         try:
             return _launch_sumsq(Listed(tensors, segments), num_segments, lanes)
         except ValueError:  # Unsupported, or lists that the check below explains
-            _check_lists(tensors, segments, num_segments)
-        inside, outside = _split(tensors, segments, tensors[0].device)
-        if not inside[0]:
+            check_lists(tensors, segments, num_segments)
+        inside, outside = _split(Listed(tensors, segments), tensors[0].device)
+        if not inside.tensors:
             return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
-        rest = reference.segmented_sumsq(*outside, num_segments, lanes, tensors[0].device)
+        rest = reference.segmented_sumsq(*outside[:2], num_segments, lanes, tensors[0].device)
         return _launch_sumsq(inside, num_segments, lanes, rest.view(-1, 1))
-    _check_segments(tensors, segments, num_segments)
+    check_segments(tensors, segments, num_segments)
     try:
         return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
     except ValueError:
-        _check_lists(tensors, segments, num_segments)
+        check_lists(tensors, segments, num_segments)
         raise
 
 
@@ -199,7 +203,7 @@ def _launch_sumsq(listed: Listed, num_segments: int, lanes: torch.dtype, outside
     from ..kernels import _launch, gradient_sums
 
     try:
-        return gradient_sums.segmented_sumsq(*listed, num_segments, lanes, outside)
+        return gradient_sums.segmented_sumsq(*listed[:2], num_segments, lanes, outside)
     except _launch.Uncapturable as error:
         raise _named(error, listed.tensors, (), None) from error
 
@@ -218,8 +222,8 @@ def _scale_(
         try:
             _launch_scale(listed, coefficients, clear, names, copy)
         except gradient_scale.Unsupported:
-            _check_scalable(listed.tensors)
-            inside, outside = _split(*listed, coefficients.device)
+            check_scalable(listed.tensors)
+            inside, outside = _split(listed, coefficients.device)
             # A tensor that is listed twice is scaled twice, which programs side by side cannot do.
             places = [tensor.data_ptr() for tensor in inside.tensors if tensor.numel()]
             if len(set(places)) == len(places):
@@ -227,7 +231,7 @@ def _scale_(
                 listed = outside
         else:
             return
-    _check_scalable(listed.tensors)
+    check_scalable(listed.tensors)
     reference.scale_segments_(listed, coefficients, clear)
     if copy is not None:
         copy[1].copy_(copy[0])
@@ -243,7 +247,7 @@ def _launch_scale(
     from ..kernels import _launch, gradient_scale
 
     try:
-        gradient_scale.scale_segments_(*listed, coefficients, clear=clear, copy=copy)
+        gradient_scale.scale_segments_(*listed[:2], coefficients, clear=clear, copy=copy)
     except _launch.Uncapturable as error:
         raise _named(error, listed.tensors, (), names) from error
 
@@ -266,10 +270,14 @@ def _record_(
     try:
         _launch_record(gradients, gains, window, rules, scale, flat, names)
     except gradient_sums.Unsupported:
-        inside, rest = _split(*gradients, device)
-        columns = reference.measured_columns(rest, num_segments, device, rules, scale.gradients)
-        counts = reference.count_by_segment(list(map(Tensor.numel, rest.tensors)), rest.segments, num_segments)
+        inside, rest = _split(gradients, device)
+        elements = list(map(Tensor.numel, rest.tensors))
+        with torch.no_grad():
+            sums = reference.sums_of(rest, rules, device)
+        columns = reference.columns_of_sums(sums, elements, rest.segments, num_segments, rules, scale.gradients)
+        counts = reference.count_by_segment(elements, rest.segments, num_segments)
         _launch_record(inside, gains, window, rules, scale, None, names, Outside(columns, counts))
+        reference.note_tensors_(window.table, window.written, sums, rest.entries)
         reference.quarantine_(rest, window.summary, rules)
 
 
@@ -285,12 +293,15 @@ def _launch_record(
 ) -> None:
     from ..kernels import _launch, gradient_sums
 
+    if window.replace != APPEND and not window.table.numbered:
+        reference.number_(window)
     try:
         gradient_sums.record_(
             gradients, gains, window, rules, scale, layout=LAYOUT, clip_eps=CLIP_EPS, outside=outside, flat=flat
         )
     except _launch.Uncapturable as error:
         raise _named(error, gradients.tensors, gains.tensors, names) from error
+    window.table.newest, window.table.numbered = None, True
 
 
 def record_sums_(
@@ -300,11 +311,12 @@ def record_sums_(
     window: Window,
     rules: Rules,
     scale: LossScale = UNSCALED,
+    entries: Sequence[int] | None = None,
 ) -> None:
     """``record_`` for sums that were taken elsewhere. Eager only.
 
     ``sums`` is float64 [n] on the ring's device, the sum of squares of each tensor, ``listed`` the size and the segment
-    of each; the other arguments are ``reference.record_``'s.
+    of each, ``entries`` as in ``Listed``; the other arguments are ``reference.record_``'s.
     """
     elements, segments = listed
     num_segments = window.ring.shape[1]
@@ -312,8 +324,10 @@ def record_sums_(
     outside = Outside(columns, reference.count_by_segment(elements, segments, num_segments))
     if backend_of(window.ring.device).name == "torch" or not _plain(gains.tensors, window.ring.device):
         reference.finish_(outside, gains, window, rules, scale)
+        reference.keep_tensors_(window, sums, columns, entries)
         return
     _launch_record(Listed((), ()), gains, window, rules, scale, None, None, outside)
+    reference.note_tensors_(window.table, window.written, sums, entries)
 
 
 def quarantine_(gradients: Listed, sums: Tensor, rules: Rules) -> None:
@@ -333,81 +347,23 @@ def _named(
     return WiringError(f"{names((gains if error.gain else tensors)[error.index])} {error.fate}")
 
 
-def _split(tensors: Sequence[Tensor], segments: Sequence[int], device: torch.device) -> tuple[Listed, Listed]:
-    """What the kernel can take on ``device``, and the rest, each with its segments."""
+def _split(listed: Listed, device: torch.device) -> tuple[Listed, Listed]:
+    """What the kernel can take on ``device``, and the rest, each with its segments and entries."""
     from ..kernels import gradient_sums
 
+    tensors, segments, entries = listed
     fits = [gradient_sums.unsupported(tensor, device) is None for tensor in tensors]
 
     def those(wanted: bool) -> Listed:
         chosen = [index for index, fit in enumerate(fits) if fit is wanted]
-        return Listed([tensors[index] for index in chosen], [segments[index] for index in chosen])
+        own = chosen if entries is None else [entries[index] for index in chosen]
+        return Listed([tensors[index] for index in chosen], [segments[index] for index in chosen], own)
 
     return those(True), those(False)
 
 
 def _plain(gains: Sequence[Tensor], device: torch.device) -> bool:
     return all(gain.dtype == torch.float32 and gain.device == device for gain in gains)
-
-
-def _check_segments(tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int) -> None:
-    if len(tensors) != len(segments):
-        raise ConfigurationError(f"{len(tensors)} tensors but {len(segments)} segments: give one for each")
-    if num_segments < 1:
-        raise ConfigurationError(f"num_segments must be at least 1, got {num_segments}")
-    if segments and not 0 <= min(segments) <= max(segments) < num_segments:
-        index = next(index for index, segment in enumerate(segments) if not 0 <= segment < num_segments)
-        raise ConfigurationError(f"segment {segments[index]} of tensor {index} is outside [0, {num_segments})")
-
-
-def _check_lists(tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int) -> None:
-    _check_segments(tensors, segments, num_segments)
-    if not _are_gradients(tensors):
-        for index, tensor in enumerate(tensors):
-            _check_tensor(index, tensor)
-
-
-def _are_gradients(tensors: Sequence[Tensor]) -> bool:
-    """``_check_tensor`` of each kind once: of each tensor it would take longer than to scale a small one."""
-    layouts, dtypes = {tensor.layout for tensor in tensors}, {tensor.dtype for tensor in tensors}
-    return layouts <= _LAYOUTS and all(map(_has_squares, dtypes))
-
-
-_LAYOUTS = {torch.strided, torch.sparse_coo}
-
-
-def _has_squares(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
-def _check_tensor(index: int, tensor: Tensor) -> None:
-    if not _has_squares(tensor.dtype):
-        raise ConfigurationError(
-            f"tensor {index} has dtype {tensor.dtype}; gradients are floating point or complex: convert it first"
-        )
-    if tensor.layout not in _LAYOUTS:
-        raise ConfigurationError(
-            f"tensor {index} has layout {tensor.layout}; use a dense or sparse COO tensor (.to_sparse_coo())"
-        )
-
-
-def _check_scalable(tensors: Sequence[Tensor]) -> None:
-    # The loop takes longer than scaling small tensors: not for contiguous ones of common kinds.
-    if _are_gradients(tensors) and all(map(Tensor.is_contiguous, tensors)):
-        return
-    for index, tensor in enumerate(tensors):
-        _check_tensor(index, tensor)
-        if tensor.layout == torch.strided and reference.overlaps_itself(tensor):
-            raise ConfigurationError(
-                f"tensor {index} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) has elements that "
-                "share memory; scaling it in place would scale them more than once: pass a contiguous tensor"
-            )
-
-
-def check_lanes(lanes: torch.dtype) -> None:
-    """ConfigurationError unless rows may be summed in this dtype."""
-    if lanes not in LANES:
-        raise ConfigurationError(f"lanes must be one of {LANES}, got {lanes}")
 
 
 def _lanes(wide: bool) -> torch.dtype:
@@ -419,9 +375,10 @@ _library.define("segmented_sumsq(Tensor[] tensors, int[] segments, int num_segme
 _library.define("scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()")
 _library.define(
     "record_(Tensor(e!)[] gradients, int[] segments, Tensor(a!)[] gains, int[] gain_segments, Tensor(b!) ring, "
-    "Tensor(c!) count, Tensor(d!) summary, float max_norm, float eps, Tensor? grad_scale=None, "
-    "Tensor? gain_scale=None, Tensor? found_inf=None, bool wide=False, "
-    f"float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}, int[] modes=[], int replace=0) -> ()"
+    "Tensor(c!) count, Tensor(d!) summary, Tensor(f!) sumsq, Tensor(g!) last, Tensor(h!) first, Tensor(i!) numbers, "
+    "float max_norm, float eps, Tensor? grad_scale=None, Tensor? gain_scale=None, Tensor? found_inf=None, "
+    f"bool wide=False, float vanishing_rms={VANISHING_RMS}, float exploding_rms={EXPLODING_RMS}, int[] modes=[], "
+    "int replace=0, int[]? entries=None) -> ()"
 )
 _library.define("scale_segments_(Tensor(a!)[] tensors, int[] segments, Tensor coefficients) -> ()")
 
@@ -440,6 +397,10 @@ def _record_impl(
     ring: Tensor,
     count: Tensor,
     summary: Tensor,
+    sumsq: Tensor,
+    last: Tensor,
+    first: Tensor,
+    numbers: Tensor,
     max_norm: float,
     eps: float,
     grad_scale: Tensor | None = None,
@@ -450,13 +411,16 @@ def _record_impl(
     exploding_rms: float = EXPLODING_RMS,
     modes: Sequence[int] = (),
     replace: int = 0,
+    entries: Sequence[int] | None = None,
 ) -> None:
+    window = Window(ring, count, summary, TensorTable(sumsq, last, first, numbers), replace)
     _record_(
-        Listed(gradients, segments), Listed(gains, gain_segments), Window(ring, count, summary, replace),
+        Listed(gradients, segments, entries), Listed(gains, gain_segments), window,
         Rules(max_norm, eps, vanishing_rms, exploding_rms, _lanes(wide), tuple(modes)),
         LossScale(grad_scale, gain_scale, found_inf),
         None, None,
     )  # fmt: skip
+    reference.settle_(window.table, count)
 
 
 def _scale_impl(tensors: list[Tensor], coefficient: Tensor) -> None:

@@ -64,12 +64,15 @@ class ParameterSource:
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """What to call each parameter in an error: by its path in its module, or by its place among bare tensors."""
+        return ((f"parameter {path!r}", parameter) for path, parameter in self.paths())
+
+    def paths(self) -> Iterator[tuple[str | int, Tensor]]:
+        """Each parameter with its path in its module, or its place among bare tensors."""
         for index, item in enumerate(self._items):
             if isinstance(item, nn.Module):
-                for name, parameter in item.named_parameters(prefix="" if self._single else str(index)):
-                    yield f"parameter {name!r}", parameter
+                yield from item.named_parameters(prefix="" if self._single else str(index))
             else:
-                yield f"parameter {index}", item
+                yield index, item
 
     def modules(self) -> list[nn.Module]:
         return [module for item in self._items if isinstance(item, nn.Module) for module in item.modules()]
@@ -285,7 +288,21 @@ class Watched:
             self._had, self.unsettled = len(gradients), True
         if len(gradients) == len(found):
             return Listed(gradients, self.segments)
-        return Listed(gradients, [s for s, gradient in zip(self.segments, found) if gradient is not None])
+        entries = [entry for entry, gradient in enumerate(found) if gradient is not None]
+        return Listed(gradients, [self.segments[entry] for entry in entries], entries)
+
+    def entries_of(self, identities: Sequence[int]) -> list[int]:
+        """The places in ``tracked`` of parameters by their ``id``; -1 for one that is not watched any more."""
+        entry_by_id = {id(parameter): entry for entry, parameter in enumerate(self.tracked)}
+        return [entry_by_id.get(identity, -1) for identity in identities]
+
+    def paths(self) -> list[str]:
+        """What to call each of ``tracked``: its path in the host, or its seed and its path in there."""
+        found = {id(parameter): str(path) for path, parameter in self._host.paths()}
+        for seed, source in self._seeds.items():
+            for path, parameter in source.paths():
+                found.setdefault(id(parameter), f"{seed}.{path}")
+        return [found.get(id(parameter), "a parameter that was replaced") for parameter in self.tracked]
 
     def gains_of(self, given: dict[int, Tensor] | None) -> Listed:
         """The same of the blend factors. A slope is zeroed once it is measured: not the one that was given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,15 +15,18 @@ from .row import (
     APART,
     CLIP_EPS,
     EXTRA,
+    GRAD_SCALE,
     GUARDED,
     MEASURED,
     REPLACE,
+    REPLACE_USABLE,
     SUMSQ,
     UNSCALED,
     Listed,
     LossScale,
     Outside,
     Rules,
+    TensorTable,
     Window,
     kept_of,
 )
@@ -70,15 +74,58 @@ def segmented_sumsq(
     return _sum_by_segment(tensor_sumsq(tensors, lanes, device), segments, num_segments)
 
 
+def sums_of(listed: Listed, rules: Rules, device: torch.device) -> Tensor:
+    """The sum of squares of each tensor, float64 [n] on ``device``. Under no_grad."""
+    if not listed.tensors:
+        return torch.empty(0, dtype=torch.float64, device=device)
+    return tensor_sumsq(listed.tensors, rules.lanes, device)
+
+
 @torch.no_grad()
-def measured_columns(
-    listed: Listed, num_segments: int, device: torch.device, rules: Rules, grad_scale: Tensor | None = None
-) -> Tensor:
-    """The first MEASURED columns of one row of the ring, the sums still with their loss scale."""
-    tensors, segments = listed
-    none = torch.empty(0, dtype=torch.float64, device=device)
-    sums = tensor_sumsq(tensors, rules.lanes, device) if tensors else none
-    return columns_of_sums(sums, tuple(map(Tensor.numel, tensors)), segments, num_segments, rules, grad_scale)
+def note_tensors_(table: TensorTable, sample: Tensor, sums: Tensor, entries: Sequence[int] | None) -> None:
+    """Into the table of tensors: what each adds to a sample.
+
+    Args:
+        table: is written.
+        sample: its number, int64 0-dim.
+        sums: float64 [n], sum of squares of each tensor, with the loss scale.
+        entries: of each, below 0 for none; None: the i-th has entry i.
+    """
+    table.newest = None
+    if entries is not None and -1 in entries:
+        known = [place for place, entry in enumerate(entries) if entry >= 0]
+        sums, entries = sums[known], [entries[place] for place in known]
+    if not len(sums):
+        return
+    index = constant(tuple(range(len(sums)) if entries is None else entries), torch.int64, sums.device)
+    table.sumsq.index_copy_(0, index, sums)
+    table.last.index_fill_(0, index, sample)
+    first = table.first.index_select(0, index)
+    first = torch.where(sums.isfinite().logical_or_(first != 0), first, sample.to(first.dtype))
+    table.first.index_copy_(0, index, first)
+
+
+def keep_tensors_(window: Window, sums: Tensor, columns: Tensor, entries: Sequence[int] | None) -> None:
+    """``note_tensors_`` for the sample that was just counted; on a CPU its sums are only kept, if all are finite.
+
+    Until ``settle_``, or until the next sample takes their place. ``columns`` is what was made of the sums.
+    """
+    if columns.device.type == "cpu" and _are_finite(columns):
+        window.table.newest = sums, entries
+    else:
+        note_tensors_(window.table, window.written, sums, entries)
+
+
+def settle_(table: TensorTable, written: Tensor) -> None:
+    """Write what was only kept; ``written`` is the number of samples, that one too."""
+    if table.newest is not None:
+        note_tensors_(table, written, *table.newest)
+
+
+def _are_finite(columns: Tensor) -> bool:
+    """Whether each segment's sum of squares is: a look at the memory of a CPU, which takes less than an operation."""
+    values = (ctypes.c_double * columns.numel()).from_address(columns.data_ptr())
+    return all(map(math.isfinite, values[SUMSQ::MEASURED]))
 
 
 @torch.no_grad()
@@ -88,7 +135,7 @@ def columns_of_sums(
     segments: Sequence[int],
     num_segments: int,
     rules: Rules,
-    grad_scale: Tensor | None,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """SUMSQ, LIVE, VANISHING and EXPLODING by segment, from what each tensor adds: float64 [num_segments, MEASURED].
 
@@ -172,7 +219,7 @@ def scale_segments_(listed: Listed, coefficients: Tensor, clear: bool = False) -
         if all(value == 1.0 for value in values):
             return
         by_segment: dict[int, list[Tensor]] = {}
-        for tensor, segment in zip(*listed):
+        for tensor, segment in zip(listed.tensors, listed.segments):
             if values[segment] != 1.0:
                 by_segment.setdefault(segment, []).append(tensor)
         for segment, tensors in by_segment.items():
@@ -182,7 +229,7 @@ def scale_segments_(listed: Listed, coefficients: Tensor, clear: bool = False) -
             else:
                 scale_(tensors, coefficients[segment])
         return
-    for tensor, segment in zip(*listed):
+    for tensor, segment in zip(listed.tensors, listed.segments):
         coefficient = coefficients[segment]
         if clear:
             gone = coefficient.lt(0.0).to(tensor.device)
@@ -216,11 +263,13 @@ def record_(
         rules: by what it is summed and judged.
         scale: what is divided out of gradients and gains.
     """
-    num_segments = window.ring.shape[1]
+    num_segments, segments = window.ring.shape[1], gradients.segments
     elements = tuple(map(Tensor.numel, gradients.tensors))
-    columns = measured_columns(gradients, num_segments, window.ring.device, rules, scale.gradients)
-    counts = count_by_segment(elements, gradients.segments, num_segments)
+    sums = sums_of(gradients, rules, window.ring.device)
+    columns = columns_of_sums(sums, elements, segments, num_segments, rules, scale.gradients)
+    counts = count_by_segment(elements, segments, num_segments)
     finish_(Outside(columns, counts), gains, window, rules, scale)
+    keep_tensors_(window, sums, columns, gradients.entries)
     quarantine_(gradients, window.summary, rules)
 
 
@@ -244,13 +293,14 @@ def _counts(elements: tuple[int, ...], segments: tuple[int, ...], num_segments: 
 def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: LossScale = UNSCALED) -> None:
     """The epilogue: from the first columns to the row and the summary; arguments as ``record_``'s."""
     columns, counts = sums
-    ring, count, summary, replace = window
+    ring, count, summary, table, replace = window
     device = ring.device
-    if scale.gradients is not None:
+    factor = None if scale.gradients is None else scale.gradients.to(device).double().reshape(())
+    if factor is not None:
         columns = columns.clone()
-        columns[:, SUMSQ] /= scale.gradients.to(device).double().reshape(()).square()
+        columns[:, SUMSQ] /= factor.square()
     known = _known_columns(tuple(counts), device)
-    slopes, slope_segments = gains
+    slopes, slope_segments = gains.tensors, gains.segments
     if slopes or scale.found_inf is not None:
         known = known.clone()
         extra = known[:, EXTRA - MEASURED]
@@ -274,8 +324,11 @@ def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: L
         count.sub_(replaced.long())
     ring.index_copy_(0, count.remainder(ring.shape[0]).view(1), row.unsqueeze(0))
     count.add_(1)
+    table.numbered = False
 
     summary.copy_(summarize(row[:, SUMSQ], rules))
+    if factor is not None:
+        summary[GRAD_SCALE] = factor
 
 
 @torch.no_grad()
@@ -285,13 +338,13 @@ def summarize(sumsq: Tensor, rules: Rules) -> Tensor:
     ``coefficient = min(1, max_norm / (norm + CLIP_EPS))``: the norm is that of the segment where it is apart, and that
     of all the others together where it is not. What is guarded and not finite counts as zero; its coefficient is -1.
     """
-    norms = sumsq.sqrt()
+    norms, one = sumsq.sqrt(), constant((1,), torch.float64, sumsq.device)
     ratios = norms / (norms[0] + rules.eps)
     if not any(rules.modes):
         total = sumsq.sum(dim=0, keepdim=True).sqrt_()
         # As torch.nn.utils.clip_grad_norm_: clamp keeps NaN, so a NaN norm makes NaN gradients, not silence.
         coefficient = (rules.max_norm / (total + CLIP_EPS)).clamp_(max=1.0)
-        return torch.cat([total, coefficient, ratios, coefficient.expand_as(norms), torch.ones_like(norms)])
+        return torch.cat([total, coefficient, one, ratios, coefficient.expand_as(norms), torch.ones_like(norms)])
     apart, unguarded = _modes(rules.modes, sumsq.device)
     kept = sumsq.isfinite().logical_or_(unguarded)
     counted = sumsq.where(kept, sumsq.new_zeros(()))
@@ -299,7 +352,7 @@ def summarize(sumsq: Tensor, rules: Rules) -> Tensor:
     coefficients = (rules.max_norm / (counted.sqrt().where(apart, total) + CLIP_EPS)).clamp_(max=1.0)
     gone = kept.logical_not()
     by_segment = coefficients.masked_fill(gone, -1.0), torch.ones_like(norms).masked_fill_(gone, -1.0)
-    return torch.cat([total, coefficients[:1], ratios, *by_segment])
+    return torch.cat([total, coefficients[:1], one, ratios, *by_segment])
 
 
 @lru_cache(maxsize=256)
@@ -318,6 +371,16 @@ def _is_replaced(newest: Tensor, count: Tensor, replace: int) -> Tensor:
     if replace == REPLACE:
         return there
     return there & newest[:, SUMSQ].isfinite().all() & newest[0, EXTRA].eq(0.0)
+
+
+@torch.no_grad()
+def number_(window: Window) -> None:
+    """Write the table's ``numbers`` from the newest row of the ring."""
+    ring, written, _, table, _ = window
+    newest = ring.index_select(0, (written - 1).remainder(ring.shape[0]).view(1))[0]
+    replaced = torch.stack([_is_replaced(newest, written, replace) for replace in (REPLACE, REPLACE_USABLE)])
+    table.numbers.copy_(written - replaced.long())
+    table.numbered = True
 
 
 @lru_cache(maxsize=256)

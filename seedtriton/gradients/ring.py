@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.errors import StateDictError
 from .row import APPEND, QUANTITIES, SUMMARY_HEAD, Window
+from .tensors import TensorNotes
 
 
 class Ring(nn.Module):
@@ -20,6 +21,8 @@ class Ring(nn.Module):
         count: int64 0-dim, samples ever written.
         since: int64 [segments], the number of the first sample that counts for the segment.
         summary: float64 [SUMMARY_HEAD + 3 * segments], of the newest sample; not saved.
+
+    What is known of each tensor lies beside them, and is not saved either.
     """
 
     ring: Tensor
@@ -27,20 +30,21 @@ class Ring(nn.Module):
     since: Tensor
     summary: Tensor
 
-    def __init__(self, window: int, segments: int, device: torch.device) -> None:
-        """Lay out an empty ring."""
+    def __init__(self, window: int, segments: int, tracked: list[Tensor], device: torch.device) -> None:
+        """Lay out an empty ring, and an empty table for the parameters ``tracked``."""
         super().__init__()
         ring = torch.zeros(window, segments, QUANTITIES, dtype=torch.float64, device=device)
         self.register_buffer("ring", ring)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("since", torch.zeros(segments, dtype=torch.int64, device=device))
-        self.register_buffer("summary", None, persistent=False)
+        self.register_buffer("summary", torch.zeros(SUMMARY_HEAD, dtype=torch.float64, device=device), persistent=False)
         self._resize_summary()
+        self._noted = TensorNotes(tracked, self.count)
 
     def _window(self, replace: int = APPEND) -> Window:
         # A module's attributes are looked up in three dicts; its buffers in one.
-        buffers = self._buffers
-        return Window(buffers["ring"], buffers["count"], buffers["summary"], replace)  # type: ignore[arg-type]
+        ring, count, summary = map(self._buffers.__getitem__, ("ring", "count", "summary"))
+        return Window(ring, count, summary, self._noted.table, replace)  # type: ignore[arg-type]
 
     def _add_column(self) -> None:
         """A segment behind the others; samples so far do not count for it."""
@@ -59,13 +63,15 @@ class Ring(nn.Module):
         self.since[segment : segment + 1].copy_(self.count.view(1))
 
     def _resize_summary(self) -> None:
-        size = SUMMARY_HEAD + 3 * self.ring.shape[1]
-        self.summary = torch.zeros(size, dtype=torch.float64, device=self.ring.device)
+        # The head is of the sample as a whole, which is still the newest one.
+        head = self.summary[:SUMMARY_HEAD]
+        self.summary = torch.cat([head, head.new_zeros(3 * self.ring.shape[1])])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ring:
         # .half() and .to(dtype) are meant for models: sums of squares stay float64, only the device follows.
         # Nor do they go to, or come from, "meta" with a model that is filled later: there is nothing to come from.
         device = fn(torch.empty(0, device="cpu" if self.ring.is_meta else self.ring.device)).device
+        self._noted.to(device, self.count)
         for name, buffer in self._buffers.items():
             if buffer is not None and device.type != "meta":
                 self._buffers[name] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)

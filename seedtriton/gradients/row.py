@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ EXPLODING_RMS = 10.0
 # is not finite, the last two are -1, which writes zeros.
 TOTAL_NORM = 0  # root of the sum over all segments that are not apart
 CLIP_COEFFICIENT = 1  # of the host, and of whatever is not apart
-SUMMARY_HEAD = 2
+GRAD_SCALE = 2  # the loss scale: the square of it is still in the sums of squares of the table of tensors
+SUMMARY_HEAD = 3
 
 # What becomes of the newest row: it stays; it is replaced; it is replaced unless it is one to drop (not finite, or of a
 # step that was skipped), which stays and is counted.
@@ -61,23 +63,53 @@ class RowLayout(NamedTuple):
     quantities: int = QUANTITIES
     total_norm: int = TOTAL_NORM
     clip_coefficient: int = CLIP_COEFFICIENT
+    grad_scale: int = GRAD_SCALE
     summary_head: int = SUMMARY_HEAD
     apart: int = APART
     guarded: int = GUARDED
-    replace: int = REPLACE
 
 
 LAYOUT = RowLayout()
 
 
 class Listed(NamedTuple):
-    """Tensors and the segment of each: gradients, or the gradients of blend factors alpha (0-dim)."""
+    """Tensors and the segment of each: gradients, or the gradients of blend factors alpha (0-dim).
+
+    ``entries`` is the place of each in the table of tensors; None: the i-th has entry i.
+    """
 
     tensors: Sequence[Tensor]
     segments: Sequence[int]
+    entries: Sequence[int] | None = None
 
 
 NO_GAINS = Listed((), ())
+
+
+@dataclass
+class TensorTable:
+    """What is known of each parameter's gradient, 16 bytes of it, [parameters] each. Samples are counted from 1.
+
+    Attributes:
+        sumsq: float64, its last sum of squares, still with the loss scale: see GRAD_SCALE.
+        last: int32, the sample of that sum; below 0 where there is none yet: -1 - those written before it was watched.
+        first: int32, the first sample in which it was not finite; 0: none.
+        numbers: int64 [2], samples before one that replaces the newest row, by REPLACE and by REPLACE_USABLE.
+        numbered: whether ``numbers`` is of the newest row: the kernel writes it with each, else ``reference.number_``.
+        newest: sums and entries of the newest sample, where they are not written yet; see ``reference.settle_``.
+    """
+
+    sumsq: Tensor
+    last: Tensor
+    first: Tensor
+    numbers: Tensor
+    numbered: bool = False
+    newest: tuple[Tensor, Sequence[int] | None] | None = None
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three that have an entry for each parameter."""
+        return self.sumsq, self.last, self.first
 
 
 class Window(NamedTuple):
@@ -87,6 +119,7 @@ class Window(NamedTuple):
         ring: float64 [window, segments, QUANTITIES]; row ``count % window`` is overwritten.
         written: int64 0-dim, samples ever written; 1 is added, unless a row was replaced.
         summary: float64 [SUMMARY_HEAD + 3 * segments], overwritten.
+        table: entries of what is listed are overwritten.
         replace: APPEND, REPLACE or REPLACE_USABLE: what becomes of the newest row, which is of the same optimizer step.
             A blend gain is added to the one in the row that is replaced, because measuring took it away.
     """
@@ -94,7 +127,13 @@ class Window(NamedTuple):
     ring: Tensor
     written: Tensor
     summary: Tensor
-    replace: int = 0
+    table: TensorTable
+    replace: int = APPEND
+
+    @property
+    def before(self) -> Tensor:
+        """The number of samples before the next one, int64 0-dim; one that it replaces is not among them."""
+        return self.written if self.replace == APPEND else self.table.numbers[self.replace - 1]
 
 
 class Rules(NamedTuple):

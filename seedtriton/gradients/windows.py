@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from ..core.errors import StateDictError, WiringError
 from ..core.evidence import NEVER_MEASURED, NO_GRADIENT, SeedEvidence
 from ..core.state import check_state
+from ..core.tensors import TensorReading
 from .clipping import MeasuredGradients
 from .parameters import Parameters, Watched
 from .progress import Progress
 from .reading import Latest, Reader, Transit, pack
 from .ring import Ring, check_entries
 from .rounds import Rounds
+from .row import APPEND, Window
+from .tensors import read_tensors
 
 logger = logging.getLogger("seedtriton")
 
@@ -49,7 +52,8 @@ class Windows(Ring):
     ) -> None:
         """Lay out an empty ring on the device of the parameters."""
         device = watched.tracked[0].device
-        super().__init__(window, 1 + len(watched.names), torch.device("cpu") if device.type == "meta" else device)
+        device = torch.device("cpu") if device.type == "meta" else device
+        super().__init__(window, 1 + len(watched.names), watched.tracked, device)
         self.window, self.eps, self.host_floor = window, eps, host_floor
         self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
         self._watched, self._progress, self._measured = watched, Progress(), MeasuredGradients()
@@ -101,6 +105,38 @@ class Windows(Ring):
         age = steps.total - arrived.steps if steps.optimizers() else None
         return Latest(self._unpack(arrived.buffer), age)
 
+    def tensors(self, seed: str | None = None) -> list[TensorReading]:
+        """What the last sample says of the gradient of every parameter, largest norm first; those without one are last.
+
+        The measurement has noted it by the way. Copies to the host once, and waits for that copy.
+
+        Args:
+            seed: of the host and this seed only.
+
+        Raises:
+            ConfigurationError: no seed has this name.
+        """
+        self._refresh_if_stale()
+        segment = None if seed is None else 1 + self.seeds.index(self._watched.known(seed))
+        self._follow()
+        limits = self.vanishing_rms, self.exploding_rms
+        readings = read_tensors(self._noted, self._watched, self.count, self.summary, limits)
+        return [reading for reading in readings if segment is None or reading.segment in (0, segment)]
+
+    def _window(self, replace: int = APPEND) -> Window:
+        self._follow()
+        return super()._window(replace)
+
+    def _follow(self) -> None:
+        """Give every parameter that is watched now an entry in the table of tensors."""
+        if not torch.compiler.is_compiling():
+            self._noted.follow(self._watched.tracked, self.count)
+
+    def _forget_not_finite(self, seeds: Sequence[str]) -> None:
+        """Windows of these seeds begin, and with each one of the host: when tensors were not finite is forgotten."""
+        self._follow()
+        self._noted.begin(self._watched.segments, {0, *(1 + self.seeds.index(seed) for seed in seeds)})
+
     def _pack(self) -> Tensor:
         self._refresh_if_stale(closely=True)
         return pack(self.ring, self.count, self.since, self._progress.packed(self._watched.of_seed, self.ring.device))
@@ -134,7 +170,9 @@ class Windows(Ring):
             ConfigurationError: no seed has this name.
         """
         self._refresh_if_stale(closely=True)
-        for seed in self.seeds if name is None else [self._watched.known(name)]:
+        seeds = list(self.seeds) if name is None else [self._watched.known(name)]
+        self._forget_not_finite(seeds)
+        for seed in seeds:
             self._begin_window(1 + self.seeds.index(seed))
             self._rounds.close()
             self._progress.begin(seed, self._watched.of_seed[seed])
@@ -148,6 +186,7 @@ class Windows(Ring):
             WiringError: no parameters, or parameters of another seed; nothing has changed.
         """
         self._watched.add(name, seed, alpha)
+        self._forget_not_finite(())
         self._add_column()
         self._rounds.close()
         self._mark_stepped()
@@ -162,6 +201,7 @@ class Windows(Ring):
         segment = 1 + self.seeds.index(self._watched.known(name))
         self._watched.remove(name)
         self._changes.pop(name, None)
+        self._follow()
         del self._progress.marks[name]
         self._remove_column(segment)
         self._rounds.close()
@@ -180,6 +220,7 @@ class Windows(Ring):
     def accept(self) -> None:
         """Take the parameters as they are now, without a word: what changed was meant, and no window begins anew."""
         self._watched.refresh()
+        self._follow()
 
     def _refresh_if_stale(self, *, closely: bool = False) -> None:
         if not torch.compiler.is_compiling():
@@ -194,6 +235,7 @@ class Windows(Ring):
         owners = ["the host", *(f"seed {name!r}" for name in self.seeds)]
         words = "; ".join(f"{owners[segment]}: {what}" for segment, what in changed.items())
         names = [name for segment, name in enumerate(self.seeds, start=1) if changed.keys() & {0, segment}]
+        self._forget_not_finite(names)
         for name in names:
             self._begin_window(1 + self.seeds.index(name))
             self._progress.begin(name, self._watched.of_seed[name])
@@ -215,6 +257,7 @@ class Windows(Ring):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over ``get_extra_state``, which the load has already checked."""
         self._progress.load_state_dict(state, self._watched.of_seed)
+        self._noted.forget(self.count)
         # What was measured before the load belongs to no row of this window.
         self._rounds.close()
         self._mark_stepped()

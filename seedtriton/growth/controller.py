@@ -380,7 +380,7 @@ class GrowthController:
 
     def _judge(self, life: Life) -> Verdict:
         status = status_of(life.name, life.slot, life, self._position, self.total_epochs)
-        verdict = judge(self.gates, life, status, None if self.evaluate is None else self.probe)
+        verdict = judge(self.gates, life, status, None if self.evaluate is None else self.probe, self.monitor.tensors)
         self._mover.emit_gate(life, verdict)
         return verdict
 

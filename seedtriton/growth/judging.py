@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -12,6 +12,7 @@ from ..core.evidence import BlendProbe
 from ..core.gates import QualityGates
 from ..core.lifecycle import FORWARD, Stage
 from ..core.schedules import HOLD
+from ..core.tensors import NAMING, TensorReading
 from ..core.verdict import SeedStatus, Verdict
 from .life import Life, Position
 from .slot import SeedSlot
@@ -46,22 +47,32 @@ def status_of(
 
 
 def judge(
-    gates: QualityGates, life: Life, status: SeedStatus, probe: Callable[..., BlendProbe] | None
+    gates: QualityGates,
+    life: Life,
+    status: SeedStatus,
+    probe: Callable[..., BlendProbe] | None,
+    tensors: Callable[[str], Sequence[TensorReading]],
 ) -> Verdict:
     """The verdict on a living seed; the validation loss is probed if only the blend gain may stand against it.
+
+    A refusal for its gradients names tensors, which are read for it alone.
 
     Args:
         gates: who judges.
         life: of the seed.
         status: ``status_of`` it.
         probe: ``probe(name, alphas=None)``, called at most once; None: the loss is not asked for.
+        tensors: ``tensors(name)``, the readings of the host and the seed; called at most once.
     """
     target = FORWARD[life.slot.stage]
     verdict = gates.judge(target, status)
     against = {check.question for check in verdict.failed} - {"blend_gain"}
     if not against and probe is not None and gates.asks_probe(target):
         alphas = None if target is Stage.BLENDING else [life.slot.alpha_value]
-        verdict = gates.judge(target, dataclasses.replace(status, probe=probe(life.name, alphas=alphas)))
+        status = dataclasses.replace(status, probe=probe(life.name, alphas=alphas))
+        verdict = gates.judge(target, status)
+    if any(check.question in NAMING for check in verdict.failed):
+        verdict = gates.judge(target, dataclasses.replace(status, tensors=tuple(tensors(life.name))))
     return verdict
 
 

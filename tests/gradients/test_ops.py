@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from seedtriton import ConfigurationError
 from seedtriton.gradients import ops, reference
+from seedtriton.gradients.checking import LANES
 from seedtriton.gradients.row import QUANTITIES, SUMMARY_HEAD
 from seedtriton.gradients.tensor_sums import ALONE, BLOCK, COPY, ROW, SMALL, SMALL_CONVERTED, TILE, _plan, constant
 
@@ -363,7 +364,7 @@ def test_the_result_of_tensors_that_require_grad_does_not():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("lanes", ops.LANES, ids=str)
+@pytest.mark.parametrize("lanes", LANES, ids=str)
 def test_compiled_segmented_sumsq_has_the_bits_of_eager(backend, lanes):
     torch._dynamo.reset()
     tensors, segments = [torch.randn(3000), torch.randn(5, 7).to(torch.bfloat16), torch.randn(4).t()], [2, 0, 2]
@@ -408,8 +409,8 @@ def test_a_module_that_calls_it_exports():
     assert torch.equal(program.module()(*arguments), Norms()(*arguments))
 
 
-def opcheck(op, *arguments):
-    checks = torch.library.opcheck(op, arguments)
+def opcheck(op, *arguments, **options):
+    checks = torch.library.opcheck(op, arguments, options)
     assert set(checks.values()) == {"SUCCESS"}, checks
 
 
@@ -424,7 +425,8 @@ def test_opcheck_scale():
     opcheck(torch.ops.seedtriton.scale_.default, [torch.randn(3), torch.randn(2, 4)], torch.tensor(0.5))
 
 
-def test_opcheck_record():
+@pytest.mark.parametrize("entries", [None, [3, 1]])
+def test_opcheck_record(entries):
     opcheck(
         torch.ops.seedtriton.record_.default,
         [torch.randn(3), torch.randn(2, 4)],
@@ -434,8 +436,13 @@ def test_opcheck_record():
         torch.zeros(4, 2, QUANTITIES, dtype=torch.float64),
         torch.zeros((), dtype=torch.int64),
         torch.zeros(SUMMARY_HEAD + 3 * 2, dtype=torch.float64),
+        torch.zeros(5, dtype=torch.float64),
+        torch.zeros(5, dtype=torch.int32),
+        torch.zeros(5, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int64),
         1.0,
         1e-8,
+        entries=entries,
     )
 
 

@@ -25,6 +25,7 @@ from seedtriton.gradients.row import (
     Listed,
     LossScale,
     Rules,
+    TensorTable,
     Window,
 )
 
@@ -39,7 +40,12 @@ class Record:
         self.ring = torch.full((WINDOW, SEGMENTS, QUANTITIES), -7.0, dtype=torch.float64)
         self.count = torch.zeros((), dtype=torch.int64)
         self.summary = torch.full((SUMMARY_HEAD + 3 * SEGMENTS,), -7.0, dtype=torch.float64)
-        self.window = Window(self.ring, self.count, self.summary)
+        self.table = TensorTable(
+            torch.zeros(400, dtype=torch.float64),
+            *torch.zeros(2, 400, dtype=torch.int32).unbind(),
+            torch.zeros(2, dtype=torch.int64),
+        )
+        self.window = Window(self.ring, self.count, self.summary, self.table)
 
     def write(self, gradients, segments, gains=(), gain_segments=(), max_norm=math.inf, **options):
         tensors = [g if isinstance(g, torch.Tensor) else torch.tensor(g) for g in gradients]
@@ -120,7 +126,7 @@ def test_a_step_without_gradients_is_a_row_of_zeros():
     record = Record().write([], [])
     assert (record.ring[0, :, :EXTRA] == 0.0).all()
     assert record.count == 1
-    assert record.summary.tolist() == [0.0, 1.0, *[0.0] * 3, *[1.0] * 6]
+    assert record.summary.tolist() == [0.0, 1.0, 1.0, *[0.0] * 3, *[1.0] * 6]
 
 
 def test_rows_wrap_around_and_the_count_does_not():

@@ -40,6 +40,7 @@ from seedtriton.gradients.row import (
     LossScale,
     Outside,
     Rules,
+    TensorTable,
     Window,
     coefficients_of,
 )
@@ -108,8 +109,16 @@ def kernel_record(state, gradients, gains=NO_GAINS, rules=Rules(1.0), scale=UNSC
     )
 
 
+# Entries of a table of tensors, and the one of the i-th tensor: another order than the tensors', and gaps.
+ENTRIES = 4096
+
+
+def entry_of(place):
+    return (1789 * place + 5) % ENTRIES
+
+
 class Sample:
-    """A ring, a count and a summary, poisoned, for the kernel and once more for the reference."""
+    """A ring, a count, a summary and a table of tensors, poisoned, for the kernel and once more for the reference."""
 
     def __init__(self, num_segments, device, window=4, count=0):
         def state():
@@ -117,10 +126,17 @@ class Sample:
                 torch.full((window, num_segments, QUANTITIES), NAN, dtype=torch.float64, device=device),
                 torch.tensor(count, device=device),
                 torch.full((SUMMARY_HEAD + 3 * num_segments,), NAN, dtype=torch.float64, device=device),
+                TensorTable(
+                    torch.full((ENTRIES,), -7.0, dtype=torch.float64, device=device),
+                    torch.full((ENTRIES,), -7, dtype=torch.int32, device=device),
+                    torch.zeros(ENTRIES, dtype=torch.int32, device=device),
+                    torch.full((2,), 10**9, dtype=torch.int64, device=device),
+                ),
             )
 
         self.num_segments = num_segments
         self.device = device
+        self.empty = set()  # entries of tensors without elements: the kernel does not see those
         self.ours = state()
         self.theirs = state()
 
@@ -138,7 +154,10 @@ class Sample:
     ):  # fmt: skip
         """One measurement by both; ``more`` is only for the kernel."""
         twins = [gain.clone() for gain in gains]
-        gradients, rules, scale = Listed(gradients, segments), *rules_and_scale(max_norm=max_norm, eps=eps, **options)
+        rules, scale = rules_and_scale(max_norm=max_norm, eps=eps, **options)
+        gradients = Listed(gradients, segments, [entry_of(place) for place in range(len(gradients))])
+        for gradient, entry in zip(gradients.tensors, gradients.entries):
+            (self.empty.discard if gradient.numel() else self.empty.add)(entry)
         copies = gradients._replace(tensors=[gradient.clone() for gradient in gradients.tensors])
         ours = Window(*self.ours, replace)
         kernel_record(ours, gradients, Listed(gains, gain_segments), rules, scale, **(more or {}))
@@ -149,8 +168,12 @@ class Sample:
             assert gain.item() == 0.0
 
     def assert_same(self, rtol=EPSILON):
-        for ours, theirs in zip(self.ours, self.theirs):
+        for ours, theirs in zip(self.ours[:3], self.theirs[:3]):
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0.0, equal_nan=True)
+        reference.settle_(self.theirs[3], self.theirs[1])
+        kept = torch.tensor([entry not in self.empty for entry in range(ENTRIES)], device=self.device)
+        for ours, theirs in zip(self.ours[3].columns, self.theirs[3].columns):
+            torch.testing.assert_close(ours[kept], theirs[kept], rtol=rtol, atol=0.0, equal_nan=True)
 
 
 def tables():
@@ -224,7 +247,7 @@ def test_scratch_is_not_rectangular(device):
     # pytorch#190549: one large tensor and many small ones took largest x count, 24 MB for 20 KB.
     tensors = [random(65537, torch.float32, device)] + [random(1, torch.float32, device) for _ in range(20)]
     gradient_sums.segmented_sumsq(tensors, spread(21, 2), 2)
-    assert tables().work.numel() == (9 + 20) + 4 * 2 + 21
+    assert tables().work.numel() == (9 + 20) + 4 * 2 + 4 + 21
     assert tables().counters.numel() == 3 + 21
 
 
@@ -304,9 +327,10 @@ def test_counters_are_zero_between_calls_and_scratch_does_not_matter(two_launche
         sample.assert_same()
         state = tables()
         assert state.counters.tolist() == [0] * (3 + 1 + 4)
-        # What lies in the scratch between calls must not matter, but for the numbers of tensors and elements.
+        # What lies in the scratch between calls must not matter, but for the numbers of tensors and elements, and where
+        # the table of tensors is.
         state.work[: state.items + 6] = NAN
-        state.work[state.items + 12 :] = NAN
+        state.work[state.items + 12 + 4 :] = NAN
 
 
 def test_live_counts_tensors_that_are_not_all_zero(device):
@@ -582,6 +606,32 @@ def test_modes_that_change_reach_the_device(device):
         sample.assert_same()
 
 
+def test_tensors_without_entries_of_their_own_are_noted_in_their_order(device):
+    # By segment, the kernel takes them in another order, and drops the empty one.
+    gradients = [random(n, torch.float32, device) for n in (9000, 3, 0, 20000, 7)]
+    gradients[3][19999], segments = INF, [2, 0, 1, 1, 0]
+    for more in ({}, {"programs": 2}, {"two_launches": True}):
+        sample = Sample(3, device)
+        for _ in range(2):
+            kernel_record(sample.ours, Listed(gradients, segments), **more)
+        sumsq, last, first = (column[:6].tolist() for column in sample.ours[3].columns)
+        right = [gradient.double().square().sum().item() for gradient in gradients]
+        assert [sumsq[0], sumsq[1], *sumsq[3:5]] == pytest.approx([right[0], right[1], *right[3:5]], rel=EPSILON)
+        assert (sumsq[2], sumsq[5]) == (-7.0, -7.0)
+        assert last == [2, 2, -7, 2, 2, -7]
+        assert first == [0, 0, 0, 1, 0, 0]
+
+
+def test_other_entries_for_the_same_tensors_are_other_entries_on_the_device(device):
+    gradients = [random(10, torch.float32, device) for _ in range(3)]
+    sample = Sample(2, device)
+    for entries in ([0, 1, 2], [4, 1, 3], None, [4, 1, 3]):
+        kernel_record(sample.ours, Listed(gradients, [0, 1, 0], entries))
+    right = [gradient.double().square().sum().item() for gradient in gradients]
+    assert sample.ours[3].sumsq[:5].tolist() == pytest.approx([*right, right[2], right[0]], rel=EPSILON)
+    assert sample.ours[3].last[:6].tolist() == [3, 4, 3, 4, 4, -7]
+
+
 def test_outside_sums_meet_the_kernels(device):
     sample = Sample(3, device)
     inside = [random(1000, torch.float32, device), random(10, torch.bfloat16, device)]
@@ -589,12 +639,15 @@ def test_outside_sums_meet_the_kernels(device):
     other += [torch.full((n,), x, dtype=torch.float64, device=device) for n, x in ((3, 1e-12), (9, 1e3))]
     segments = [0, 2, 1, 0]
     scale = torch.tensor(4.0, device=device)
-    outside = reference.measured_columns(Listed(other, segments), 3, torch.device(device), Rules(), scale)
+    entries = [entry_of(place) for place in range(6)]
+    sums = reference.sums_of(Listed(other, segments), Rules(), torch.device(device))
+    reference.note_tensors_(sample.ours[3], sample.ours[1] + 1, sums, entries[2:])
+    outside = reference.columns_of_sums(sums, list(map(torch.Tensor.numel, other)), segments, 3, Rules(), scale)
     kernel_record(
-        sample.ours, Listed(inside, [0, 1]), scale=LossScale(scale),
+        sample.ours, Listed(inside, [0, 1], entries[:2]), scale=LossScale(scale),
         outside=Outside(outside, [(2, 59), (1, 3), (1, 4)]),
     )  # fmt: skip
-    every = Listed(inside + other, [0, 1, *segments])
+    every = Listed(inside + other, [0, 1, *segments], entries)
     reference.record_(every, NO_GAINS, Window(*sample.theirs), Rules(1.0), LossScale(scale))
     sample.assert_same()
     assert sample.ring[0, :, LIVE : TENSORS].tolist() == [[3, 0, 1], [2, 1, 0], [0, 0, 0]]
@@ -728,10 +781,10 @@ def test_same_bits_on_every_grid_and_from_two_launches(lanes, device):
     for more in ({}, {"programs": 1}, {"programs": 3}, {"two_launches": True}):
         sample = Sample(4, device)
         sample.record(tensors, segments, lanes=lanes, more=more)
-        rows.append((sample.ring[0], sample.summary))
-    for row, summary in rows[1:]:
-        assert torch.equal(row.nan_to_num(-1.0), rows[0][0].nan_to_num(-1.0))
-        assert torch.equal(summary, rows[0][1])
+        rows.append((sample.ring[0].nan_to_num(-1.0), sample.summary, *sample.ours[3].columns))
+    for row in rows[1:]:
+        for ours, first in zip(row, rows[0]):
+            assert torch.equal(ours, first)
 
 
 def test_dense_layouts_are_walked_in_storage_order(device):

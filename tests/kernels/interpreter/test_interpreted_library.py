@@ -190,6 +190,49 @@ def test_the_norm_of_a_clipped_step_is_not_overwritten_by_the_next(through):
     assert [norm.item() for norm in norms] == pytest.approx([40**0.5, 3 * 40**0.5])
 
 
+@pytest.mark.parametrize("collect", [False, True])
+def test_each_tensor_is_named_in_the_same_launch_whatever_the_kernel_cannot_take(through, collect):
+    readings = []
+    for backend in ("torch", "triton"):
+        launches = through(backend)
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"table": nn.Embedding(9, 4, sparse=True), "in": nn.Linear(4, 5), "out": nn.Linear(5, 2)})
+        wide, none = nn.Parameter(torch.randn(3, dtype=torch.float64)), nn.Parameter(torch.zeros(0, 2))
+        monitor = GradientMonitor([model["table"], model["in"], wide, none], {"a": model["out"]})
+        if collect:
+            monitor.collect_in_backward()
+        states, found = [], []
+        for step in range(6):
+            model.zero_grad(set_to_none=True)
+            model["in"].requires_grad_(step != 2)
+            loss = model["out"](model["in"](model["table"](torch.tensor([1, 1, 5])))).square().sum()
+            (loss * (float("inf") if step == 3 else 1.0) + (wide.float() ** 2).sum() + none.sum()).backward()
+            launches.clear()
+            monitor.measure()
+            assert len(launches) == (1 if backend == "triton" else 0)
+            states.append(monitor.tensors())
+            found += states[-1]
+        assert sum(reading.state.startswith("not finite since sample 4") for reading in states[3]) == 5
+        assert {r.name: r.first_not_finite for r in states[5] if r.norm}.items() >= {"a.bias": 4, "2": None}.items()
+        readings.append(found)
+    for eager, kernel in zip(*readings, strict=True):
+        assert (eager[:3], eager[5:]) == (kernel[:3], kernel[5:])
+        numbers = [(-1.0, -1.0) if each.norm is None else each[3:5] for each in (eager, kernel)]
+        assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, nan_ok=True)
+
+
+def test_a_monitor_that_changes_its_backend_reads_the_newest_sample(through):
+    host, seed = nn.Linear(2, 2), nn.Linear(2, 2)
+    monitor = GradientMonitor(host, {"a": seed})
+    for value, backend in enumerate(("torch", "triton", "torch", "triton"), start=1):
+        through(backend)
+        for parameter in (*host.parameters(), *seed.parameters()):
+            parameter.grad = torch.full_like(parameter, float(value))
+        monitor.measure()
+        if value != 3:
+            assert [(r.rms, r.sample) for r in monitor.tensors()] == [(pytest.approx(value), value)] * 4
+
+
 @pytest.fixture
 def uploads(monkeypatch):
     made = []

@@ -1,0 +1,114 @@
+"""The table of tensors: what each measurement notes of every parameter by the way, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..core.tensors import TensorReading, read_tensor
+from .reference import settle_
+from .row import GRAD_SCALE, TensorTable
+
+if TYPE_CHECKING:
+    from .parameters import Watched
+
+
+class TensorNotes:
+    """The table, and whose entries are in it."""
+
+    def __init__(self, tracked: list[Tensor], count: Tensor) -> None:
+        self._tracked: list[Tensor] = tracked
+        self.table = _empty(len(tracked), count)
+
+    def follow(self, tracked: list[Tensor], count: Tensor) -> None:
+        """From now on an entry for each of these; what is known of those that were there stays.
+
+        Both lists are alive, so that an ``id`` is that of one parameter alone.
+        """
+        if tracked is not self._tracked:
+            self._lay_out(tracked, count)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _lay_out(self, tracked: list[Tensor], count: Tensor) -> None:
+        settle_(self.table, count)
+        before = {id(parameter): entry for entry, parameter in enumerate(self._tracked)}
+        kept = [(entry, before[id(p)]) for entry, p in enumerate(tracked) if id(p) in before]
+        table = _empty(len(tracked), count)
+        if kept:
+            new, old = torch.tensor(kept, dtype=torch.int64, device="cpu").to(count.device).unbind(1)
+            for column, known in zip(table.columns, self.table.columns):
+                column.index_copy_(0, new, known.to(count.device).index_select(0, old))
+        self._tracked, self.table = tracked, table
+
+    @torch.no_grad()
+    def begin(self, segments: Sequence[int], chosen: Collection[int]) -> None:
+        """A window begins for these segments: what was not finite before it is forgotten."""
+        entries = [entry for entry, segment in enumerate(segments) if segment in chosen]
+        index = torch.tensor(entries, dtype=torch.int64, device="cpu").to(self.table.first.device)
+        self.table.first.index_fill_(0, index, 0)
+
+    def to(self, device: torch.device, count: Tensor) -> None:
+        """Move it; ``count`` is where it was."""
+        if self.table.sumsq.is_meta:
+            self.table = _empty(len(self._tracked), torch.zeros((), dtype=torch.int64, device=device))
+        elif device.type != "meta":
+            settle_(self.table, count)
+            sumsq, last, first = (column.to(device) for column in self.table.columns)
+            self.table = TensorTable(sumsq, last, first, self.table.numbers.to(device), self.table.numbered)
+
+    @torch.no_grad()
+    def forget(self, count: Tensor) -> None:
+        """Everything, in place: samples so far were of another run."""
+        self.table.newest = None
+        for column, nothing in zip(self.table.columns, _empty(len(self._tracked), count).columns):
+            column.copy_(nothing)
+
+
+def _empty(size: int, count: Tensor) -> TensorTable:
+    last = (-1 - count).to(torch.int32).expand(size).contiguous()
+    sumsq = torch.zeros(size, dtype=torch.float64, device=count.device)
+    first = torch.zeros(size, dtype=torch.int32, device=count.device)
+    return TensorTable(sumsq, last, first, torch.zeros(2, dtype=torch.int64, device=count.device))
+
+
+@torch.no_grad()
+def read_tensors(
+    noted: TensorNotes,
+    watched: Watched,
+    count: Tensor,
+    summary: Tensor,
+    limits: tuple[float | None, float | None],
+) -> list[TensorReading]:
+    """The readings of all tensors, largest first, by one copy.
+
+    Args:
+        noted: follows ``watched``.
+        watched: who they are.
+        count: of the ring.
+        summary: of the newest sample.
+        limits: root mean squares below which a tensor vanishes and above which it explodes; None: not asked.
+    """
+    settle_(noted.table, count)
+    parts = [count.view(1), summary[GRAD_SCALE : GRAD_SCALE + 1], *noted.table.columns]
+    sample, scale, *columns = torch.cat([part.double() for part in parts]).tolist()
+    size, square = len(watched.tracked), scale**2 or 1.0  # before the first sample nothing is there to be divided
+    sumsq, last, first = columns[:size], columns[size : 2 * size], columns[2 * size :]
+    readings = [
+        read_tensor(
+            name,
+            tuple(parameter.shape),
+            segment,
+            sumsq=sumsq[entry] / square,
+            last=int(last[entry]),
+            first=int(first[entry]) or None,
+            sample=int(sample),
+            trained=parameter.requires_grad,
+            limits=limits,
+        )
+        for entry, (name, parameter, segment) in enumerate(zip(watched.paths(), watched.tracked, watched.segments))
+    ]
+    return sorted(readings, key=TensorReading.largest_first)
