@@ -130,7 +130,7 @@ class Sample:
                     torch.full((ENTRIES,), -7.0, dtype=torch.float64, device=device),
                     torch.full((ENTRIES,), -7, dtype=torch.int32, device=device),
                     torch.zeros(ENTRIES, dtype=torch.int32, device=device),
-                    torch.full((2,), 10**9, dtype=torch.int64, device=device),
+                    torch.zeros(2, dtype=torch.int64, device=device),
                 ),
             )
 

@@ -204,7 +204,7 @@ def test_each_tensor_is_named_in_the_same_launch_whatever_the_kernel_cannot_take
         states, found = [], []
         for step in range(6):
             model.zero_grad(set_to_none=True)
-            model["in"].requires_grad_(step != 2)
+            model["in"].requires_grad_(step != 1)
             loss = model["out"](model["in"](model["table"](torch.tensor([1, 1, 5])))).square().sum()
             (loss * (float("inf") if step == 3 else 1.0) + (wide.float() ** 2).sum() + none.sum()).backward()
             launches.clear()
@@ -231,6 +231,28 @@ def test_a_monitor_that_changes_its_backend_reads_the_newest_sample(through):
         monitor.measure()
         if value != 3:
             assert [(r.rms, r.sample) for r in monitor.tensors()] == [(pytest.approx(value), value)] * 4
+
+
+@pytest.mark.parametrize("order", [("triton",), ("torch", "triton"), ("triton", "torch")], ids="+".join)
+@pytest.mark.parametrize("bad", [None, 1, 2])
+def test_micro_batches_are_numbered_alike_whoever_measured_the_one_before(through, bad, order):
+    host, seed = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*host.parameters(), *seed.parameters()], lr=0.0)
+    monitor = GradientMonitor(host, {"a": seed}, optimizers=optimizer)
+    for step in range(1, 4):
+        for micro in range(1, 4):
+            through(order[(step + micro) % len(order)])
+            for parameter in (*host.parameters(), *seed.parameters()):
+                parameter.grad = torch.full_like(parameter, float(micro))
+            if (step, micro) == (2, bad):
+                seed.bias.grad[0] = float("nan")
+            monitor.measure()
+            extra = int(step > 2 or (step == 2 and bad is not None and micro > bad)) if bad else 0
+            found = {reading.name: reading for reading in monitor.tensors()}
+            assert {reading.sample for reading in found.values()} == {monitor.count.item()} == {step + extra}
+            assert found["weight"].rms == pytest.approx(micro)
+            assert found["a.bias"].first_not_finite == (2 if bad and (step, micro) >= (2, bad) else None)
+        optimizer.step()
 
 
 @pytest.fixture
