@@ -28,7 +28,7 @@ class _Found(NamedTuple):
 
     parameter: Tensor
     sumsq: Tensor
-    seen: tuple[int, int] | None
+    seen: tuple[int, int | None] | None
     run: int | None
 
     @property
@@ -173,10 +173,13 @@ _NO_RUN = -1  # what torch calls the backward pass outside of one
 _COMPILED = -2  # one under compiled autograd, of which nobody says when it ends
 
 
-def _state(parameter: Tensor) -> tuple[int, int] | None:
-    """Which gradient it has, and how often that was written to. No reference: it must not live longer for it."""
+def _state(parameter: Tensor) -> tuple[int, int | None] | None:
+    """Which gradient it has, and how often that was written to. No reference: it must not live longer for it.
+
+    Views of one buffer, as flat gradients are, count their writes together: there only the gradient itself tells.
+    """
     gradient = parameter.grad
-    return None if gradient is None else (id(gradient), gradient._version)
+    return None if gradient is None else (id(gradient), None if gradient._is_view() else gradient._version)
 
 
 def _could_train(parameter: Tensor) -> bool:

@@ -282,6 +282,8 @@ class GradientMonitor(Windows):
             self._measured.forget()
         else:
             self._measure_gradients(given, gains, replace, scale)
+        if replace:
+            self._include_replaced()
         if given is None:
             self._watched.gains_taken(held=not torch.compiler.is_compiling() and self._rounds.open)
 

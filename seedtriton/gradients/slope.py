@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Alpha:
     def __init__(self, holder: Any) -> None:
         self.holder = holder
         self.correction: Tensor | float | None = None
-        self._witnesses: list[Tensor] = []
+        self._ordered: list[Tensor] = []
         self._hooked: Tensor | None = None
         self._added = False  # a backward pass has added to the slope since it was taken
         self._held = False  # taken, and the step has not come yet: the next measurement adds to it
@@ -52,8 +53,7 @@ class Alpha:
 
     def watch(self, parameters: Sequence[Tensor]) -> None:
         """Take the parameters whose gradients tell whether the slope was cleared: the seed's."""
-        learning = [p for p in parameters if p.requires_grad and p.numel()]
-        self._witnesses = sorted(learning, key=Tensor.numel)[:WITNESSES]
+        self._ordered = sorted((p for p in parameters if p.numel()), key=Tensor.numel)
         self._hook()
 
     def gradient(self) -> Tensor | None:
@@ -88,9 +88,12 @@ class Alpha:
 
         It is left in ``alpha.grad``, which is the user's to look at, until it is measured.
         """
-        gradient = self._witnesses[0].grad if self._witnesses else None
-        if (self._added or self._held) and self._witnesses:
-            kept = self._kept(gradient)
+        # Which of them learn is asked each time: one that is frozen has no gradient, and nothing was cleared for that.
+        witnesses = list(islice((p for p in self._ordered if p.requires_grad), WITNESSES))
+        gradients = [p.grad for p in witnesses if p.grad is not None]
+        gradient = gradients[0] if gradients else None
+        if (self._added or self._held) and witnesses:
+            kept = self._kept(gradients)
             if kept is not None:
                 slope = self.holder.alpha.grad
                 if self._added and slope is not None:
@@ -98,8 +101,7 @@ class Alpha:
                 if self._held:
                     self.correction = kept if self.correction is None else self.correction * kept
         self._added = True
-        known = gradient is not None and not gradient.is_inference()
-        self._seen = (id(gradient), gradient._version) if known else None  # type: ignore[union-attr]
+        self._seen = None if gradient is None or gradient.is_inference() else (id(gradient), gradient._version)
 
     def _mark_stale(self, slope: Tensor, kept: Tensor | float) -> None:
         # NaN and infinities could not be taken out again, so these alone go at once.
@@ -110,19 +112,19 @@ class Alpha:
         slope.copy_(torch.where(is_kept, slope, finite))
         self._stale = torch.where(is_kept, still, finite)
 
-    def _kept(self, gradient: Tensor | None) -> Tensor | float | None:
+    def _kept(self, gradients: Sequence[Tensor]) -> Tensor | float | None:
         """0 if the seed's gradients were cleared, None if not; a 0-dim tensor of 0 or 1 where only the device knows."""
-        if gradient is None:
+        if not gradients:
             return 0.0
+        gradient = gradients[0]
         if not gradient.is_inference():
             # One more backward pass is one more write, or makes a gradient that nobody has written to. Anything else
             # may have been zero_(), or clipping.
             written = gradient._version if self._seen is None else gradient._version - 1
             if (self._seen is None and written == 0) or self._seen == (id(gradient), written):
                 return None
-        present = [w.grad for w in self._witnesses if w.grad is not None]
         device = self.holder.alpha.device
-        dense = [g.to_dense() if g.layout is not torch.strided else g for g in present]
+        dense = [g.to_dense() if g.layout is not torch.strided else g for g in gradients]
         return torch.stack([g.ne(0).any().to(device) for g in dense]).any().float()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Windows(Ring):
         self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
         self._watched, self._progress, self._measured = watched, Progress(), MeasuredGradients()
         self._rounds = Rounds(self._progress.steps)
+        self._begun_lately = False
         self._changes: dict[str, str] = {}  # by seed, what changed when its window began anew
         self._said: set[str] = set()
         self._transit: Transit | None = None
@@ -132,6 +133,17 @@ class Windows(Ring):
         if not torch.compiler.is_compiling():
             self._noted.follow(self._watched.tracked, self.count)
 
+    def _begin_window(self, segment: int) -> None:
+        super()._begin_window(segment)
+        self._begun_lately = True
+
+    @torch.no_grad()
+    def _include_replaced(self) -> None:
+        """Windows that began behind the row that was just replaced begin with it: it was measured anew."""
+        if self._begun_lately:
+            torch.minimum(self.since, self.count - 1, out=self.since)
+            self._begun_lately = False
+
     def _forget_not_finite(self, seeds: Sequence[str]) -> None:
         """Windows of these seeds begin, and with each one of the host: when tensors were not finite is forgotten."""
         self._follow()
@@ -174,7 +186,6 @@ class Windows(Ring):
         self._forget_not_finite(seeds)
         for seed in seeds:
             self._begin_window(1 + self.seeds.index(seed))
-            self._rounds.close()
             self._progress.begin(seed, self._watched.of_seed[seed])
             self._changes.pop(seed, None)
 
@@ -239,7 +250,6 @@ class Windows(Ring):
         for name in names:
             self._begin_window(1 + self.seeds.index(name))
             self._progress.begin(name, self._watched.of_seed[name])
-        self._rounds.close()
         if self._progress.steps.calls:  # before anything was measured there is nothing to drop
             self._changes.update(dict.fromkeys(names, words))
             logger.warning("parameters changed (%s): the window of %s begins anew", words, names)

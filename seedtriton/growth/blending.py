@@ -169,9 +169,11 @@ class _ShieldTransformed(_Shield):
 def shield(host: Tensor, alpha: Tensor) -> Tensor:
     """The host's features, as a seed may see them: at alpha = 0 no gradient comes back through it.
 
-    It would be zero times whatever the seed holds, and zero times NaN is NaN in every weight of the host.
+    It would be zero times whatever the seed holds, and zero times NaN is NaN in every weight of the host. Alpha is
+    only looked at: as an input of the graph its slope would wait for the whole backward pass of the seed, and come when
+    it can no longer be seen whether the seed's gradients were cleared before (see ``gradients/slope.py``).
     """
-    return call(_Shield, _ShieldTransformed, host, alpha)
+    return call(_Shield, _ShieldTransformed, host, alpha.detach())
 
 
 class GateNetwork(nn.Module):

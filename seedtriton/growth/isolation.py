@@ -195,8 +195,8 @@ def given_to(features: Tensor, learning: Iterable[Tensor], *, copy: bool, wall: 
 
     Args:
         features: floating, any shape.
-        learning: one of them that requires a gradient holds the wall, and gets none from it; without one no backward
-            pass gets there.
+        learning: the first that requires a gradient holds the wall, and gets none from it, but its own only after
+            the seed's backward pass, so alpha comes last; without one no backward pass gets there.
         copy: whether the seed writes into them.
         wall: whether the seed may have a group norm; otherwise a copy and the gradient of its input are saved.
     """
