@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from used import Used
 
-from seedtriton import GradientMonitor, WiringError
+from seedtriton import FlatGradients, GradientMonitor, WiringError
 from seedtriton.gradients.row import EXTRA, SUMSQ
 
 
@@ -492,3 +492,17 @@ def test_explicit_gradients_leave_what_was_collected_for_the_next_sample():
     loop.used.rows[0][:, 4:] = torch.tensor([2.0, 20.0])
     loop.used.close()
     loop.used.check()
+
+
+def test_flat_gradients_that_backward_left_alone_are_measured_where_they_lie():
+    torch.manual_seed(0)
+    host, seed = nn.Linear(3, 3), nn.Linear(3, 2)
+    flat = FlatGradients([*host.parameters(), *seed.parameters()])
+    monitor = GradientMonitor(host, {"a": seed}, flat=flat)
+    monitor.collect_in_backward()
+    seed(host(torch.randn(4, 3))).square().sum().backward()
+    for parameter in (*host.parameters(), *seed.parameters()):
+        parameter.grad.mul_(0.5)  # clipped, say
+    right = [sum(p.grad.double().square().sum().item() for p in part.parameters()) for part in (host, seed)]
+    monitor.measure()
+    assert monitor.ring[0, :, SUMSQ].tolist() == pytest.approx(right)

@@ -260,6 +260,35 @@ def test_a_copy_looks_after_its_own_slope(copied):
     assert monitor.ring[1, 1, EXTRA].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_seed_of_which_the_smallest_parameter_is_frozen_keeps_the_slope_of_all_micro_batches():
+    loop = Loop()
+    loop.seed.bias.requires_grad_(False)
+    gains = []
+    for _ in range(4):
+        for _ in range(3):
+            loop.backward()
+        loop.monitor.measure()
+        gains.append(loop.true_gain)
+        loop.optimizer.step()
+        loop.clear()
+    assert loop.monitor.ring[:4, 1, EXTRA].tolist() == pytest.approx(gains, rel=1e-5)
+
+
+def test_what_is_frozen_is_noticed_between_two_micro_batches_without_a_sample_more():
+    loop = Loop()
+    for step in range(1, 5):
+        if step == 3:
+            loop.host.bias.requires_grad_(False)
+            loop.host.bias.grad = None
+        for _ in range(3):
+            loop.backward()
+            loop.monitor.measure()
+        loop.optimizer.step()
+        loop.clear()
+        assert int(loop.monitor.count) == step
+    assert loop.monitor.read()["a"].samples == 2  # the step in which it was frozen, and the one after it
+
+
 # --- through the controller ---
 
 
@@ -334,6 +363,33 @@ def test_impossible_arguments_are_refused_before_the_first_seed_as_well(argument
     with pytest.raises(ConfigurationError):
         growth.measure(**arguments)
     assert growth.step == 0
+
+
+@pytest.mark.parametrize("stage", [Stage.TRAINING, Stage.BLENDING])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("probe", [None, torch.zeros(2, 6)], ids=["looked at", "probed"])
+def test_the_slope_of_a_dropped_batch_is_in_no_gain_whatever_the_stage(stage, set_to_none, probe):
+    gains = {}
+    for dropped in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        growth = GrowthController(model, optimizer, sinks=[], schedule=AlphaSchedule(steps=10))
+        growth.germinate("slot", nn.Linear(6, 6), probe=probe)
+        if stage is Stage.BLENDING:
+            growth._move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
+            model.slot.set_alpha(0.4)
+        for batch in torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(1)):
+            if dropped:
+                (7 * model(batch + 1)).square().mean().backward()
+                optimizer.zero_grad(set_to_none=set_to_none)
+            model(batch).square().mean().backward()
+            growth.monitor.measure()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        gains[dropped] = growth.monitor.ring[:3, 1, EXTRA].tolist()
+    assert all(gains[False])
+    assert gains[True] == pytest.approx(gains[False], rel=1e-5)
 
 
 def test_a_discriminator_is_measured_by_its_own_loss_alone():
