@@ -9,6 +9,7 @@ PROMISES = {
     "every": "measure(every=k) measures each k-th step, and clears the slope and moves alpha in each",
     "slope_cleared": "what clears the gradients of a seed clears the slope in its blend factor",
     "slope_frozen": "so it is where all of a seed is frozen in between",
+    "slope_replaced": "so it is where a parameter was replaced in between, and nobody said so",
     "slope_flat": "so it is of flat gradients that are zero at alpha = 0, by a factor of the script's own",
     "slope_kept": "what clears those of the host alone does not, nor has a seed to learn for its slopes to be added up",
     "attach_each": "attach() with several optimizers measures each before its own step",
@@ -25,6 +26,7 @@ PROMISES = {
 }
 PENDING = {
     "slope_frozen": "where nothing of a seed learns, no gradient of it can tell",
+    "slope_replaced": "the old parameter keeps its gradient, which looks as if nothing was cleared",
     "slope_flat": "views of one buffer count their writes together, and zeros look like cleared gradients",
     "clip_unscaled": "unscale_() raises no version counter: the norm is measure(scaler)'s, whatever is still scaled",
 }
@@ -113,6 +115,7 @@ class Plan:
             "every": self.every > 1,
             "slope_cleared": slopes and (dropped or (self.attached and skipping)),
             "slope_frozen": slopes and "freeze seed" in self.kinds and (dropped or (self.attached and skipping)),
+            "slope_replaced": slopes and dropped and "nothing" in replaced,
             "slope_flat": slopes and self.kind == "bare" and not self.alpha and self.flat != "none" and (
                 self.accumulate > 1 or self.measuring == "micro" or "measured skip" in self.kinds
             ),
@@ -234,6 +237,7 @@ def _spared(plan, promise):
         "slope_cleared": ("skip", "measured skip"),
         "slope_kept": ("host cleared", "freeze seed"),
         "slope_frozen": ("freeze seed",),
+        "slope_replaced": ("skip", "measured skip"),
         "collect_unfrozen": ("born frozen", "freeze", "freeze seed"),
         "collect_dropped": ("skip", "measured skip"),
         "collect_lying": ("host cleared",),
@@ -326,6 +330,8 @@ def _scaled(p):
         p = replace(p if len(p.optimizers) == 1 else p.without("freeze seed"), known=True)
     if p.scaler == "fused":
         p = replace(p, optimizers=(FUSED,) * len(p.optimizers), clip="none")
+        if p.attached:  # the scaler looks for infinities before the step's hooks run: they know, and cannot mend it
+            p = replace(p, poisons=(), overflows=() if p.quarantine else p.overflows)
     if p.every > 1:  # quarantine is part of measuring
         p = replace(p, overflows=(), poisons=()) if p.kind == "controller" else replace(p, quarantine=False)
     if len(p.optimizers) == 1:

@@ -26,10 +26,11 @@ class TensorReading(NamedTuple):
         segment: 0 is the host, 1 the first seed.
         norm: of its gradient, without the loss scale; None where it has none.
         rms: norm / sqrt(elements).
-        state: "finite", "zero", "vanishing", "exploding" (by the monitor's limits for root mean squares), "not finite
-            since sample N", "no gradient" in this sample, "frozen" (none, and it requires none), or "never measured"
+        state: "finite", "zero", "vanishing", "exploding" (by the monitor's limits for root mean squares), "not finite,
+            first in sample N", "no gradient" in this sample, "frozen" (none, and it requires none), or "never measured"
             since it is watched.
-        sample: number of the last sample, counted from 1.
+        sample: number of the last sample, counted from 1; of micro-batches that are measured one by one, what an
+            earlier one noted of a tensor stays if a later one has no gradient of it.
         first_not_finite: the first sample in which it was not finite, even if it is now, since a window last began: its
             seed's, for the host any seed's; None: in none.
     """
@@ -84,7 +85,7 @@ def read_tensor(
         state = FROZEN if not trained else NEVER_MEASURED if last == -1 - sample else NO_GRADIENT
     else:
         norm = math.sqrt(sumsq)
-        rms = norm / math.sqrt(elements)
+        rms = norm / math.sqrt(max(elements, 1))  # some free a parameter that they gather again later
         # Where the window began behind this sample, it is the first that is known.
         state = _state(sumsq, elements, first or sample, limits)
     return TensorReading(name, shape, segment, norm, rms, state, sample, first)
@@ -92,7 +93,7 @@ def read_tensor(
 
 def _state(sumsq: float, elements: int, first: int, limits: tuple[float | None, float | None]) -> str:
     if not math.isfinite(sumsq):
-        return f"not finite since sample {first}"
+        return f"not finite, first in sample {first}"
     low, high = limits
     # Squares are compared, as where they are counted.
     if sumsq == 0.0:

@@ -55,6 +55,7 @@ class BackwardCollector:
         self._found: dict[int, _Found] = {}
         # By backward pass, which is what autograd calls a graph task: a reentrant one is a pass within a pass.
         self._runs: dict[int, list[int]] = {}
+        self._buffers: dict[int, tuple[Tensor, int]] = {}  # whose gradient in each was summed last, and the version
         self._handles: dict[int, tuple[Tensor, Any]] = {}
         self._spent = False
 
@@ -124,9 +125,31 @@ class BackwardCollector:
             Variable._execution_engine.queue_callback(partial(self._end, run))
         self._runs[run].append(id(parameter))
         self._found[id(parameter)] = _Found(parameter, sumsq, _state(parameter), run)
+        if gradient._is_view():
+            self._follow_buffer(parameter, gradient)
+
+    def _follow_buffer(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Notice that a hook wrote to the gradient before this one in their buffer, whose views count together.
+
+        Between the two, backward itself has written once: this gradient.
+        """
+        buffer = gradient.untyped_storage().data_ptr()
+        before, version = self._buffers.get(buffer, (parameter, gradient._version - 1))
+        if gradient._version != version + 1:
+            self._mark_written(before)
+        self._buffers[buffer] = parameter, gradient._version
+
+    def _mark_written(self, parameter: Tensor) -> None:
+        found = self._found.get(id(parameter))
+        if found is not None:
+            self._found[id(parameter)] = found._replace(seen=_WRITTEN)
 
     def _end(self, run: int) -> None:
         """A backward pass has ended: of what it left alone no sum is needed."""
+        for last, version in self._buffers.values():
+            if last.grad is None or last.grad._version != version:
+                self._mark_written(last)
+        self._buffers.clear()
         for key in self._runs.pop(run, ()):
             found = self._found.get(key)
             if found is not None and _state(found.parameter) == found.seen:
@@ -142,6 +165,7 @@ class BackwardCollector:
             if torch._C._current_graph_task_id() != _NO_RUN:
                 self._end(run)
         self._runs.clear()
+        self._buffers.clear()
         self._found = {key: found for key, found in self._found.items() if found.used_up}
         return bool(self._found)
 
@@ -156,6 +180,7 @@ class BackwardCollector:
     def clear(self) -> None:
         """Forget all that was collected so far."""
         self._runs.clear()
+        self._buffers.clear()
         self._found.clear()
 
     def take(self, early: EarlySums, scale: Tensor | None) -> None:
@@ -169,6 +194,7 @@ class BackwardCollector:
         self.clear()
 
 
+_WRITTEN = (-1, None)  # no state of a gradient
 _NO_RUN = -1  # what torch calls the backward pass outside of one
 _COMPILED = -2  # one under compiled autograd, of which nobody says when it ends
 
@@ -176,7 +202,7 @@ _COMPILED = -2  # one under compiled autograd, of which nobody says when it ends
 def _state(parameter: Tensor) -> tuple[int, int | None] | None:
     """Which gradient it has, and how often that was written to. No reference: it must not live longer for it.
 
-    Views of one buffer, as flat gradients are, count their writes together: there only the gradient itself tells.
+    Views of one buffer, as flat gradients are, count their writes together: see ``_follow_buffer``.
     """
     gradient = parameter.grad
     return None if gradient is None else (id(gradient), None if gradient._is_view() else gradient._version)

@@ -158,6 +158,8 @@ def record_(
         WiringError: an address that a CUDA graph, while it is captured, cannot take up.
     """
     if _traced((*gradients.tensors[:1], window.ring)):
+        # The operation has the tensors of the table alone; what is kept beside them is of the sample before.
+        window.table.newest, window.table.numbered = None, False
         torch.ops.seedtriton.record_(
             *map(list, gradients[:2]), *map(list, gains[:2]), *window[:3], *window.table.columns,
             window.table.numbers, rules.max_norm, rules.eps, *scale, rules.lanes == torch.float64,
@@ -323,6 +325,8 @@ def record_sums_(
     columns = reference.columns_of_sums(sums, elements, segments, num_segments, rules, scale.gradients)
     outside = Outside(columns, reference.count_by_segment(elements, segments, num_segments))
     if backend_of(window.ring.device).name == "torch" or not _plain(gains.tensors, window.ring.device):
+        if window.replace != APPEND:
+            reference.settle_(window.table, window.written)
         reference.finish_(outside, gains, window, rules, scale)
         reference.keep_tensors_(window, sums, columns, entries)
         return

@@ -292,9 +292,9 @@ class Watched:
         return Listed(gradients, [self.segments[entry] for entry in entries], entries)
 
     def entries_of(self, identities: Sequence[int]) -> list[int]:
-        """The places in ``tracked`` of parameters by their ``id``; -1 for one that is not watched any more."""
+        """The places in ``tracked`` of parameters by their ``id``."""
         entry_by_id = {id(parameter): entry for entry, parameter in enumerate(self.tracked)}
-        return [entry_by_id.get(identity, -1) for identity in identities]
+        return [entry_by_id[identity] for identity in identities]
 
     def paths(self) -> list[str]:
         """What to call each of ``tracked``: its path in the host, or its seed and its path in there."""

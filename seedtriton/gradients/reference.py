@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .row import (
     APART,
+    APPEND,
     CLIP_EPS,
     EXTRA,
     GRAD_SCALE,
@@ -89,12 +90,9 @@ def note_tensors_(table: TensorTable, sample: Tensor, sums: Tensor, entries: Seq
         table: is written.
         sample: its number, int64 0-dim.
         sums: float64 [n], sum of squares of each tensor, with the loss scale.
-        entries: of each, below 0 for none; None: the i-th has entry i.
+        entries: of each; None: the i-th has entry i.
     """
     table.newest = None
-    if entries is not None and -1 in entries:
-        known = [place for place, entry in enumerate(entries) if entry >= 0]
-        sums, entries = sums[known], [entries[place] for place in known]
     if not len(sums):
         return
     index = constant(tuple(range(len(sums)) if entries is None else entries), torch.int64, sums.device)
@@ -110,7 +108,8 @@ def keep_tensors_(window: Window, sums: Tensor, columns: Tensor, entries: Sequen
 
     Until ``settle_``, or until the next sample takes their place. ``columns`` is what was made of the sums.
     """
-    if columns.device.type == "cpu" and _are_finite(columns):
+    # Nothing but plain tensors has memory that can be looked at.
+    if type(columns) is Tensor and columns.device.type == "cpu" and _are_finite(columns):
         window.table.newest = sums, entries
     else:
         note_tensors_(window.table, window.written, sums, entries)
@@ -268,6 +267,8 @@ def record_(
     sums = sums_of(gradients, rules, window.ring.device)
     columns = columns_of_sums(sums, elements, segments, num_segments, rules, scale.gradients)
     counts = count_by_segment(elements, segments, num_segments)
+    if window.replace != APPEND:
+        settle_(window.table, window.written)  # a sample that this one replaces has noted its tensors
     finish_(Outside(columns, counts), gains, window, rules, scale)
     keep_tensors_(window, sums, columns, gradients.entries)
     quarantine_(gradients, window.summary, rules)

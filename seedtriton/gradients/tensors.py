@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,14 @@ class TensorNotes:
     def follow(self, tracked: list[Tensor], count: Tensor) -> None:
         """From now on an entry for each of these; what is known of those that were there stays.
 
-        Both lists are alive, so that an ``id`` is that of one parameter alone.
+        Both lists are alive, so that an ``id`` is that of one parameter alone. The table stays where it is as long as
+        the parameters are the same: a CUDA graph knows it by its address.
         """
-        if tracked is not self._tracked:
+        if tracked is self._tracked:
+            return
+        if len(tracked) == len(self._tracked) and all(map(operator.is_, tracked, self._tracked)):
+            self._tracked = tracked
+        else:
             self._lay_out(tracked, count)
 
     @torch.inference_mode(False)

@@ -186,6 +186,10 @@ class _Wall(Function):
         return None, None
 
 
+# Holds walls; a leaf of its own, because whoever has a hook on a leaf of theirs would be called without a gradient.
+_ANCHOR = torch.zeros((), requires_grad=True, device="cpu")
+
+
 def given_to(features: Tensor, learning: Iterable[Tensor], *, copy: bool, wall: bool) -> Tensor:
     """What a seed is given of its features: they themselves, or a copy.
 
@@ -195,8 +199,7 @@ def given_to(features: Tensor, learning: Iterable[Tensor], *, copy: bool, wall: 
 
     Args:
         features: floating, any shape.
-        learning: the first that requires a gradient holds the wall, and gets none from it, but its own only after
-            the seed's backward pass, so alpha comes last; without one no backward pass gets there.
+        learning: where none of them requires a gradient, no backward pass gets there.
         copy: whether the seed writes into them.
         wall: whether the seed may have a group norm; otherwise a copy and the gradient of its input are saved.
     """
@@ -204,11 +207,10 @@ def given_to(features: Tensor, learning: Iterable[Tensor], *, copy: bool, wall: 
     # here as well, which costs a copy.
     last = wall and features.dim() > 3 and features.stride(1) <= features.stride(-1)
     quick = torch.compiler.is_compiling() or not transforming()
-    if last and quick and features.is_cpu and not features.requires_grad and torch.is_grad_enabled():
-        anchor = next((tensor for tensor in learning if tensor.requires_grad), None)
-        if anchor is not None:
-            walled: Tensor = _Wall.apply(features, anchor)
-            return walled
+    needed = last and quick and features.is_cpu and not features.requires_grad and torch.is_grad_enabled()
+    if needed and any(tensor.requires_grad for tensor in learning):
+        walled: Tensor = _Wall.apply(features, _ANCHOR)
+        return walled
     return features.clone() if copy else features
 
 
@@ -260,12 +262,13 @@ def uses_group_norm(output: Tensor) -> bool:
 
 
 def _nodes(output: Tensor) -> set[Any]:
-    """Every node of the graph that ends in ``output``."""
+    """Every node of the graph that ends in ``output``, up to the wall."""
     seen: set[Any] = set()
     waiting = [output.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
+            if node.name() != f"{_Wall.__name__}Backward":
+                waiting += [following for following, _ in node.next_functions]
     return seen

@@ -153,7 +153,7 @@ class SeedSlot(nn.Module):
         compiling = torch.compiler.is_compiling()
         looking = self._checks_due > 0 and not compiling and not blending.transforming()
         wall = looking or self._group_norm
-        given = given_to(inner, chain(seed.parameters(), (alpha,)), copy=self._copy_input, wall=wall)
+        given = given_to(inner, chain((alpha,), seed.parameters()), copy=self._copy_input, wall=wall)
         if mode == BLENDED:
             return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
         version = given._version if looking else 0

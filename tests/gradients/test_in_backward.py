@@ -506,3 +506,26 @@ def test_flat_gradients_that_backward_left_alone_are_measured_where_they_lie():
     right = [sum(p.grad.double().square().sum().item() for p in part.parameters()) for part in (host, seed)]
     monitor.measure()
     assert monitor.ring[0, :, SUMSQ].tolist() == pytest.approx(right)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_flat_gradients_that_a_hook_wrote_to_are_measured_as_they_were_before(last):
+    torch.manual_seed(0)
+    host, seed = nn.Linear(3, 3), nn.Linear(3, 2)
+    flat = FlatGradients([*host.parameters(), *seed.parameters()])
+    monitor = GradientMonitor(host, {"a": seed}, flat=flat)
+    monitor.collect_in_backward()
+    written = host.weight if last else seed.weight  # backward comes to the host's last
+    before = []
+
+    def use_up(parameter):
+        before.append(parameter.grad.double().square().sum().item())
+        parameter.grad.zero_()
+
+    written.register_post_accumulate_grad_hook(use_up)
+    seed(host(torch.randn(4, 3))).square().sum().backward()
+    lying = [sum(p.grad.double().square().sum().item() for p in part.parameters()) for part in (host, seed)]
+    right = [lying[0] + last * before[0], lying[1] + (not last) * before[0]]
+    monitor.measure()
+    assert before[0] > 0.0
+    assert monitor.ring[0, :, SUMSQ].tolist() == pytest.approx(right)

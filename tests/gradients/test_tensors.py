@@ -53,7 +53,7 @@ class Truth:
 
     def state(self, name, rms):
         if not math.isfinite(self.last[name]):
-            return f"not finite since sample {self.first[name]}"
+            return f"not finite, first in sample {self.first[name]}"
         if rms == 0.0:
             return "zero"
         return "vanishing" if rms < VANISHING_RMS else "exploding" if rms > EXPLODING_RMS else "finite"
@@ -133,7 +133,7 @@ def test_every_state_has_its_name():
     states = {name: reading.state for name, reading in by_name(monitor).items()}
     assert states == {
         "first.weight": "finite", "first.bias": "zero", "low.weight": "vanishing", "low.bias": "exploding",
-        "wide.weight": "not finite since sample 1", "wide.bias": "frozen",
+        "wide.weight": "not finite, first in sample 1", "wide.bias": "frozen",
         "adapter.weight": "finite", "adapter.bias": "no gradient", "table.weight": "no gradient",
     }  # fmt: skip
     assert [r.name for r in monitor.tensors()][:3] == ["wide.weight", "low.bias", "first.weight"]
@@ -173,7 +173,7 @@ def test_the_first_sample_that_was_not_finite_is_kept_until_the_window_begins_an
     assert {reading.first_not_finite for reading in monitor.tensors()} == {None}
     model.adapter.bias.grad[0] = NAN
     monitor.measure()
-    assert by_name(monitor)["adapter.bias"].state == "not finite since sample 7"
+    assert by_name(monitor)["adapter.bias"].state == "not finite, first in sample 7"
 
 
 def test_a_seed_whose_window_begins_takes_nothing_from_another_seeds():
@@ -239,7 +239,7 @@ def test_parameters_that_are_replaced_appended_or_gone_take_nothing_from_others(
     assert set(readings) == set(named(model))
     assert readings["first.weight"].state == readings["appended"].state == "never measured"
     assert readings["first.weight"].first_not_finite is None
-    assert readings["adapter.weight"].state == readings["wide.bias"].state == "not finite since sample 1"
+    assert readings["adapter.weight"].state == readings["wide.bias"].state == "not finite, first in sample 1"
     assert readings["wide.weight"].norm == pytest.approx(10**0.5)
     ones(*(p for p in model.parameters() if p.numel()), value=2.0)
     truth.named = named(model)
@@ -274,6 +274,7 @@ def test_seeds_that_come_and_go_leave_what_is_known_of_the_others():
     readings = by_name(monitor)
     assert (readings["2.weight"].norm, readings["2.weight"].segment) == (10.0, 2)
     assert (readings["1.bias"].first_not_finite, readings["1.bias"].segment) == (1, 1)
+    assert readings["2.weight"].first_not_finite is None
     late = nn.Linear(2, 2)
     monitor.add_seed("late", late)
     assert by_name(monitor)["late.weight"].state == "never measured"
@@ -291,6 +292,15 @@ def test_seeds_that_come_and_go_leave_what_is_known_of_the_others():
     readings = by_name(monitor)
     assert readings["late.weight"].state == "no gradient"
     assert (readings["2.weight"].norm, readings["2.weight"].sample) == (10.0, 3)
+
+
+def test_of_a_seed_that_was_part_of_the_host_nothing_is_held_from_before():
+    host = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    monitor = GradientMonitor(host, {})
+    ones(*host.parameters(), value=NAN)
+    monitor.measure()
+    monitor.add_seed("a", host[1])
+    assert {reading.first_not_finite for reading in monitor.tensors()} == {None}
 
 
 def test_a_new_seed_begins_with_a_host_of_which_nothing_is_held_against_it():
@@ -313,7 +323,7 @@ def test_a_loaded_state_knows_no_tensors_yet_and_has_none_in_it():
     assert {reading.state for reading in monitor.tensors()} == {"never measured"}
     assert {reading.first_not_finite for reading in monitor.tensors()} == {None}
     monitor.measure()
-    assert by_name(monitor)["first.bias"].state == "not finite since sample 2"
+    assert by_name(monitor)["first.bias"].state == "not finite, first in sample 2"
     assert by_name(monitor)["adapter.bias"].state == "no gradient"
 
 
@@ -369,7 +379,7 @@ def test_what_the_quarantine_clears_was_noted():
     model.adapter.bias.grad[0] = NAN
     monitor.measure()
     assert (model.adapter.bias.grad == 0).all()
-    assert by_name(monitor)["adapter.bias"].state == "not finite since sample 1"
+    assert by_name(monitor)["adapter.bias"].state == "not finite, first in sample 1"
     assert by_name(monitor)["adapter.weight"].state == "finite"
 
 
@@ -386,6 +396,66 @@ def test_a_compiled_monitor_notes_the_same():
     truth.check(monitor.tensors())
 
 
+def test_what_was_measured_before_a_compiled_sample_is_not_taken_for_it():
+    model = Bare()
+    monitor, truth = watched(model)
+    compiled = torch.compile(monitor, fullgraph=True, backend="aot_eager")
+    for value, measure in ((1.0, monitor.measure), (NAN, compiled)):
+        ones(*model.first.parameters(), *model.adapter.parameters())
+        model.first.bias.grad[0] = value
+        truth.see()
+        measure()
+    truth.check(monitor.tensors())
+
+
+def test_a_table_of_the_same_parameters_stays_where_it_is():
+    model = Bare()
+    monitor, _ = watched(model)
+    ones(*model.first.parameters())
+    monitor.measure()
+    before = [column.data_ptr() for column in monitor._noted.table.columns]
+    model.load_state_dict(model.state_dict())
+    monitor.read()
+    monitor.refresh()
+    monitor.measure()
+    assert [column.data_ptr() for column in monitor._noted.table.columns] == before
+
+
+def test_a_monitor_without_seeds_follows_its_host_into_a_compiled_sample():
+    host = nn.Sequential(nn.Linear(3, 3))
+    monitor = GradientMonitor(host, {})
+    ones(*host.parameters())
+    monitor.measure()
+    host.append(nn.Linear(3, 2))
+    monitor.refresh()
+    ones(*host.parameters(), value=2.0)
+    torch.compile(monitor, fullgraph=True, backend="aot_eager")()
+    assert [reading.rms for reading in monitor.tensors()] == [pytest.approx(2.0)] * 4
+
+
+def test_a_parameter_that_is_emptied_after_it_was_measured_is_read_all_the_same():
+    model = Bare()
+    monitor, _ = watched(model)
+    ones(*model.first.parameters())
+    monitor.measure()
+    model.first.weight.data = torch.empty(0)
+    assert by_name(monitor)["first.weight"].norm == pytest.approx(12**0.5)
+
+
+def test_of_micro_batches_a_later_one_without_a_gradient_leaves_what_was_noted():
+    host, seed = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*host.parameters(), *seed.parameters()], lr=0.0)
+    for looked in (False, True):
+        monitor = GradientMonitor(host, {"a": seed}, optimizers=optimizer)
+        ones(*host.parameters(), *seed.parameters())
+        monitor.measure()
+        if looked:
+            monitor.tensors()
+        seed.bias.grad = None
+        monitor.measure()
+        assert by_name(monitor)["a.bias"].state == "finite"
+
+
 def test_a_copy_has_a_table_of_its_own_and_moves_keep_it():
     model = Bare()
     pair = nn.ModuleDict({"model": model, "monitor": GradientMonitor(model, {"adapter": model.adapter})})
@@ -394,7 +464,7 @@ def test_a_copy_has_a_table_of_its_own_and_moves_keep_it():
     twin = copy.deepcopy(pair)
     ones(*twin["model"].first.parameters(), value=NAN)
     twin["monitor"].half().measure()
-    assert by_name(twin["monitor"])["first.bias"].state == "not finite since sample 2"
+    assert by_name(twin["monitor"])["first.bias"].state == "not finite, first in sample 2"
     assert by_name(pair["monitor"].half())["first.bias"].norm == 6.0
 
 
@@ -461,8 +531,8 @@ def reading(name, state="finite", norm=1.0, segment=1, first=None):
 
 def test_a_refusal_names_the_first_three_and_the_sample():
     readings = [
-        reading("late", "not finite since sample 7", NAN, first=7),
-        reading("host", "not finite since sample 4", NAN, segment=0, first=4),
+        reading("late", "not finite, first in sample 7", NAN, first=7),
+        reading("host", "not finite, first in sample 4", NAN, segment=0, first=4),
         reading("big", "exploding", 80.0),
         reading("was", "finite", 8.0, first=2),
         reading("next", "finite", 4.0, first=8),

@@ -110,6 +110,25 @@ def test_only_a_seed_with_a_group_norm_pays_for_a_gradient_of_its_input(probed):
         assert compiled._group_norm == (pays or not probed)
 
 
+def test_a_hook_on_a_parameter_that_the_seed_does_not_use_is_not_called():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare, self.norm = nn.Parameter(torch.zeros(3)), nn.GroupNorm(2, 8)
+
+        def forward(self, x):
+            return x + self.norm(x)
+
+    slot, called = SeedSlot(), []
+    slot.germinate(Spare())
+    slot.seed.spare.register_hook(called.append)
+    move_to(slot, Stage.TRAINING)
+    for _ in range(ISOLATION_CHECKS + 1):
+        slot(torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)).sum().backward()
+    assert called == []
+    assert slot.isolation_violations == 0
+
+
 def test_what_is_known_of_one_seeds_norms_is_not_believed_of_the_next():
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
     slot, other, wanted = SeedSlot(), SeedSlot(), []

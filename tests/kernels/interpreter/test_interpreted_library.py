@@ -212,7 +212,7 @@ def test_each_tensor_is_named_in_the_same_launch_whatever_the_kernel_cannot_take
             assert len(launches) == (1 if backend == "triton" else 0)
             states.append(monitor.tensors())
             found += states[-1]
-        assert sum(reading.state.startswith("not finite since sample 4") for reading in states[3]) == 5
+        assert sum(reading.state.startswith("not finite, first in sample 4") for reading in states[3]) == 5
         assert {r.name: r.first_not_finite for r in states[5] if r.norm}.items() >= {"a.bias": 4, "2": None}.items()
         readings.append(found)
     for eager, kernel in zip(*readings, strict=True):
