@@ -33,11 +33,13 @@ def markdown(record, name, fresh=None, fresh_name=""):
     if fresh is not None:
         again, others_again = _by_optimizer(fresh["runs"])
         counts = ", ".join(f"{head}: {_wrong(again, judge)}" for judge, head in zip(JUDGES, HEADS))
-        counts += "".join(f"; G2 with probe under {by}: {_wrong(rest, 'G2')}" for by, rest in others_again.items())
+        for by, rest in others_again.items():
+            counts += f"; of {len(rest)} by {by}, G2 with probe: {_wrong(rest, 'G2')}"
         lines += [
             "",
-            "The limits were settled by looking at those runs. On other random seeds, run once afterwards, "
-            f"{len(fresh['runs'])} runs ([raw output](bench/results/{fresh_name})) had these wrong verdicts: {counts}.",
+            "The limits were settled by looking at runs of those random seeds. On others, with the same limits, "
+            f"{len(again)} runs by {FIRST} ([raw output](bench/results/{fresh_name})) had these wrong verdicts: "
+            f"{counts}.",
         ]
     lucky = [_lucky_refusals(_by_optimizer(one["runs"])[0]) for one in (record, fresh) if one is not None]
     lines += [
