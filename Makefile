@@ -9,7 +9,9 @@ STAMP  := $(VENV)/.installed-$(shell $(PYTHON) -c 'import hashlib, sys; print(ha
 
 SANITIZED := "mixed_dtype or zero_size or nan_and_inf"
 
-.PHONY: demo test test-unit test-kernels test-wheel test-gpu sanitize-gpu check bench bench-cpu bench-gpu clean
+LIVES := tests/growth tests/gradients/test_fuzz.py
+
+.PHONY: demo test test-unit test-lives test-rest test-kernels test-wheel test-gpu sanitize-gpu check bench bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -17,8 +19,15 @@ demo: $(STAMP)
 
 test: test-unit test-kernels test-wheel
 
+# Two processes, because two cores are what CI has: lives and training loops, and all the rest.
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(MAKE) -j2 --output-sync=target test-lives test-rest
+
+test-lives: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not gpu" $(LIVES)
+
+test-rest: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not gpu" tests $(LIVES:%=--ignore=%)
 
 # The interpreter has to be on before the process starts, so it is a process of its own.
 test-kernels: $(STAMP)
