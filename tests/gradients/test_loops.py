@@ -569,8 +569,16 @@ def test_explicit_gradients_leave_flat_ones_and_collected_sums_alone():
     flat = FlatGradients([loop.host, loop.seed])
     monitor = GradientMonitor(loop.host, {"a": loop.seed}, flat=flat)
     monitor.collect_in_backward()
+    used = {}
+
+    def use_up(parameter):
+        used[parameter] = parameter.grad.clone()
+        parameter.grad.zero_()
+
+    for parameter in parameters(loop):
+        parameter.register_post_accumulate_grad_hook(use_up)
     loop.loss().backward()
-    expected = torch.cat([p.grad.flatten() for p in loop.seed.parameters()]).norm().item()
+    expected = torch.cat([used[p].flatten() for p in loop.seed.parameters()]).norm().item()
     for parameter in parameters(loop):
         parameter.grad = torch.zeros_like(parameter)  # not in the buffer
     elsewhere = [parameter.grad for parameter in parameters(loop)]
