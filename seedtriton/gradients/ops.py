@@ -325,10 +325,7 @@ def record_sums_(
     columns = reference.columns_of_sums(sums, elements, segments, num_segments, rules, scale.gradients)
     outside = Outside(columns, reference.count_by_segment(elements, segments, num_segments))
     if backend_of(window.ring.device).name == "torch" or not _plain(gains.tensors, window.ring.device):
-        if window.replace != APPEND:
-            reference.settle_(window.table, window.written)
-        reference.finish_(outside, gains, window, rules, scale)
-        reference.keep_tensors_(window, sums, columns, entries)
+        reference.record_sums_(sums, entries, outside, gains, window, rules, scale)
         return
     _launch_record(Listed((), ()), gains, window, rules, scale, None, None, outside)
     reference.note_tensors_(window.table, window.written, sums, entries)

@@ -217,6 +217,7 @@ class Watched:
         filled = [(p, segment) for p, segment in pairs if p.numel()]
         self.tracked, self.segments = [p for p, _ in filled], [segment for _, segment in filled]
         self.segment_by_id = {id(p): segment for p, segment in filled}
+        self._entry_by_id = {identity: entry for entry, identity in enumerate(self.segment_by_id)}
         self._empty = {id(p) for p, _ in pairs} - self.segment_by_id.keys()
         self.gains = [
             (segment, self._alphas[name]) for segment, name in enumerate(self._seeds, start=1) if name in self._alphas
@@ -293,8 +294,7 @@ class Watched:
 
     def entries_of(self, identities: Sequence[int]) -> list[int]:
         """The places in ``tracked`` of parameters by their ``id``."""
-        entry_by_id = {id(parameter): entry for entry, parameter in enumerate(self.tracked)}
-        return [entry_by_id[identity] for identity in identities]
+        return [self._entry_by_id[identity] for identity in identities]
 
     def paths(self) -> list[str]:
         """What to call each of ``tracked``: its path in the host, or its seed and its path in there."""

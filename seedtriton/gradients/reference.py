@@ -103,6 +103,22 @@ def note_tensors_(table: TensorTable, sample: Tensor, sums: Tensor, entries: Seq
     table.first.index_copy_(0, index, first)
 
 
+def record_sums_(
+    sums: Tensor,
+    entries: Sequence[int] | None,
+    outside: Outside,
+    gains: Listed,
+    window: Window,
+    rules: Rules,
+    scale: LossScale,
+) -> None:
+    """The row of these sums (float64 [n]) and what they say of single tensors; ``outside`` is what was made of them."""
+    if window.replace != APPEND:
+        settle_(window.table, window.written)  # a sample that this one replaces has noted its tensors
+    finish_(outside, gains, window, rules, scale)
+    keep_tensors_(window, sums, outside.columns, entries)
+
+
 def keep_tensors_(window: Window, sums: Tensor, columns: Tensor, entries: Sequence[int] | None) -> None:
     """``note_tensors_`` for the sample that was just counted; on a CPU its sums are only kept, if all are finite.
 
@@ -267,10 +283,7 @@ def record_(
     sums = sums_of(gradients, rules, window.ring.device)
     columns = columns_of_sums(sums, elements, segments, num_segments, rules, scale.gradients)
     counts = count_by_segment(elements, segments, num_segments)
-    if window.replace != APPEND:
-        settle_(window.table, window.written)  # a sample that this one replaces has noted its tensors
-    finish_(Outside(columns, counts), gains, window, rules, scale)
-    keep_tensors_(window, sums, columns, gradients.entries)
+    record_sums_(sums, gradients.entries, Outside(columns, counts), gains, window, rules, scale)
     quarantine_(gradients, window.summary, rules)
 
 

@@ -53,7 +53,9 @@ class Alpha:
 
     def watch(self, parameters: Sequence[Tensor]) -> None:
         """Take the parameters whose gradients tell whether the slope was cleared: the seed's."""
-        self._ordered = sorted((p for p in parameters if p.numel()), key=Tensor.numel)
+        before, self._ordered = self._ordered, sorted((p for p in parameters if p.numel()), key=Tensor.numel)
+        if self._held and not {id(p) for p in before} <= {id(p) for p in self._ordered}:
+            self.correction = 0.0  # what was measured in this step is the gain of another seed
         self._hook()
 
     def gradient(self) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.tensors import TensorReading, read_tensor
 from .reference import settle_
 from .row import GRAD_SCALE, TensorTable
+from .tensor_sums import constant
 
 if TYPE_CHECKING:
     from .parameters import Watched
@@ -53,9 +54,8 @@ class TensorNotes:
     @torch.no_grad()
     def begin(self, segments: Sequence[int], chosen: Collection[int]) -> None:
         """A window begins for these segments: what was not finite before it is forgotten."""
-        entries = [entry for entry, segment in enumerate(segments) if segment in chosen]
-        index = torch.tensor(entries, dtype=torch.int64, device="cpu").to(self.table.first.device)
-        self.table.first.index_fill_(0, index, 0)
+        entries = tuple(entry for entry, segment in enumerate(segments) if segment in chosen)
+        self.table.first.index_fill_(0, constant(entries, torch.int64, self.table.first.device), 0)
 
     def to(self, device: torch.device, count: Tensor) -> None:
         """Move it; ``count`` is where it was."""

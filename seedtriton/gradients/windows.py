@@ -241,16 +241,15 @@ class Windows(Ring):
 
     def _begin_anew(self, changed: Mapping[int, str]) -> None:
         """Drop the samples of parameters that are no longer those; ``changed`` is ``Watched.follow``'s."""
-        if not changed or not self.seeds:
-            self._follow()
+        if not changed:
+            return
+        self._follow()
+        if not self.seeds:
             return
         owners = ["the host", *(f"seed {name!r}" for name in self.seeds)]
         words = "; ".join(f"{owners[segment]}: {what}" for segment, what in changed.items())
         names = [name for segment, name in enumerate(self.seeds, start=1) if changed.keys() & {0, segment}]
         self._forget_not_finite(names)
-        for segment, alpha in self._watched.gains:
-            if any(what.endswith(" replaced") for what in changed.get(segment, "").split("; ")):
-                alpha.correction = 0.0  # what was measured in this step is the gain of another seed
         for name in names:
             self._begin_window(1 + self.seeds.index(name))
             self._progress.begin(name, self._watched.of_seed[name])

@@ -324,33 +324,22 @@ def grown(**options):
     return model, optimizer, growth
 
 
-@pytest.mark.parametrize("micro, every", [(1, 1), (3, 1), (1, 5), (2, 3)])
-def test_alpha_moves_once_per_optimizer_step(micro, every):
+@pytest.mark.parametrize("micro, every, attached", [(1, 1, 0), (3, 1, 0), (1, 5, 0), (2, 3, 0), (1, 1, 1), (2, 1, 1)])
+def test_alpha_moves_once_per_optimizer_step(micro, every, attached):
     model, optimizer, growth = grown()
     growth._move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
+    if attached:
+        growth.monitor.attach(optimizer)
     for number in range(1, 13):
         for _ in range(micro):
             model(torch.randn(4, 4)).square().mean().backward()
-            growth.measure(every=every)
+            if not attached:
+                growth.measure(every=every)
         optimizer.step()
         optimizer.zero_grad()
         assert growth.step == number
         assert (model.slot.alpha_value == 1.0) == (number >= 10)
     assert growth.evidence()["slot"].samples == -(-12 // every)
-
-
-def test_alpha_moves_under_the_hook_of_attach_too():
-    model, optimizer, growth = grown()
-    growth._move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
-    growth.monitor.attach(optimizer)
-    for number in range(1, 13):
-        for _ in range(2):
-            model(torch.randn(4, 4)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert growth.step == number
-        assert (model.slot.alpha_value == 1.0) == (number >= 10)
-    assert growth.evidence()["slot"].samples == 12
 
 
 @pytest.mark.parametrize("seeded", [True, False])

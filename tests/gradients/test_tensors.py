@@ -383,28 +383,17 @@ def test_what_the_quarantine_clears_was_noted():
     assert by_name(monitor)["adapter.weight"].state == "finite"
 
 
-def test_a_compiled_monitor_notes_the_same():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("values", [(1.0, NAN, 2.0), (1.0, NAN)])
+@pytest.mark.parametrize("eager", [0, 1])
+def test_a_compiled_monitor_notes_the_same_also_behind_eager_samples(eager, values):
     model = Bare()
     monitor, truth = watched(model)
     compiled = torch.compile(monitor, fullgraph=True, backend="aot_eager")
-    for value in (1.0, NAN, 2.0):
+    for index, value in enumerate(values):
         ones(*model.first.parameters(), *model.adapter.parameters())
         model.first.bias.grad[0] = value
         truth.see()
-        compiled()
-    truth.check(monitor.tensors())
-
-
-def test_what_was_measured_before_a_compiled_sample_is_not_taken_for_it():
-    model = Bare()
-    monitor, truth = watched(model)
-    compiled = torch.compile(monitor, fullgraph=True, backend="aot_eager")
-    for value, measure in ((1.0, monitor.measure), (NAN, compiled)):
-        ones(*model.first.parameters(), *model.adapter.parameters())
-        model.first.bias.grad[0] = value
-        truth.see()
-        measure()
+        (monitor.measure if index < eager else compiled)()
     truth.check(monitor.tensors())
 
 
