@@ -289,14 +289,16 @@ def test_what_is_frozen_is_noticed_between_two_micro_batches_without_a_sample_mo
     assert loop.monitor.read()["a"].samples == 2  # the step in which it was frozen, and the one after it
 
 
-def test_a_seed_that_is_replaced_between_two_micro_batches_has_its_own_gain_alone():
+@pytest.mark.parametrize("read", [False, True], ids=["measured", "read"])
+def test_a_seed_that_is_replaced_between_two_micro_batches_has_its_own_gain_alone(read):
     loop = Loop()
     loop.backward()
     loop.monitor.measure()
     loop.true_gain = 0.0
     for name in ("weight", "bias"):
         setattr(loop.seed, name, nn.Parameter(getattr(loop.seed, name).detach() * 0.5))
-    loop.monitor.read()
+    if read:  # else it is noticed by the measurement itself
+        loop.monitor.read()
     loop.backward()
     loop.monitor.measure()
     assert int(loop.monitor.count) == 1
