@@ -40,7 +40,9 @@ class TrustRegion:
     Straight-through's objective is a direction without end. Both rules here end it, where the seed's contribution
     s - h has a size that is ``rho`` times that of the host's features; ``towards`` has the formulas.
 
-    - "elementwise": every element of the contribution is held to ``rho`` times the root mean square of the features.
+    - "elementwise": every element of the contribution is held to ``rho`` times the root mean square of its sample's
+      features, so that cutting a batch into micro-batches changes nothing. (A sample is dim 0; where that is time, each
+      moment has a radius of its own.)
       Never longer than straight-through's gradient in any element, and so as stable as that under every optimizer.
     - "norm": the contribution as a whole is held to it, and only in the middle over its elements. Its gradient is as
       long as the contribution is wide, without a limit: SGD with momentum runs away with it. What 0.1 had, and here
@@ -72,9 +74,9 @@ def towards(gradient: Tensor, host: Tensor, difference: Tensor, isolation: Isola
     """What a seed behind the host gets for g = dL/dout, where it contributes d = s - h to the features h.
 
     - ``StraightThrough``: g, the very tensor.
-    - ``TrustRegion``, "elementwise": ``m = (g r + |g| d) / (r + |d|)`` in every element, ``r = rho sqrt(mean(h^2))``
-      once per call. m = 0 at d = -r sign(g), and where g = 0; m = g where d has the sign of g, and everywhere when r is
-      0: then there is no scale to hold the seed to. |m| <= |g|, after rounding too.
+    - ``TrustRegion``, "elementwise": ``m = (g r + |g| d) / (r + |d|)`` in every element, with the ``radius`` r of its
+      sample. m = 0 at d = -r sign(g), and where g = 0; m = g where d has the sign of g, and everywhere when r is 0: then
+      there is no scale to hold the seed to. |m| <= |g|, after rounding too.
     - ``TrustRegion``, "norm": ``g + lambda d``, ``lambda = |g| / (rho |h|)`` once per call, 0 when h is all zero.
 
     What is not finite in g or d stays visible. A rule and no derivative: in a second differentiation it is a constant.
@@ -92,18 +94,39 @@ def towards(gradient: Tensor, host: Tensor, difference: Tensor, isolation: Isola
         return gradient
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if isolation.rule == NORM:
-        radius = isolation.rho * torch.linalg.vector_norm(host, dtype=wide)
+        reach = isolation.rho * torch.linalg.vector_norm(host, dtype=wide)
         norm = torch.linalg.vector_norm(gradient, dtype=wide)
-        weight = torch.where(radius > 0, norm / radius, torch.zeros_like(norm))
+        weight = torch.where(reach > 0, norm / reach, torch.zeros_like(norm))
         return gradient + weight.to(gradient.dtype) * difference
-    radius = torch.linalg.vector_norm(host, dtype=wide) * (isolation.rho / max(host.numel(), 1) ** 0.5)
+    bound = radius(host, isolation.rho)
     # Beside a radius as large as this, every d is nothing.
-    radius = radius.masked_fill(radius == 0, torch.finfo(wide).max / 2)
+    bound = bound.masked_fill(bound == 0, torch.finfo(wide).max / 2)
     # m = g (r + sign(g) d) / (r + |d|), in this order: rounding is monotone, so numerator, quotient and product are
     # none of them larger than what bounds them. Two buffers beside the result of the sign.
     pull = (gradient.sign() * difference).to(wide)
-    reach = pull.abs().add_(radius)
-    return pull.add_(radius).div_(reach).mul_(gradient).to(gradient.dtype)
+    span = pull.abs().add_(bound)
+    return pull.add_(bound).div_(span).mul_(gradient).to(gradient.dtype)
+
+
+def radius(host: Tensor, rho: float) -> Tensor:
+    """``rho sqrt(mean(h^2))`` of each sample, over all dimensions but the first; of all samples where that is 0.
+
+    Features without a dimension of samples, 1-D or less, are one sample.
+
+    Args:
+        host: h, floating; dim 0 the samples.
+        rho: share of the size of the features.
+
+    Returns:
+        [n, 1, ...] or 0-dim, float32 or wider; 0 where all features are.
+    """
+    wide = torch.promote_types(host.dtype, torch.float32)
+    if host.dim() < 2 or not host.numel():
+        return torch.linalg.vector_norm(host, dtype=wide) * (rho / max(host.numel(), 1) ** 0.5)
+    norms = torch.linalg.vector_norm(host, dim=tuple(range(1, host.dim())), keepdim=True, dtype=wide)
+    norms = norms * (rho / host[0].numel() ** 0.5)
+    # A sample on which the features are all zero has no scale of its own, and is held to that of the others.
+    return torch.where(norms > 0, norms, torch.linalg.vector_norm(norms) / len(host) ** 0.5)
 
 
 class _Behind(Function):

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.optimizers import Muon
-from bench.tasks import convolution, digits_cnn
+from bench.tasks import TASKS, convolution, digits_cnn
 from seedtriton import ConfigurationError, SeedSlot, Stage, StateDictError, StraightThrough, TrustRegion
 from seedtriton.gradients.progress import Mark
-from seedtriton.growth.isolation import NORM, RULES, behind, towards
+from seedtriton.growth.isolation import NORM, RULES, behind, radius, towards
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Of the result in units of its own rounding: the last one, and fp32's of the parts.
@@ -25,10 +25,11 @@ ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8, to
 
 
 def elementwise(g, h, d, rho):
-    """The formula as the design writes it, in fp64 and element by element."""
-    radius = rho * (sum(x * x for x in h.double().flatten().tolist()) / h.numel()) ** 0.5
-    pairs = zip(g.double().flatten().tolist(), d.double().flatten().tolist())
-    found = [(a * radius + abs(a) * b) / (radius + abs(b)) if radius else a for a, b in pairs]
+    """The formula as the design writes it, in fp64 and element by element, with a radius for each sample."""
+    found = []
+    for one_g, one_h, one_d in zip(*(x.double().flatten(1).tolist() for x in (g, h, d))):
+        radius = rho * (sum(x * x for x in one_h) / len(one_h)) ** 0.5
+        found.append([(a * radius + abs(a) * b) / (radius + abs(b)) for a, b in zip(one_g, one_d)])
     return torch.tensor(found, dtype=torch.float64).view(g.shape)
 
 
@@ -44,6 +45,23 @@ def test_the_rule_is_its_formula(dtype):
     found = towards(g, h, d, TrustRegion(0.3))
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), elementwise(g, h, d, 0.3), rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+def test_every_sample_has_the_radius_of_its_own_features():
+    h = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], dtype=torch.float64)
+    own = 0.2 * (12.5**0.5), 0.2 * (0.125**0.5)
+    # One on which the features are all zero has no scale, and takes that of all of them.
+    shared = 0.2 * ((25 + 0.25) / 6) ** 0.5
+    torch.testing.assert_close(radius(h, 0.2).flatten(), torch.tensor([*own, shared], dtype=torch.float64))
+    assert radius(h.view(3, 2, 1, 1), 0.2).shape == (3, 1, 1, 1)
+    # Without a dimension of samples it is one sample.
+    for features in (h.flatten(), h.flatten()[0]):
+        expected = torch.tensor(0.2 * features.square().mean().item() ** 0.5, dtype=torch.float64)
+        torch.testing.assert_close(radius(features, 0.2), expected)
+    assert torch.equal(radius(torch.zeros(3, 2), 0.2), torch.zeros(3, 1))
+    assert radius(h.half(), 0.2).dtype == torch.float32
+    # The largest number of half precision is no infinity here.
+    assert radius(torch.full((2, 64), 65504.0, dtype=torch.float16), 0.2).isfinite().all()
 
 
 def test_the_older_rule_is_its_formula():
@@ -317,6 +335,29 @@ def test_micro_batches_of_few_classes_give_the_gradient_of_the_whole_batch(steps
         cosine, length = (statistics.median(values) for values in zip(*pairs))
         assert cosine >= 0.99
         assert abs(length - 1) <= 0.03
+
+
+@pytest.mark.parametrize("name", ["spirals", "regression", "characters"])
+def test_cutting_a_batch_changes_nothing_but_the_order_of_sums(name):
+    """With one radius for a call, the cosine of 64 micro-batches was 0.924 on the spirals, their length 1.19."""
+    task = TASKS[name]()
+    torch.manual_seed(0)
+    model, stream = task.make_host().double(), task.batches(0)
+    model.slot.germinate(task.seed().double())
+    model.slot.move(Stage.TRAINING)
+    x, y = next(stream)
+    x, y = (data.double() if data.is_floating_point() else data for data in (x, y))
+    order = y.flatten(1).double().mean(1).argsort() if y.dim() > 1 else y.argsort()
+    parameters = list(model.slot.seed.parameters())
+    found = []
+    for parts in (1, 8, len(x)):
+        for parameter in parameters:
+            parameter.grad = None
+        for index in order.chunk(parts):
+            (task.losses(model(x[index]), y[index]).sum() / len(x)).backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-9, atol=1e-12)
 
 
 # --- its saved state --------------------------------------------------------------------------------
