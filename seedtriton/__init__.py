@@ -30,6 +30,7 @@ from .gradients import FlatGradients as FlatGradients
 from .gradients import GradientMonitor as GradientMonitor
 from .gradients import ops as ops
 from .gradients import step_if_grads as step_if_grads
+from .growth import BatchMeans as BatchMeans
 from .growth import GrowthController as GrowthController
 from .growth import SeedSlot as SeedSlot
 from .growth import StraightThrough as StraightThrough

@@ -5,12 +5,12 @@ from .errors import SeedtritonError as SeedtritonError
 from .errors import StateDictError as StateDictError
 from .errors import TransitionError as TransitionError
 from .errors import WiringError as WiringError
-from .evidence import BlendProbe as BlendProbe
 from .evidence import SeedEvidence as SeedEvidence
 from .gates import QualityGates as QualityGates
 from .lifecycle import TRANSITIONS as TRANSITIONS
 from .lifecycle import Lifecycle as Lifecycle
 from .lifecycle import Stage as Stage
+from .probe import BlendProbe as BlendProbe
 from .schedules import AlphaSchedule as AlphaSchedule
 from .schedules import ProgressThreshold as ProgressThreshold
 from .thresholds import GateThresholds as GateThresholds

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from .errors import ConfigurationError
+from .probe import BlendProbe as BlendProbe  # 0.1 had it here, and users import it from here
 from .series import plateau_share, root_mean, t_statistic
 from .state import PlainState
 
@@ -22,6 +23,9 @@ HOST_FLOOR = 1e-6
 # Samples behind the t statistic of the blend gain. Older ones belong to another seed: on 44 runs the
 # last 100 separated learning from not learning, the whole run did so less well.
 GAIN_SAMPLES = 100
+# Samples behind the t statistic that watches a seed once it is felt: one that goes wrong has to be seen before the good
+# gains have left the longer window.
+RECENT_SAMPLES = 32
 # Measurements without a step after which an optimizer has stopped: more than one step usually has micro-batches.
 IDLE_LIMIT = 32
 # What a share of 1 takes from the health of a seed's gradients. Together they go below 0: all of one is bad enough.
@@ -35,11 +39,6 @@ NO_GRADIENT = "no_gradient"
 NOT_FINITE = "not_finite"
 HOST_UNDEFINED = "host_undefined"
 STATUSES = (MEASURED, NEVER_MEASURED, NO_GRADIENT, NOT_FINITE, HOST_UNDEFINED)
-
-# Standard errors of the validation set that a change of its loss must exceed to count. A fall is looked for at
-# several alphas and in many epochs, so luck gets one chance in 700 at each; of a rise the suspicion is enough.
-FALL_ERRORS = 3.0
-RISE_ERRORS = 1.0
 
 
 class Sample(NamedTuple):
@@ -146,6 +145,7 @@ class SeedEvidence(PlainState):
         blend_gain: mean over the last ``GAIN_SAMPLES`` of -<dL/dout, seed - host>, the first-order
             decrease of the loss per unit of blending.
         blend_gain_t: its t statistic, corrected for autocorrelation.
+        recent_gain_t: the same over the last ``RECENT_SAMPLES`` alone.
         effective_samples: how many independent samples those gains are worth.
         displacement: |w - w0| / |w0| of the seed's parameters since the window began.
         live_share: share of the seed's parameters (by tensor) with a gradient that is not all zero.
@@ -188,8 +188,9 @@ class SeedEvidence(PlainState):
     plateau_share: float | None = None
     idle: int | None = None
     frozen: bool = False
+    recent_gain_t: float | None = None
 
-    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({"idle": None, "frozen": False})
+    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({"idle": None, "frozen": False, "recent_gain_t": None})
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -241,6 +242,7 @@ def collect_evidence(
     window = _window_ratio(used, dropped, empty, eps, host_floor, frozen)
     gains = [sample.gain for sample in used if math.isfinite(sample.gain)][-GAIN_SAMPLES:]
     gain_t, effective = t_statistic(gains) if gains else (None, None)
+    recent_t = t_statistic(gains[-RECENT_SAMPLES:])[0]
     vanishing, exploding, health = _judge_tensors(used)
     live = sum(min(sample.live_tensors, parameters) for sample in used)
     return SeedEvidence(
@@ -264,6 +266,7 @@ def collect_evidence(
         plateau_share=clipped_share(used),
         idle=idle,
         frozen=frozen,
+        recent_gain_t=recent_t,
     )
 
 
@@ -349,64 +352,3 @@ def _judge_window(
             "the ratio is undefined, use a criterion without the host"
         )
     return MEASURED, ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlendProbe(PlainState):
-    """Validation loss with the seed blended in at several alphas, against the loss without it.
-
-    Attributes:
-        seed: its name.
-        loss: mean loss at alpha 0.
-        alphas: the blend factors that were tried, above 0.
-        changes: for each, mean loss minus ``loss``; NaN or infinite where the loss was.
-        errors: for each, the standard error of that mean over the samples of the validation set (paired);
-            None when only means are known, and the noise therefore is not.
-
-    Raises:
-        ConfigurationError: no alphas, or lists that do not belong together.
-    """
-
-    seed: str
-    loss: float
-    alphas: tuple[float, ...]
-    changes: tuple[float, ...]
-    errors: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("alphas", "changes", "errors"):
-            value = getattr(self, name)
-            if value is None and name == "errors":
-                continue
-            object.__setattr__(self, name, tuple(value))
-            if not self.alphas or len(getattr(self, name)) != len(self.alphas):
-                raise ConfigurationError(
-                    f"a probe needs one entry of {name} for each alpha, got {value!r} for {self.alphas!r}"
-                )
-
-    @property
-    def gain(self) -> float:
-        """Largest fall of the loss at any alpha, as a share of the loss without the seed.
-
-        Counts only where it is more than the noise (``FALL_ERRORS``), every fall where the noise is not known; 0.0
-        when there is none.
-        """
-        return self._largest(-1.0, FALL_ERRORS)
-
-    @property
-    def harm(self) -> float:
-        """Largest rise of the loss at any alpha, counted like ``gain`` but with ``RISE_ERRORS``.
-
-        ``inf`` when the loss was not finite somewhere.
-        """
-        if not all(map(math.isfinite, (self.loss, *self.changes))):
-            return math.inf
-        return self._largest(1.0, RISE_ERRORS)
-
-    def _largest(self, sign: float, errors: float) -> float:
-        if not math.isfinite(self.loss):
-            return 0.0
-        size = max(abs(self.loss), 1e-12)
-        moves = [sign * change for change in self.changes]
-        noise = [errors * error for error in self.errors or (0.0,) * len(self.alphas)]
-        return max([0.0, *(move / size for move, limit in zip(moves, noise) if math.isfinite(move) and move > limit)])

@@ -1,4 +1,4 @@
-"""Formulas over a series of numbers, one per sample: root of the mean, effective sample size, t, plateaus."""
+"""Formulas over a series of numbers: root of the mean, effective sample size, t, its quantiles, plateaus."""
 
 from __future__ import annotations
 
@@ -104,3 +104,23 @@ def plateau_share(sumsqs: Sequence[float]) -> float | None:
         return 0.0
     floor = top * (1.0 - PLATEAU_TOLERANCE) ** 2
     return sum(value >= floor for value in sumsqs) / len(sumsqs)
+
+
+def student(z: float, degrees: int) -> float:
+    """The quantile of Student's t where a normal one is ``z``: what z standard errors are when these are uncertain.
+
+    Cornish-Fisher expansion to the fourth order (Abramowitz and Stegun, 26.7.5): within 3 % from 3 degrees of freedom
+    on for z up to 3; too small, by a half, for one.
+
+    Raises:
+        ConfigurationError: fewer degrees than 1.
+    """
+    if degrees < 1:
+        raise ConfigurationError(f"Student's t needs at least 1 degree of freedom, got {degrees}")
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / degrees**order for order, term in enumerate(terms, start=1))

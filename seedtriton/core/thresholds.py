@@ -54,13 +54,24 @@ class GateThresholds(PlainState):
         min_probed_gain_t: G2, the same where the validation loss was probed: that measures what the gain predicts,
             so it is enough that the gain does not contradict it.
         min_probe_gain: G2, fall of the validation loss at the best alpha that was probed, if it is more than the
-            noise of the validation set, as a share of the loss. Asked where a validation function was given.
-        max_probe_harm: G2, rise of the validation loss at the worst alpha, likewise.
+            noise of the validation set, in standard deviations of the samples' losses: that unit is the same for a
+            loss times a factor and plus a constant. Asked where a validation function was given; of losses of which
+            only the mean is known, any fall will do.
+        max_probe_harm: G2, rise of the validation loss at the worst alpha, likewise; of means alone, no rise will do.
+            From BLENDING on, at the present alpha, a rise above it that is no luck is harm (G3, G5 and the watch).
         min_blending_epochs: G3, epochs in BLENDING.
         min_holding_epochs: G5, epochs in HOLDING.
         min_contribution: G5, fall of the validation loss that the seed in its place makes, against the same model
-            without it, if it is more than noise, as a share of the loss. Asked where a validation function was given.
-        max_accuracy_drop: G3 and G5, fall of the accuracy since BLENDING began, in percentage points.
+            without it, if it is more than noise, in the unit of ``min_probe_gain``. Asked where a validation function
+            was given.
+        max_accuracy_drop: G3 and G5, fall of the accuracy since BLENDING began, in percentage points. None asks
+            neither for that nor for the loss.
+        max_loss_rise: G3 and G5, where no accuracy is told, rise of the told loss since BLENDING began, in changes
+            that were usual from epoch to epoch before (root of their mean square).
+        max_harm_t: G3, G5 and the watch: a t of the blend gain below minus this says that the seed harms.
+        harm_epochs: the watch acts on harm in so many epochs in a row: by the blend gain, or by the probe with a loss
+            above that at admission. None: it does not.
+        lasting_harm_epochs: the same for harm by the probe alone.
 
     Raises:
         ConfigurationError: negative, NaN, a share above 1, an unknown ratio, a wrong type.
@@ -91,9 +102,15 @@ class GateThresholds(PlainState):
     min_holding_epochs: int | None = 1
     min_contribution: float | None = 1e-3
     max_accuracy_drop: float | None = 5.0
+    max_loss_rise: float | None = 3.0
+    max_harm_t: float | None = 6.0
+    harm_epochs: int | None = 2
+    lasting_harm_epochs: int | None = 6
 
-    # A release without that question asked nothing there.
-    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({"max_displacement": None})
+    # A release without these questions asked nothing there.
+    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        dict.fromkeys(("max_displacement", "max_loss_rise", "max_harm_t", "harm_epochs", "lasting_harm_epochs"))
+    )
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import StateDictError
-from .evidence import BlendProbe, SeedEvidence, collect_evidence
+from .evidence import SeedEvidence, collect_evidence
 from .lifecycle import Stage, stage_named
+from .probe import BlendProbe
 from .state import PlainState, check_state
 from .tensors import TensorReading
 
@@ -20,8 +21,9 @@ STRICT = "strict"
 PERMISSIVE = "permissive"
 
 SEED_REPLACES_HOST = "seed_replaces_host"
+MODES_DISAGREE = "training_and_evaluation_disagree"
 # Answers on which no verdict hangs, and which whoever reads it should see.
-WARNINGS = frozenset({SEED_REPLACES_HOST})
+WARNINGS = frozenset({SEED_REPLACES_HOST, MODES_DISAGREE})
 
 
 class Gate(enum.IntEnum):
@@ -142,6 +144,7 @@ class SeedStatus:
         evidence: what was measured; None is the same as never measured.
         improvement: rise of the accuracy since TRAINING began, in percentage points; None: unknown.
         accuracy_change: change of the accuracy since BLENDING began, in percentage points; None: unknown.
+        loss_rise: rise of the told loss since then, in changes that were usual from epoch to epoch; None: unknown.
         isolation_violations: forward passes in which the seed reached into the host.
         handed_on: how much of the host's features the seed handed on when it was first looked at, about 1 for one that
             returns ``x + f(x)`` and 0 for ``f(x)``; None: unknown.
@@ -149,7 +152,8 @@ class SeedStatus:
         alpha_target: where it is going.
         alpha_holds: it has stopped there.
         progress: share of the whole training that is done, for thresholds that depend on it.
-        probe: validation loss at alpha 0 and above, if it was tried; at G5 at the present alpha only.
+        probe: validation loss at alpha 0 and above, if it was tried; at G3 and G5 at the present alpha only.
+        probe_due: epoch in which the loss is probed again after the probe refused the seed; None: nothing to wait for.
         tensors: single gradients of the host and the seed, largest first, for refusals to name; None: not read.
     """
 
@@ -161,6 +165,7 @@ class SeedStatus:
     evidence: SeedEvidence | None = None
     improvement: float | None = None
     accuracy_change: float | None = None
+    loss_rise: float | None = None
     isolation_violations: int = 0
     handed_on: float | None = None
     alpha: float = 0.0
@@ -168,6 +173,7 @@ class SeedStatus:
     alpha_holds: bool = True
     progress: float | None = None
     probe: BlendProbe | None = None
+    probe_due: int | None = None
     tensors: tuple[TensorReading, ...] | None = None
 
     @property

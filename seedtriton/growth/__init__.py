@@ -3,4 +3,5 @@
 from .controller import GrowthController as GrowthController
 from .isolation import StraightThrough as StraightThrough
 from .isolation import TrustRegion as TrustRegion
+from .probing import BatchMeans as BatchMeans
 from .slot import SeedSlot as SeedSlot

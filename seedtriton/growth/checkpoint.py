@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from .trying import seed_module
 from .wiring import Wiring
 
 VERSION = 1
+LATER: Mapping[str, Any] = MappingProxyType({"losses": ()})
 
 SeedOrFactory = nn.Module | Callable[[], nn.Module]
 
@@ -29,6 +31,7 @@ def save(wiring: Wiring, position: Position) -> dict[str, Any]:
         "epoch": position.epoch,
         "step": position.step,
         "accuracy": position.accuracy,
+        "losses": list(position.losses),
         "group_sizes": [len(group["params"]) for group in groups],
         "slots": {
             name: {
@@ -54,7 +57,7 @@ def load(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, 
     if occupied:
         raise WiringError(f"slots {occupied} are not empty: load into a freshly built model and controller")
     keys = ("epoch", "step", "accuracy", "group_sizes", "slots", "lives", "monitor")
-    values = check_state(state, "GrowthController", VERSION, keys)
+    values = check_state(state, "GrowthController", VERSION, (*keys, *LATER), LATER)
     lives = _check(values, wiring)
     unknown = sorted(set(seeds) - set(wiring.slots))
     missing = [name for name, entry in values["slots"].items() if _holds_seed(entry) and name not in seeds]
@@ -72,6 +75,7 @@ def load(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, 
             raise
         raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
     position.epoch, position.step, position.accuracy = values["epoch"], values["step"], values["accuracy"]
+    position.losses, position.loss = list(values["losses"]), None
     position.lives = {life.name: life for life in lives}
 
 
@@ -86,8 +90,9 @@ def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
     whole = all(type(values[name]) is int and values[name] >= 0 for name in ("epoch", "step"))
     known = accuracy is None or (type(accuracy) in (int, float) and 0.0 <= accuracy <= 1.0)
     lists = isinstance(values["lives"], list) and isinstance(sizes, list)
-    if not (whole and known and lists and isinstance(values["monitor"], dict)):
-        raise StateDictError(f"{kind}: damaged epoch, step, accuracy, lives, group_sizes or monitor")
+    losses = isinstance(values["losses"], (list, tuple)) and all(type(x) in (int, float) for x in values["losses"])
+    if not (whole and known and lists and losses and isinstance(values["monitor"], dict)):
+        raise StateDictError(f"{kind}: damaged epoch, step, accuracy, losses, lives, group_sizes or monitor")
     slots = values["slots"]
     if not isinstance(slots, dict) or slots.keys() != wiring.slots.keys():
         found = sorted(slots) if isinstance(slots, dict) else slots

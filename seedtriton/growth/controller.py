@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
-from ..core.evidence import BlendProbe, SeedEvidence
+from ..core.evidence import SeedEvidence
 from ..core.gates import QualityGates
+from ..core.harm import FADE
 from ..core.lifecycle import RESTING, Stage
+from ..core.probe import BlendProbe
 from ..core.schedules import AlphaSchedule
 from ..core.thresholds import GateThresholds
 from ..core.verdict import STRICT, Gate, Verdict
@@ -28,9 +30,9 @@ from ..report.sinks import LogSink, Sink, Telemetry
 from . import checkpoint
 from .blending import ADD
 from .isolation import Isolation
-from .judging import judge, status_of, trainable
+from .judging import Judge, trainable
 from .life import Life, Position
-from .moving import MOVING_GATES, Mover, check_epochs, check_moving_gates
+from .moving import MOVING_GATES, Mover, check_epochs, check_loss, check_moving_gates, check_on_harm
 from .probing import PROBE_AT, Evaluate, probe
 from .slot import SeedSlot
 from .trying import normal_tensors, seed_module
@@ -60,13 +62,17 @@ class GrowthController:
         quarantine: gradients of a seed behind the host that are not finite become zeros when they are measured, so that
             they cost the host no step and no NaN; see ``GradientMonitor``.
         tag: the loss whose gradients count, in a loop with several (GAN, RL), see ``GradientMonitor``.
-        evaluate: validation loss of a model, see ``probing.probe``; with it, G2 asks what blending would do to that
-            loss and G5 what the seed contributes. Called when all other questions of the gate are answered well.
+        evaluate: validation loss of a model, see ``probing.probe``. G2 asks what blending would do to it, four passes
+            over the data, when nothing else stands against the seed; then every epoch asks what the seed in its place
+            does to it, two passes.
+        on_harm: what is done about a seed that is felt and harms, see ``core.harm``: "fade" fades it out, frozen, and
+            prunes it; "halt" stops alpha where it is; "report" tells of it.
         sinks: take every event; a log at level INFO unless told.
 
     Raises:
         WiringError: the model has no slot, an optimizer that cannot be watched, a scheduler of another optimizer.
-        ConfigurationError: an impossible number of epochs, a gate that does not move a seed, or no optimizer.
+        ConfigurationError: an impossible number of epochs, a gate that does not move a seed, no optimizer, or an
+            unknown ``on_harm``.
     """
 
     VERSION = checkpoint.VERSION
@@ -89,6 +95,7 @@ class GrowthController:
         quarantine: bool = True,
         tag: str | None = None,
         evaluate: Evaluate | None = None,
+        on_harm: str = FADE,
         sinks: Iterable[Sink | Callable[[Event], None]] | None = None,
     ) -> None:
         """Find the slots and wire monitor and gates to them."""
@@ -97,6 +104,7 @@ class GrowthController:
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
         check_epochs(total_epochs, self.rests)
         self.auto_advance = check_moving_gates(auto_advance)
+        self.on_harm = check_on_harm(on_harm)
         self.model = model
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
@@ -109,6 +117,7 @@ class GrowthController:
         self._position = Position()
         self.monitor.at_each_step(self._position.take_step)
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
+        self._judge = Judge(self.gates, self._position, total_epochs, self._probe_if_known, self.monitor.tensors)
 
     @property
     def epoch(self) -> int:
@@ -162,7 +171,7 @@ class GrowthController:
         """
         place = self._mover.dormant(slot)
         module = seed_module(seed)
-        dormant = status_of(slot, place, None, self._position, self.total_epochs, trainable(module))
+        dormant = self._judge.status_of(slot, place, None, trainable(module))
         blending = {"blend": blend, "gate_dims": gate_dims, "channel_dim": channel_dim}
         how = {"probe": probe, "isolation": isolation, "isolate_blending": isolate_blending, **blending}
         self._wiring.put_in(slot, module, how, group if add_to_optimizer else None)
@@ -171,7 +180,7 @@ class GrowthController:
         fields = {"in_optimizer": add_to_optimizer, "isolate_blending": isolate_blending, **blending}
         self._mover.emit("germinated", slot, parameters=parameters, **fields)
         self._mover.emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
-        verdict = self._judge(life)
+        verdict = self._verdict(life)
         if verdict.passed and verdict.gate in self.auto_advance:
             self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
@@ -213,23 +222,25 @@ class GrowthController:
 
         Args:
             accuracy: validation accuracy as a share in [0, 1].
-            loss: validation loss, for the record.
+            loss: validation loss. G3 and G5 ask whether it was kept where no accuracy is told; without either they need
+                ``evaluate``.
             strict: raise when a living seed was never measured, instead of only refusing it.
 
         Returns:
-            One verdict per living seed, in the order of germination, except for seeds on their way out. Those
+            One verdict per living seed, in the order of germination, except for seeds on their way out and those that
+            were sent there now, because they harm. Those
             that passed have moved, where ``auto_advance`` has the gate.
 
         Raises:
-            ConfigurationError: an accuracy outside [0, 1]; nothing has changed.
+            ConfigurationError: an accuracy outside [0, 1], or a loss that is no number; nothing has changed.
             WiringError: with ``strict``, a seed that was never measured; nothing has changed.
             Exception: what ``evaluate`` raises passes through; the epoch has been counted by then.
         """
         if accuracy is not None and not 0.0 <= accuracy <= 1.0:
             raise ConfigurationError(f"accuracy must be a share in [0, 1], got {accuracy}; divide percentages by 100")
+        loss = check_loss(loss)
         evidence = self.monitor.read(strict=strict) if self._lives else {}
-        self._position.epoch += 1
-        self._position.accuracy = accuracy
+        self._position.end_epoch(accuracy, loss)
         self._mover.emit("epoch", None, accuracy=accuracy, loss=loss)
         verdicts = []
         resting = [name for name, slot in self.slots.items() if slot.stage in RESTING]
@@ -237,7 +248,12 @@ class GrowthController:
             self._mover.end_epoch(life, evidence[name], loss)
             if life.pruning is not None:
                 continue
-            verdict = self._judge(life)
+            harm = self._judge.watch(life) if life.slot.stage in (Stage.BLENDING, Stage.HOLDING) else None
+            if harm is not None:
+                self._mover.act_on(harm, life, self.on_harm)
+                if life.pruning is not None or life.name not in self._lives:
+                    continue
+            verdict = self._verdict(life)
             verdicts.append(verdict)
             if verdict.passed and verdict.gate in self.auto_advance:
                 self._move(life, verdict.target, str(verdict), "gate")
@@ -259,7 +275,7 @@ class GrowthController:
         if life.pruning is not None:
             raise WiringError(f"the seed in {slot!r} is being pruned ({life.pruning[0]}); set_alpha_target() keeps it")
         life.evidence = self.monitor.read()[slot]
-        verdict = self._judge(life)
+        verdict = self._verdict(life, now=True)
         if verdict.passed:
             self._move(life, verdict.target, str(verdict), "script")
         return verdict
@@ -378,9 +394,11 @@ class GrowthController:
     def _lives(self) -> dict[str, Life]:
         return self._position.lives
 
-    def _judge(self, life: Life) -> Verdict:
-        status = status_of(life.name, life.slot, life, self._position, self.total_epochs)
-        verdict = judge(self.gates, life, status, None if self.evaluate is None else self.probe, self.monitor.tensors)
+    def _probe_if_known(self, slot: str, alphas: Sequence[float] | None) -> BlendProbe | None:
+        return None if self.evaluate is None else self.probe(slot, alphas=alphas)
+
+    def _verdict(self, life: Life, *, now: bool = False) -> Verdict:
+        verdict = self._judge.verdict(life, now=now)
         self._mover.emit_gate(life, verdict)
         return verdict
 

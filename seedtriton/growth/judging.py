@@ -8,72 +8,124 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..core.evidence import BlendProbe
 from ..core.gates import QualityGates
+from ..core.harm import Watch
 from ..core.lifecycle import FORWARD, Stage
+from ..core.probe import BlendProbe
 from ..core.schedules import HOLD
 from ..core.tensors import NAMING, TensorReading
 from ..core.verdict import SeedStatus, Verdict
 from .life import Life, Position
 from .slot import SeedSlot
 
-
-def status_of(
-    name: str,
-    slot: SeedSlot,
-    life: Life | None,
-    position: Position,
-    total_epochs: int | None,
-    parameters: int | None = None,
-) -> SeedStatus:
-    """Everything that the gates may ask about a slot; ``parameters`` are those of the seed in it unless told."""
-    progress = None if total_epochs is None else min(1.0, position.epoch / total_epochs)
-    return SeedStatus(
-        seed=name,
-        stage=slot.stage,
-        epochs_in_stage=slot.lifecycle.epochs_in_stage,
-        parameters=trainable(*slot.modules_of_seed()) if parameters is None else parameters,
-        preserves_shape=slot.preserves_shape,
-        evidence=life.evidence if life else None,
-        improvement=_points(life.training_accuracy if life else None, position.accuracy),
-        accuracy_change=_points(life.blending_accuracy if life else None, position.accuracy),
-        isolation_violations=slot.isolation_violations,
-        handed_on=slot.handed_on,
-        alpha=slot.alpha_value,
-        alpha_target=life.alpha.target if life else 1.0,
-        alpha_holds=life is None or life.alpha.mode == HOLD,
-        progress=progress,
-    )
+# Epochs until the next probe of a seed that nothing but the probe refuses: 1, 2, 4, and 4 from then on.
+LONGEST_WAIT = 4
 
 
-def judge(
-    gates: QualityGates,
-    life: Life,
-    status: SeedStatus,
-    probe: Callable[..., BlendProbe] | None,
-    tensors: Callable[[str], Sequence[TensorReading]],
-) -> Verdict:
-    """The verdict on a living seed; the validation loss is probed if only the blend gain may stand against it.
-
-    A refusal for its gradients names tensors, which are read for it alone.
+class Judge:
+    """Asks the gates about living seeds, and probes the validation loss where its answer decides.
 
     Args:
         gates: who judges.
-        life: of the seed.
-        status: ``status_of`` it.
-        probe: ``probe(name, alphas=None)``, called at most once; None: the loss is not asked for.
-        tensors: ``tensors(name)``, the readings of the host and the seed; called at most once.
+        position: where the training is.
+        total_epochs: see ``GrowthController``.
+        probe: ``probe(name, alphas)`` at some alphas, None for those before a blend; returns None where nobody knows
+            the validation loss.
+        tensors: ``tensors(name)``, the readings of the host and the seed, for refusals to name.
     """
-    target = FORWARD[life.slot.stage]
-    verdict = gates.judge(target, status)
-    against = {check.question for check in verdict.failed} - {"blend_gain"}
-    if not against and probe is not None and gates.asks_probe(target):
-        alphas = None if target is Stage.BLENDING else [life.slot.alpha_value]
-        status = dataclasses.replace(status, probe=probe(life.name, alphas=alphas))
+
+    def __init__(
+        self,
+        gates: QualityGates,
+        position: Position,
+        total_epochs: int | None,
+        probe: Callable[[str, Sequence[float] | None], BlendProbe | None],
+        tensors: Callable[[str], Sequence[TensorReading]],
+    ) -> None:
+        self._gates, self._position, self._total_epochs = gates, position, total_epochs
+        self._probe, self._tensors = probe, tensors
+
+    def status_of(self, name: str, slot: SeedSlot, life: Life | None, parameters: int | None = None) -> SeedStatus:
+        """Everything that the gates may ask about a slot; ``parameters`` are those of the seed in it unless told."""
+        position, total = self._position, self._total_epochs
+        return SeedStatus(
+            seed=name,
+            stage=slot.stage,
+            epochs_in_stage=slot.lifecycle.epochs_in_stage,
+            parameters=trainable(*slot.modules_of_seed()) if parameters is None else parameters,
+            preserves_shape=slot.preserves_shape,
+            evidence=life.evidence if life else None,
+            improvement=_points(life.training_accuracy if life else None, position.accuracy),
+            accuracy_change=_points(life.blending_accuracy if life else None, position.accuracy),
+            loss_rise=life.loss_rise(position.loss) if life else None,
+            isolation_violations=slot.isolation_violations,
+            handed_on=slot.handed_on,
+            alpha=slot.alpha_value,
+            alpha_target=life.alpha.target if life else 1.0,
+            alpha_holds=life is None or life.alpha.mode == HOLD,
+            progress=None if total is None else min(1.0, position.epoch / total),
+        )
+
+    def watch(self, life: Life) -> str | None:
+        """One look at a seed that is felt, at the end of an epoch: the harm that it does, in words, or None.
+
+        Probes the validation loss at the present alpha, which ``verdict`` then knows.
+        """
+        if self._gates.asks_probe(FORWARD[life.slot.stage]):
+            life.probe = self._at_present(life)
+        if life.evidence is None:
+            return None
+        life.watch = life.watch.look(life.evidence, life.probe, self._gates.thresholds)
+        return life.watch.harm(self._gates.thresholds)
+
+    def verdict(self, life: Life, *, now: bool = False) -> Verdict:
+        """The verdict on a living seed.
+
+        Before it blends the validation loss is probed when nothing else stands against the seed, and after a refusal
+        by the probe alone not in every epoch. A refusal for gradients names tensors, which are read for it alone.
+
+        Args:
+            life: of the seed.
+            now: probe whatever was found before; otherwise what ``watch`` has found in this epoch is taken.
+        """
+        target = FORWARD[life.slot.stage]
+        status = self.status_of(life.name, life.slot, life)
+        if target is Stage.BLENDING:
+            verdict, status = self._before_blending(life, status, now)
+        else:
+            if self._gates.asks_probe(target):
+                status = dataclasses.replace(status, probe=self._at_present(life) if now else life.probe)
+            verdict = self._gates.judge(target, status)
+        if any(check.question in NAMING for check in verdict.failed):
+            verdict = self._gates.judge(target, dataclasses.replace(status, tensors=tuple(self._tensors(life.name))))
+        return verdict
+
+    def _before_blending(self, life: Life, status: SeedStatus, now: bool) -> tuple[Verdict, SeedStatus]:
+        gates, target, epoch = self._gates, Stage.BLENDING, self._position.epoch
         verdict = gates.judge(target, status)
-    if any(check.question in NAMING for check in verdict.failed):
-        verdict = gates.judge(target, dataclasses.replace(status, tensors=tuple(tensors(life.name))))
-    return verdict
+        against = {check.question for check in verdict.failed}
+        if life.probe is None or life.probe.precise:
+            # A probe that knows its noise asks less of the blend gain.
+            against -= {"blend_gain"}
+        if against or not gates.asks_probe(target):
+            return verdict, status
+        if epoch < life.probe_due and not now:
+            status = dataclasses.replace(status, probe_due=life.probe_due)
+            return gates.judge(target, status), status
+        life.probe = self._probe(life.name, None)
+        if life.probe is None:
+            return verdict, status
+        status = dataclasses.replace(status, probe=life.probe)
+        verdict = gates.judge(target, status)
+        life.probe_refusals = 0 if verdict.passed else life.probe_refusals + 1
+        life.probe_due = epoch + min(2 ** max(0, life.probe_refusals - 1), LONGEST_WAIT)
+        if verdict.passed:
+            life.watch = Watch(admission_loss=life.probe.loss)
+        return verdict, status
+
+    def _at_present(self, life: Life) -> BlendProbe | None:
+        alpha = life.slot.alpha_value
+        return None if alpha == 0.0 else self._probe(life.name, [alpha])
 
 
 def trainable(*modules: nn.Module) -> int:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.evidence import SeedEvidence
+from ..core.harm import Watch
 from ..core.lifecycle import Stage
+from ..core.probe import BlendProbe
 from ..core.schedules import HOLD, AlphaController, AlphaSchedule
+from ..core.series import root_mean
 from ..core.state import check_state
 from .slot import SeedSlot
+
+LOSSES_KEPT = 16  # epochs of which the loss is remembered, to know what is usual
 
 
 @dataclass
 class Life:
-    """One living seed: its slot, its alpha on the way, and the accuracies that its gates compare with."""
+    """One living seed: its slot, its alpha on the way, and what its gates compare with."""
 
     name: str
     slot: SeedSlot
@@ -25,13 +33,22 @@ class Life:
     pruning: tuple[str, str] | None = None  # reason and initiator, while alpha is on its way down to the end
     training_accuracy: float | None = None  # when TRAINING began
     blending_accuracy: float | None = None  # when BLENDING began
+    blending_loss: float | None = None  # told, when BLENDING began
+    usual_change: float | None = None  # of the told loss from epoch to epoch, before that
+    watch: Watch = field(default_factory=Watch)
+    probe_due: int = 0  # epoch before which the gate does not probe again
+    probe_refusals: int = 0  # in a row, by the probe alone
+    probe: BlendProbe | None = None  # the last one
     evidence: SeedEvidence | None = None
     warned: set[str] = field(default_factory=set)  # names of warnings that were said
 
     VERSION: ClassVar[int] = 1
+    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"blending_loss": None, "usual_change": None, "watch": None, "probe_due": 0, "probe_refusals": 0}
+    )
 
-    def enter(self, target: Stage, reason: str, initiator: str, accuracy: float | None) -> None:
-        """Move the slot, remember the accuracy with which the stage begins, and begin alpha's first ramp.
+    def enter(self, target: Stage, reason: str, initiator: str, position: Position) -> None:
+        """Move the slot, remember how the model does when the stage begins, and begin alpha's first ramp.
 
         Raises:
             TransitionError: the table does not allow it; nothing has changed.
@@ -39,13 +56,28 @@ class Life:
         source = self.slot.stage
         self.slot.move(target, reason, initiator)
         if target is Stage.TRAINING:
-            self.training_accuracy = accuracy
+            self.training_accuracy = position.accuracy
         elif target is Stage.BLENDING and source is Stage.TRAINING:
-            # Not when it comes back from HOLDING: the accuracy to be kept is the one before it was felt at all.
-            self.blending_accuracy = accuracy
+            # Not when it comes back from HOLDING: what is to be kept is what was before it was felt at all.
+            self.blending_accuracy, self.blending_loss = position.accuracy, position.loss
+            self.usual_change = usual_change(position.losses)
             self.alpha = AlphaController(self.schedule.start)
             self.alpha.retarget(self.schedule.target, self.schedule.steps, self.schedule.curve)
             self.slot.set_alpha(self.alpha.alpha)
+
+    @property
+    def bearable(self) -> bool:
+        """Whether less of the seed would be less harm: not of one that puts out what is not finite."""
+        return self.probe is None or self.probe.finite
+
+    def loss_rise(self, loss: float | None) -> float | None:
+        """Rise of the told loss since BLENDING began, in usual changes; None: not known, ``inf``: it has no size."""
+        if loss is None or self.blending_loss is None:
+            return None
+        rise = loss - self.blending_loss
+        if rise <= 0.0:
+            return 0.0
+        return rise / self.usual_change if self.usual_change else math.inf
 
     def ramp(self, target: float, steps: int | None, curve: str | None) -> AlphaSchedule:
         """The way to another target that the script asks for; what it does not tell is that of the first ramp.
@@ -70,6 +102,7 @@ class Life:
     def keep(self) -> None:
         """End a fade-out where it is: the seed may learn again."""
         self.pruning = None
+        self.watch = self.watch.begun_anew()
         self.alpha.halt()
         self.slot.thaw()
 
@@ -95,18 +128,26 @@ class Life:
             "pruning": None if self.pruning is None else list(self.pruning),
             "training_accuracy": self.training_accuracy,
             "blending_accuracy": self.blending_accuracy,
+            "blending_loss": self.blending_loss,
+            "usual_change": self.usual_change,
+            "watch": self.watch.state_dict(),
+            "probe_due": self.probe_due,
+            "probe_refusals": self.probe_refusals,
         }
 
     @classmethod
     def from_state_dict(cls, state: object, slots: Mapping[str, SeedSlot]) -> Life:
         """The life saved by ``state_dict`` in one of these slots; StateDictError when it is damaged."""
         keys = ("slot", "schedule", "alpha", "pruning", "training_accuracy", "blending_accuracy")
-        values = check_state(state, "GrowthController: life", cls.VERSION, keys)
+        values = check_state(state, "GrowthController: life", cls.VERSION, (*keys, *cls.LATER), cls.LATER)
         pruning, accuracies = values["pruning"], (values["training_accuracy"], values["blending_accuracy"])
+        told, waits = [values["blending_loss"], values["usual_change"]], [values["probe_due"], values["probe_refusals"]]
         if pruning is not None and not (isinstance(pruning, list) and [type(x) for x in pruning] == [str, str]):
             raise StateDictError(f"GrowthController: pruning must be a reason and an initiator, got {pruning!r}")
         if values["slot"] not in slots or any(type(a) not in (int, float, type(None)) for a in accuracies):
             raise StateDictError(f"GrowthController: life of slot {values['slot']!r} with accuracies {accuracies}")
+        if any(type(n) not in (int, float, type(None)) for n in told) or any(type(n) is not int for n in waits):
+            raise StateDictError(f"GrowthController: life of slot {values['slot']!r} with losses {told}, waits {waits}")
         return cls(
             values["slot"],
             slots[values["slot"]],
@@ -114,6 +155,11 @@ class Life:
             AlphaController.from_state_dict(values["alpha"]),
             None if pruning is None else (pruning[0], pruning[1]),
             *accuracies,
+            blending_loss=told[0],
+            usual_change=told[1],
+            watch=Watch() if values["watch"] is None else Watch.from_state_dict(values["watch"]),
+            probe_due=waits[0],
+            probe_refusals=waits[1],
         )
 
 
@@ -124,7 +170,16 @@ class Position:
     epoch: int = 0
     step: int = 0
     accuracy: float | None = None  # of the last epoch
+    loss: float | None = None  # of the last epoch
+    losses: list[float] = field(default_factory=list)  # of the last epochs in which it was told, oldest first
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
+
+    def end_epoch(self, accuracy: float | None, loss: float | None) -> None:
+        """Count an epoch, with how the model does in it."""
+        self.epoch += 1
+        self.accuracy, self.loss = accuracy, loss
+        if loss is not None and math.isfinite(loss):
+            self.losses = [*self.losses, loss][-LOSSES_KEPT:]
 
     def take_step(self) -> None:
         """Count an optimizer step, and move every alpha that is on its way."""
@@ -132,3 +187,9 @@ class Position:
         for life in self.lives.values():
             if life.alpha.mode != HOLD:
                 life.slot.set_alpha(life.alpha.step())
+
+
+def usual_change(losses: Sequence[float]) -> float | None:
+    """Root of the mean square of the changes from each of these losses to the next; None for fewer than two of them."""
+    changes = [after - before for before, after in itertools.pairwise(losses)]
+    return root_mean([change * change for change in changes]) if len(changes) > 1 else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import SeedEvidence
+from ..core.harm import FADE, HALT, ON_HARM
 from ..core.lifecycle import FORWARD, RESTING, Stage
 from ..core.schedules import HOLD
 from ..core.verdict import Gate, Verdict
@@ -63,7 +64,7 @@ class Mover:
             TransitionError: the table does not allow it; nothing has changed.
         """
         source, monitor = life.slot.stage, self._wiring.monitor
-        life.enter(target, reason, initiator, self._position.accuracy)
+        life.enter(target, reason, initiator, self._position)
         self._emit_stage(life.name, source, reason, initiator)
         if target is Stage.PRUNED:
             self.emit("pruned", life.name, reason=reason, initiator=initiator)
@@ -107,6 +108,18 @@ class Mover:
             self.move(life, Stage.BLENDING, reason, initiator)
         life.slot.freeze()
         self._wiring.monitor.accept()
+
+    def act_on(self, harm: str, life: Life, action: str) -> None:
+        """What ``GrowthController(on_harm=...)`` says is done about a seed that harms, and tell of it."""
+        self.emit("harm", life.name, reason=harm, action=action, alpha=life.slot.alpha_value)
+        if action == HALT:
+            life.alpha.halt()
+        elif action == FADE and (life.slot.alpha_value == 0.0 or not life.bearable):
+            self.remove(life, harm, "watch")
+        elif action == FADE:
+            # Quicker than it came, in two epochs at most: each further one costs the host.
+            steps = min(life.schedule.steps, 2 * self._position.step // max(1, self._position.epoch))
+            self.fade(life, harm, "watch", steps, life.schedule.curve)
 
     def end_epoch(self, life: Life, evidence: SeedEvidence, loss: float | None) -> None:
         """Count an epoch of a seed's life, with the evidence that was found in it; take out one that has faded."""
@@ -168,3 +181,20 @@ def check_moving_gates(gates: Iterable[Gate]) -> frozenset[Gate]:
         known = ", ".join(f"Gate.{gate}" for gate in MOVING_GATES)
         raise ConfigurationError(f"auto_advance takes gates that move a seed, {known}; got {unknown}")
     return chosen
+
+
+def check_on_harm(action: str) -> str:
+    """The action; ConfigurationError for an unknown one."""
+    if action not in ON_HARM:
+        raise ConfigurationError(f"on_harm must be one of {list(ON_HARM)}, got {action!r}")
+    return action
+
+
+def check_loss(loss: object) -> float | None:
+    """A told loss as a number, also if it is not finite; ConfigurationError for what is none."""
+    if loss is None:
+        return None
+    try:
+        return float(loss)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"loss must be a number, got {loss!r}: give the mean") from error

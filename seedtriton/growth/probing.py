@@ -9,15 +9,29 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError
-from ..core.evidence import BlendProbe
+from ..core.probe import BlendProbe
 from .slot import SeedSlot
 
-Evaluate = Callable[[nn.Module], "float | Tensor"]
+
+class BatchMeans(NamedTuple):
+    """Validation losses of which only the means of batches are known; any pair of these two will do.
+
+    Attributes:
+        means: mean loss of each batch, 1-D, the batches in the same order on every call.
+        counts: samples of each batch, 1-D, above 0.
+    """
+
+    means: Tensor | Sequence[float]
+    counts: Tensor | Sequence[int]
+
+
+Evaluate = Callable[[nn.Module], "float | Tensor | tuple[Tensor | Sequence[float], Tensor | Sequence[int]]"]
 
 # Shares of the target at which G2 looks: 0.1, where the blend begins, and the end. Between them a loss
 # that is lower at both can hardly be higher (the blend is linear in alpha, the loss mostly convex along it).
@@ -32,14 +46,14 @@ def probe(
     Args:
         model: contains the slot; not changed.
         slot: path of the slot in the model, which holds a seed.
-        evaluate: takes a model (a twin of yours, in eval mode) and returns its validation loss, the mean as a
-            number, or the loss of each sample as a 1-D tensor, in the same order on every call: then the noise of
-            the validation set is known too, and a change within it counts as none. Runs without gradient and
-            leaves the random state as it was.
+        evaluate: takes a model (a twin of yours, in eval mode) and returns its validation loss: that of each sample as
+            a 1-D tensor, in the same order on every call, or ``BatchMeans(means, counts)``: then the noise of the
+            validation set is known too, and a change within it counts as none; or the mean alone, as a number.
+            Runs without gradient and leaves the random state as it was.
         alphas: blend factors to try, in (0, 1].
 
     Raises:
-        ConfigurationError: an alpha outside (0, 1], no alpha, or losses that are neither of both.
+        ConfigurationError: an alpha outside (0, 1], no alpha, or losses that are none of the three.
     """
     if not alphas or not all(0.0 < alpha <= 1.0 for alpha in alphas):
         raise ConfigurationError(f"alphas to probe must lie in (0, 1], got {tuple(alphas)}")
@@ -73,32 +87,64 @@ def twin_of(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _losses(found: object) -> Tensor:
-    """Losses of samples as float64 [n] on the CPU; a mean alone is one."""
-    losses = torch.as_tensor(found, dtype=torch.float64, device="cpu") if isinstance(found, (int, float)) else found
-    if not isinstance(losses, Tensor) or losses.dim() > 1 or not losses.numel():
-        what = tuple(losses.shape) if isinstance(losses, Tensor) else type(found).__name__
+def _losses(found: object) -> tuple[Tensor, Tensor]:
+    """Losses and how many samples each is the mean of, as float64 [n] on the CPU; a mean alone is one."""
+    counted = isinstance(found, tuple) and len(found) == 2
+    pair = found if isinstance(found, tuple) and counted else (found, 1.0)
+    losses, counts = _numbers(pair[0]), _numbers(pair[1])
+    # A list by itself is refused: nobody could tell samples from means of batches, which want their counts.
+    if not (counted or isinstance(found, (Tensor, int, float))):
+        losses = None
+    if losses is None or counts is None or losses.dim() > 1 or not losses.numel():
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ConfigurationError(
-            f"evaluate(model) must return the mean loss or the loss of each sample as a 1-D tensor, got {what}"
+            "evaluate(model) must return the loss of each sample as a 1-D tensor, a pair of batch means and counts, or "
+            f"the mean loss, got {what}"
         )
-    return losses.detach().double().cpu().reshape(-1)
-
-
-def _compare(slot: str, alphas: tuple[float, ...], found: Sequence[Tensor]) -> BlendProbe:
-    base, samples = found[0], len(found[0])
-    if any(len(losses) != samples for losses in found):
+    losses = losses.reshape(-1)
+    if counted and (counts.shape != losses.shape or not bool((counts > 0).all())):
         raise ConfigurationError(
-            f"evaluate(model) returned {[len(losses) for losses in found]} losses on calls with the same data; "
+            f"evaluate(model) returned {len(losses)} batch means with the counts {counts.tolist()}: every batch needs "
+            "one, above 0"
+        )
+    return losses, counts.expand_as(losses)
+
+
+def _numbers(found: object) -> Tensor | None:
+    if isinstance(found, (bool, str, bytes)):
+        return None
+    try:
+        return torch.as_tensor(found).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _compare(slot: str, alphas: tuple[float, ...], found: Sequence[tuple[Tensor, Tensor]]) -> BlendProbe:
+    (base, counts), parts = found[0], len(found[0][0])
+    if any(len(losses) != parts or not torch.equal(sizes, counts) for losses, sizes in found):
+        raise ConfigurationError(
+            f"evaluate(model) returned {[len(losses) for losses, _ in found]} losses on calls with the same data; "
             "they must be of the same samples in the same order"
         )
-    changes = [losses - base for losses in found[1:]]
-    errors = None
-    if samples > 1:
-        errors = tuple((change.std() / math.sqrt(samples)).item() for change in changes)
+    weights = counts / counts.sum()
+    loss = (weights * base).sum()
+    changes = [losses - base for losses, _ in found[1:]]
+    means = [(weights * change).sum() for change in changes]
+    errors = spread = None
+    if parts > 1:
+        # Standard error of a weighted mean; with one sample a part, std / sqrt(n). A batch mean scatters by the root
+        # of its count less than a sample does.
+        inflation = parts / (parts - 1)
+        errors = tuple(
+            math.sqrt(inflation * (weights * (change - mean)).square().sum()) for change, mean in zip(changes, means)
+        )
+        spread = math.sqrt((counts * (base - loss).square()).sum() / (parts - 1))
     return BlendProbe(
         seed=slot,
-        loss=base.mean().item(),
+        loss=loss.item(),
         alphas=alphas,
-        changes=tuple(change.mean().item() for change in changes),
+        changes=tuple(mean.item() for mean in means),
         errors=errors,
+        spread=spread,
+        degrees=None if errors is None else parts - 1,
     )

@@ -142,15 +142,17 @@ def test_a_state_that_does_not_fit_is_refused_and_named(name):
 
 
 def test_thresholds_of_a_release_without_a_question_do_not_ask_it():
-    """0.1 had no upper limit of the displacement: its thresholds go on deciding as they did."""
+    """0.1 had no upper limit of the displacement, and no watch: its thresholds go on deciding as they did."""
+    later = ("max_displacement", "max_loss_rise", "max_harm_t", "harm_epochs", "lasting_harm_epochs")
     old = GateThresholds(min_samples=5).state_dict()
-    del old["max_displacement"]
+    for name in later:
+        del old[name]
     restored = GateThresholds.from_state_dict(through_json(old))
-    assert restored == GateThresholds(min_samples=5, max_displacement=None)
-    assert "max_displacement" not in old
+    assert restored == GateThresholds(min_samples=5).without(*later)
+    assert not old.keys() & set(later)
     gates = {**QualityGates().state_dict(), "thresholds": old}
     assert QualityGates.from_state_dict(gates).thresholds == restored
-    assert GateThresholds.LATER == {"max_displacement": None}
+    assert GateThresholds.LATER == dict.fromkeys(later)
 
 
 def test_missing_and_unknown_keys_are_told_together():

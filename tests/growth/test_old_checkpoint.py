@@ -14,6 +14,8 @@ from resuming import Run
 from same import same
 
 from seedtriton import StraightThrough, TrustRegion
+from seedtriton.core.harm import Watch
+from seedtriton.growth.life import Life
 
 DATA = pathlib.Path(__file__).parent / "data" / "controller-0.1.pt.xz"
 
@@ -35,8 +37,11 @@ def test_a_state_of_the_first_release_is_taken_over_bit_for_bit(saved, step, sta
     # The rule of the seeds is the one that they were trained by.
     assert run.model.early.isolation == TrustRegion(0.3, "norm")
     assert run.model.late.isolation == StraightThrough()
-    # What 0.1 did not save: how long the optimizer has not stepped.
+    # What 0.1 did not save: how long the optimizer has not stepped, told losses, and what a watch and a probe found.
     assert now["growth"]["monitor"]["_extra_state"].pop("waited") == [0]
+    assert now["growth"].pop("losses") == []
+    for life in now["growth"]["lives"]:
+        assert [life.pop(name) for name in Life.LATER] == [None, None, Watch().state_dict(), 0, 0]
     for part in ("growth", "model", "optimizer", "scheduler", "step"):
         assert same(now[part], old[part]), part
     # And it goes on from there.
@@ -49,4 +54,4 @@ def test_that_comparison_can_fail(saved):
     run = Run(window=8)
     run.load({**saved[10], "random": torch.random.get_rng_state()})
     run.growth.monitor.ring[0, 0, 0] += 1e-16
-    assert not same(run.state()["growth"], saved[10]["growth"])
+    assert not same(run.state()["growth"]["monitor"], saved[10]["growth"]["monitor"])

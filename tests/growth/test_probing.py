@@ -8,13 +8,13 @@ import torch
 from networks import Cnn, Mlp, Residual
 from torch import nn
 
-from seedtriton import AlphaSchedule, ConfigurationError, GateThresholds, GrowthController, Stage
+from seedtriton import AlphaSchedule, BatchMeans, ConfigurationError, GateThresholds, GrowthController, Stage
 from seedtriton.growth.probing import probe, twin_of
 
 ONLY_THE_PROBE = GateThresholds(
     min_training_improvement=None, max_isolation_violations=None, min_training_epochs=None, min_gradient_ratio=None,
     max_gradient_ratio=None, min_samples=None, max_sample_age=None, max_dropped_share=None, require_optimizer=None,
-    min_displacement=None, min_live_share=None, min_blend_gain_t=None, max_accuracy_drop=None,
+    min_displacement=None, min_live_share=None, min_blend_gain_t=None, max_accuracy_drop=None, max_harm_t=None,
 )  # fmt: skip
 
 
@@ -62,8 +62,48 @@ def test_a_mean_alone_has_no_noise():
     model, x = grown(), data()
     for evaluate in (lambda m: losses_on(x)(m).mean(), lambda m: losses_on(x)(m).mean().item()):
         found = probe(model, "slot", evaluate, (0.5,))
-        assert found.errors is None
+        assert found.errors is found.spread is found.degrees is None
         assert found.changes[0] == pytest.approx(probe(model, "slot", losses_on(x), (0.5,)).changes[0], rel=1e-4)
+
+
+def in_batches(losses, sizes):
+    return [part.mean().item() for part in losses.split(sizes)], sizes
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3], [4, 4, 1], [1] * 9], ids=str)
+def test_means_of_batches_are_worth_what_their_samples_are(sizes):
+    model, x = grown(), data()
+    samples = probe(model, "slot", losses_on(x), (0.5, 1.0))
+    found, named = (
+        probe(model, "slot", lambda m: form(in_batches(losses_on(x)(m), sizes)), (0.5, 1.0))
+        for form in (tuple, lambda pair: BatchMeans(*pair))
+    )
+    assert found == named
+    assert (found.loss, *found.changes) == pytest.approx((samples.loss, *samples.changes), rel=1e-5)
+    assert (samples.degrees, found.degrees) == (8, len(sizes) - 1)
+    # By hand: a weighted mean's error, and batch means that scatter by the root of their size less than samples.
+    base = torch.tensor(in_batches(blended_by_hand(model, 0.0, x), sizes)[0], dtype=torch.float64)
+    blended = torch.tensor(in_batches(blended_by_hand(model, 1.0, x), sizes)[0], dtype=torch.float64)
+    count, parts = torch.tensor(sizes, dtype=torch.float64), len(sizes)
+    change = blended - base
+    mean = (count * change).sum() / 9
+    error = (parts / (parts - 1) * ((count / 9) ** 2 * (change - mean) ** 2).sum()).sqrt()
+    spread = ((count * (base - (count * base).sum() / 9) ** 2).sum() / (parts - 1)).sqrt()
+    assert (found.errors[1], found.spread) == pytest.approx((error.item(), spread.item()), rel=1e-4)
+    if sizes == [1] * 9:
+        assert (found.errors, found.spread) == (pytest.approx(samples.errors, rel=1e-4), pytest.approx(samples.spread))
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1, 2, 0], [1, 2, -1], 3, [1.0, 2.0, float("nan")]], ids=str)
+def test_batch_means_need_a_count_each(counts):
+    with pytest.raises(ConfigurationError, match="counts"):
+        probe(grown(), "slot", lambda twin: ([1.0, 2.0, 3.0], counts))
+
+
+def test_other_counts_on_another_call_are_refused():
+    sizes = iter([[4, 2], [2, 4], [4, 2], [4, 2]])
+    with pytest.raises(ConfigurationError, match="same samples in the same order"):
+        probe(grown(), "slot", lambda twin: ([1.0, 1.0], next(sizes)))
 
 
 def snapshot(model):
@@ -152,7 +192,7 @@ def test_impossible_alphas_are_refused(alphas):
 
 @pytest.mark.parametrize("losses", [None, "low", torch.ones(2, 2), torch.ones(0), [1.0]])
 def test_what_is_no_loss_is_refused_by_its_kind(losses):
-    with pytest.raises(ConfigurationError, match="mean loss or the loss of each sample"):
+    with pytest.raises(ConfigurationError, match="loss of each sample as a 1-D tensor, a pair of batch means"):
         probe(grown(), "slot", lambda twin: losses)
 
 

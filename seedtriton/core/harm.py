@@ -1,0 +1,101 @@
+"""Does a seed that is felt do harm? One look an epoch, from BLENDING until it is permanent, and how often in a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from .errors import ConfigurationError
+from .evidence import SeedEvidence
+from .probe import BlendProbe
+from .state import PlainState
+from .thresholds import GateThresholds
+
+FADE, HALT, REPORT = ON_HARM = ("fade", "halt", "report")
+
+
+def harm_of_blend(probe: BlendProbe | None, limits: GateThresholds) -> bool:
+    """Whether the loss is higher at the present alpha than without the seed, beyond what luck makes of it.
+
+    Never where the noise is not known, nor where the loss without the seed is not finite: that is not its doing.
+    """
+    if probe is None or limits.max_probe_harm is None or not math.isfinite(probe.loss):
+        return False
+    return probe.certain_harm > limits.max_probe_harm
+
+
+def harm_of_slope(known: SeedEvidence, limits: GateThresholds) -> bool:
+    """Whether every step of this epoch says that less of the seed would be better: the t of its blend gain."""
+    t = worst_gain_t(known)
+    return limits.max_harm_t is not None and t is not None and t < -limits.max_harm_t
+
+
+def worst_gain_t(known: SeedEvidence) -> float | None:
+    """The lower one of the t statistics of the blend gain, over its window and over the last samples of that."""
+    return min((t for t in (known.blend_gain_t, known.recent_gain_t) if t is not None), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(PlainState):
+    """What the looks at one seed have found, as epochs in a row.
+
+    Contribution is against the same model without the seed. That is no life without it, once the host has adapted:
+    so harm by the probe has to come with a loss above the one at which the seed was let in, or to last, and the slope
+    is asked as well.
+
+    Attributes:
+        admission_loss: validation loss without the seed when it began to blend; None: not known.
+        above: the probe found harm, and the loss was above ``admission_loss``.
+        lasting: the probe found harm; where its noise is not known, a rise that is above ``admission_loss`` as well.
+        sloped: the blend gain spoke against the seed.
+
+    Raises:
+        ConfigurationError: a count that is none.
+    """
+
+    admission_loss: float | None = None
+    above: int = 0
+    lasting: int = 0
+    sloped: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("above", "lasting", "sloped"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ConfigurationError(f"Watch: {name} must be a number of epochs, got {getattr(self, name)!r}")
+        if self.admission_loss is not None and type(self.admission_loss) not in (int, float):
+            raise ConfigurationError(f"Watch: admission_loss must be a number or None, got {self.admission_loss!r}")
+
+    def look(self, known: SeedEvidence, probe: BlendProbe | None, limits: GateThresholds) -> Watch:
+        """The counts after one more epoch; ``probe`` is at the present alpha alone."""
+        admission = self.admission_loss
+        if admission is None and probe is not None:
+            admission = probe.loss
+        harms, above = harm_of_blend(probe, limits), False
+        lasts = harms
+        if probe is not None and admission is not None:
+            now = probe.loss + probe.changes[0]
+            above = not now <= admission
+            lasts = harms or (not probe.precise and probe.changes[0] > 0.0 and above)
+        return dataclasses.replace(
+            self,
+            admission_loss=admission,
+            above=self.above + 1 if harms and above else 0,
+            lasting=self.lasting + 1 if lasts else 0,
+            sloped=self.sloped + 1 if harm_of_slope(known, limits) else 0,
+        )
+
+    def begun_anew(self) -> Watch:
+        """The same admission, nothing counted."""
+        return Watch(admission_loss=self.admission_loss)
+
+    def harm(self, limits: GateThresholds) -> str | None:
+        """In words what harm the seed does, once it has lasted as long as the limits say; None: none, or not yet."""
+        for epochs, limit, words in (
+            (self.above, limits.harm_epochs, "the validation loss is higher with it, and above that at admission"),
+            (self.sloped, limits.harm_epochs, f"t of its blend gain is below -{limits.max_harm_t}"),
+            (self.lasting, limits.lasting_harm_epochs, "the validation loss is higher with it"),
+        ):
+            if limit is not None and epochs >= limit:
+                return f"harm in {epochs} epochs in a row: {words}"
+        return None

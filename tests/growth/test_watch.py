@@ -1,0 +1,334 @@
+"""From BLENDING to FOSSILIZED every epoch asks whether the seed harms, and something is done about one that does."""
+
+import pytest
+import torch
+from networks import Residual
+from scripts import Script, blending
+from torch import nn
+
+from seedtriton import AlphaSchedule, BlendProbe, ConfigurationError, GateThresholds, GrowthController, Stage
+from seedtriton.core.evidence import SeedEvidence
+from seedtriton.core.harm import Watch
+
+FELT = (Stage.BLENDING, Stage.HOLDING)
+
+
+class Epochs(Script):
+    """The script with epochs of 64 steps, and what it tells at the end of one chosen by ``told``."""
+
+    def __init__(self, told="accuracy", **options):
+        self.evaluations = 0
+        if options.pop("evaluate", False):
+            options["evaluate"] = self.losses
+        super().__init__(schedule=AlphaSchedule(steps=64), **options)
+        self.told = told
+        self.held = torch.randn(512, 8)
+        teacher = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+        self.y, self.labels = teacher(self.x).argmax(dim=1), teacher(self.held).argmax(dim=1)
+
+    def losses(self, model):
+        self.evaluations += 1
+        with torch.no_grad():
+            return nn.functional.cross_entropy(model(self.held), self.labels, reduction="none")
+
+    def epoch(self):
+        for _ in range(4):
+            for batch in torch.randperm(len(self.x), generator=self.generator).split(32):
+                nn.functional.cross_entropy(self.model(self.x[batch]), self.y[batch]).backward()
+                self.growth.measure()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        with torch.no_grad():
+            output = self.model(self.held)
+            told = {
+                "accuracy": float((output.argmax(dim=1) == self.labels).double().mean()),
+                "loss": float(nn.functional.cross_entropy(output, self.labels)),
+            }
+        return self.growth.end_epoch(**{name: told[name] for name in (self.told,) if name})
+
+    def until(self, *stages, most=40):
+        """Epochs until the slot is in one of ``stages``; how many."""
+        for count in range(most):
+            if self.slot.stage in stages:
+                return count
+            self.epoch()
+        return most
+
+    @property
+    def slot(self):
+        return self.growth.slots["early"]
+
+    def grow(self):
+        self.epochs(1)
+        self.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+        self.until(Stage.BLENDING)
+        return self
+
+
+def spoil(script):
+    """The seed's branch is turned round, and learns no more."""
+    with torch.no_grad():
+        script.slot.seed.contract.weight.mul_(-3.0)
+    script.optimizer.param_groups[-1]["lr"] = 0.0
+
+
+@pytest.mark.parametrize("told, evaluate", [("loss", False), ("accuracy", False), (None, True), ("loss", True)])
+def test_a_good_seed_becomes_permanent_by_each_way_to_know_how_the_model_does(told, evaluate):
+    script = Epochs(told, evaluate=evaluate).grow()
+    assert script.until(Stage.FOSSILIZED, Stage.PRUNED) < 20
+    assert script.slot.stage is Stage.FOSSILIZED
+    assert not script.of("harm")
+    g5 = script.of("gate")[-1]
+    answers = {check["question"]: check for check in g5["checks"]}
+    assert (g5["gate"], answers["blend_gain"]["name"], answers["harm"]["passed"]) == ("G5", "blend_gain_agrees", True)
+
+
+def test_without_any_way_to_know_it_the_refusal_names_the_three():
+    script = Epochs(None).grow()
+    script.epochs(6)
+    assert script.slot.stage is Stage.BLENDING
+    (refused,) = [c for c in script.epoch()[0].failed if c.question == "accuracy"]
+    for way in ("end_epoch(accuracy=...)", "end_epoch(loss=...)", "evaluate="):
+        assert way in refused.reason
+
+
+@pytest.mark.parametrize("stage", FELT, ids=str)
+@pytest.mark.parametrize("told, evaluate", [("loss", False), ("accuracy", False), (None, True)])
+def test_a_seed_that_goes_wrong_after_it_passed_is_faded_out_within_five_epochs(stage, told, evaluate):
+    # Nobody but the watch may keep it from becoming permanent.
+    thresholds = GateThresholds(max_accuracy_drop=100.0, max_loss_rise=1e9, min_holding_epochs=99)
+    script = Epochs(told, evaluate=evaluate, thresholds=thresholds).grow()
+    script.until(stage)
+    if stage is Stage.BLENDING:
+        script.epoch()
+    spoil(script)
+    assert script.until(Stage.PRUNED) <= 5
+    (event,) = script.of("harm")
+    assert (event["seed"], event["action"]) == ("early", "fade")
+    assert event["reason"].startswith("harm in 2 epochs in a row: ")
+    (pruned,) = script.of("pruned")
+    assert (pruned["reason"], pruned["initiator"]) == (event["reason"], "watch")
+    (scheduled,) = script.of("prune_scheduled")
+    assert 0 < scheduled["steps"] <= 64
+    # Once it is out, nothing of it is left.
+    assert script.growth.monitor.seeds == ()
+    assert script.slot.seed is None
+
+
+def test_halt_stops_alpha_where_it_is_and_report_tells_only():
+    thresholds = GateThresholds(max_accuracy_drop=100.0)
+    for action in ("halt", "report"):
+        script = Epochs("accuracy", thresholds=thresholds, on_harm=action)
+        script.growth.schedule = AlphaSchedule(steps=64 * 8)
+        script.grow().epochs(2)
+        spoil(script)
+        script.epochs(3)
+        event = script.of("harm")[0]
+        now = script.slot.alpha_value
+        assert (event["action"], script.slot.stage) == (action, Stage.BLENDING)
+        assert now == event["alpha"] if action == "halt" else now > event["alpha"] > 0.0
+        # Neither lets it go on.
+        script.epochs(8)
+        assert script.slot.stage is Stage.BLENDING
+        assert not script.of("prune_scheduled")
+        assert "seed_harms" in {check.name for check in script.growth.advance("early").failed}
+
+
+def test_an_unknown_action_is_refused():
+    with pytest.raises(ConfigurationError, match=r"\['fade', 'halt', 'report'\], got 'prune'"):
+        Script(on_harm="prune")
+
+
+def test_a_seed_that_puts_out_nan_is_taken_out_at_once():
+    """Of a NaN no share is small enough to fade."""
+    script = Epochs(None, evaluate=True, thresholds=GateThresholds(min_holding_epochs=99)).grow()
+    script.until(Stage.HOLDING)
+    growth, place = script.growth, script.slot
+    broken = place.seed.contract.bias
+    for _ in range(2):
+        with torch.no_grad():
+            broken.fill_(float("nan"))
+        growth.end_epoch()
+    assert place.stage is Stage.PRUNED
+    assert not script.of("prune_scheduled")
+    assert "loss is higher with it" in script.of("pruned")[0]["reason"]
+
+
+def test_a_seed_on_its_way_out_that_is_kept_begins_a_new_count():
+    script = Epochs("accuracy", thresholds=GateThresholds(max_accuracy_drop=100.0, min_holding_epochs=99)).grow()
+    script.until(Stage.HOLDING)
+    spoil(script)
+    while not script.of("harm"):
+        script.epoch()
+    script.growth.set_alpha_target("early", 0.9)
+    assert script.growth._lives["early"].watch == Watch()
+    script.epoch()
+    assert len(script.of("harm")) == 1
+
+
+def test_a_watch_goes_on_where_it_was_saved():
+    script = Epochs("loss", thresholds=GateThresholds(max_loss_rise=1e9, min_holding_epochs=99)).grow()
+    script.until(Stage.HOLDING)
+    spoil(script)
+    while not script.growth._lives["early"].watch.sloped:
+        script.epoch()
+    saved = script.growth.state_dict()
+    again = Epochs("loss")
+    again.growth.load_state_dict(saved, seeds={"early": Residual(6, 16)})
+    assert again.growth._lives["early"].watch == script.growth._lives["early"].watch
+    assert again.growth._position.losses == script.growth._position.losses != []
+    assert again.growth.state_dict()["lives"] == saved["lives"]
+
+
+# --- one look -----------------------------------------------------------------------------------------------
+
+LIMITS = GateThresholds()
+
+
+def known(t=0.0, recent=None):
+    return SeedEvidence(seed="s", blend_gain_t=t, recent_gain_t=recent)
+
+
+def at_present(change, loss=1.0, error=0.0, **changes):
+    more = {"errors": (error,), "spread": 1.0} | changes
+    return BlendProbe(seed="s", loss=loss, alphas=(0.3,), changes=(change,), **more)
+
+
+def looks(*found, admission=1.0, limits=LIMITS):
+    """Which of a series of looks act; each is a blend gain's t, a probe, or both."""
+    watch, acted = Watch(admission_loss=admission), []
+    for t, probe in found:
+        watch = watch.look(known(t), probe, limits)
+        acted.append(watch.harm(limits) is not None)
+    return acted
+
+
+def test_harm_has_to_come_in_two_epochs_in_a_row():
+    bad, good = (-7.0, None), (-6.0, None)
+    assert looks(bad, bad) == [False, True]
+    assert looks(bad, good, bad, bad) == [False, False, False, True]
+    assert looks(bad, bad, bad, limits=GateThresholds(harm_epochs=3)) == [False, False, True]
+    for off in ("harm_epochs", "max_harm_t"):
+        assert not any(looks(*[bad] * 9, limits=LIMITS.without(off)))
+    assert Watch().look(known(0.0, -7.0), None, LIMITS).sloped == 1
+    assert Watch(sloped=1).look(known(None), None, LIMITS).sloped == 0
+
+
+def test_harm_by_the_probe_counts_above_the_loss_at_admission_or_when_it_lasts():
+    above, below = (0.0, at_present(0.1)), (0.0, at_present(0.1, loss=0.5))
+    assert looks(above, above) == [False, True]
+    assert looks(*[below] * 7) == [False] * 5 + [True, True]
+    assert looks(above, below, above, below, below, below) == [False] * 5 + [True]
+    assert not any(looks(*[below] * 9, limits=LIMITS.without("lasting_harm_epochs")))
+    # The first look at a seed that was let in without a probe says where it began.
+    assert looks(above, above, admission=None) == [False, True]
+    assert looks((0.0, at_present(0.1, loss=2.0)), below, below, admission=None) == [False] * 3
+
+
+@pytest.mark.parametrize("change, error, more, harms", [
+    (0.1, 0.033, {}, True), (0.1, 0.034, {}, False),
+    (0.0011, 0.0, {}, True), (0.0009, 0.0, {}, False), (0.0011, 0.0, {"spread": 2.0}, False),
+    (float("nan"), 0.0, {}, True), (float("inf"), 0.0, {}, True), (0.1, 0.0, {"loss": float("nan")}, False),
+])  # fmt: skip
+def test_what_is_harm_by_the_probe(change, error, more, harms):
+    look = (0.0, at_present(change, error=error, **more))
+    assert looks(look, look) == [False, harms]
+
+
+def test_of_a_mean_without_noise_only_what_lasts_above_admission_is_harm():
+    mean = {"errors": None, "spread": None}
+    above, below = (0.0, at_present(0.1, **mean)), (0.0, at_present(0.1, loss=0.5, **mean))
+    assert looks(*[above] * 6) == [False] * 5 + [True]
+    assert not any(looks(*[below] * 9))
+    assert not any(looks(*[(0.0, at_present(-0.1, loss=3.0, **mean))] * 9))
+
+
+def test_a_watch_is_checked_when_it_is_restored():
+    watch = Watch(admission_loss=0.5, above=1, lasting=2, sloped=3)
+    assert Watch.from_state_dict(watch.state_dict()) == watch
+    for damage in ({"above": -1}, {"lasting": 1.0}, {"sloped": True}, {"admission_loss": "low"}):
+        with pytest.raises(ConfigurationError, match="Watch"):
+            Watch.from_state_dict({**watch.state_dict(), **damage})
+
+
+# --- what a probe costs -------------------------------------------------------------------------------------
+
+
+def test_a_seed_that_the_probe_refuses_is_not_probed_in_every_epoch():
+    thresholds = GateThresholds(min_probe_gain=1e6)
+    script = Epochs("accuracy", evaluate=True, thresholds=thresholds)
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    probed = []
+    for _ in range(16):
+        before = script.evaluations
+        (verdict,) = script.epoch()
+        probed.append(script.evaluations - before)
+        failed = {check.name for check in verdict.failed}
+        if 4 in probed:
+            assert failed == ({"blend_lowers_no_loss"} if probed[-1] else {"probe_not_due"})
+    first = probed.index(4)
+    asked = [epoch - first for epoch, passes in enumerate(probed) if passes]
+    assert set(probed) == {0, 4}
+    assert asked == [gap for gap in (0, 1, 3, 7, 11) if gap + first < 16]
+    # The script may ask at any time, and a new look counts.
+    before = script.evaluations
+    assert [check.name for check in script.growth.advance("early").failed] == ["blend_lowers_no_loss"]
+    assert script.evaluations == before + 4
+
+
+def test_a_felt_seed_costs_two_passes_an_epoch():
+    script = Epochs(None, evaluate=True, thresholds=GateThresholds(min_holding_epochs=99)).grow()
+    before = script.evaluations
+    script.epochs(4)
+    assert script.slot.stage is Stage.HOLDING
+    assert script.evaluations == before + 8
+
+
+# --- a told loss --------------------------------------------------------------------------------------------
+
+
+def told_losses(before, after, **options):
+    """The verdict of G3 on a seed that is blended between these losses."""
+    script = Script(schedule=AlphaSchedule(steps=0), thresholds=GateThresholds(min_blending_epochs=1), **options)
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    told = iter([*before, *after])
+    script.growth.end_epoch, end = (lambda accuracy: end(loss=next(told))), script.growth.end_epoch
+    script.epochs(len(before))
+    script.growth._move(script.growth._lives["early"], Stage.BLENDING, "now", "script")
+    return [script.epoch()[0] for _ in after][-1]
+
+
+@pytest.mark.parametrize("factor, offset", [(1.0, 0.0), (1e3, 0.0), (1e-4, 50.0), (1.0, -9.0)])
+@pytest.mark.parametrize("now, kept", [(0.5, True), (0.7, True), (1.29, True), (1.31, False)])
+def test_a_told_loss_may_rise_by_what_was_usual_from_epoch_to_epoch(factor, offset, now, kept):
+    losses = [factor * loss + offset for loss in (1.1, 0.9, 0.7, now)]
+    verdict = told_losses(losses[:3], losses[3:])
+    (check,) = [check for check in verdict.checks if check.question == "loss"]
+    assert check.passed is kept
+    assert check.value == pytest.approx(max(0.0, (now - 0.7) / 0.2), abs=1e-6)
+
+
+def test_a_rise_that_nothing_can_be_held_against_is_refused():
+    for before, after, kept in [
+        ([1.0, 1.0, 1.0], 1.001, False), ([1.0, 1.0, 1.0], 1.0, True), ([1.0], 1.1, False), ([1.0], 0.9, True),
+        ([1.0, 0.9, float("nan")], 0.9, False), ([1.1, 0.9, 0.7], float("nan"), False),
+    ]:  # fmt: skip
+        verdict = told_losses(before, [after])
+        assert [c.passed for c in verdict.checks if c.question == "loss"] == [kept]
+
+
+@pytest.mark.parametrize("loss", ["low", [1.0, 2.0], torch.ones(2), object()], ids=["text", "list", "tensor", "object"])
+def test_a_loss_that_is_no_number_is_refused_and_no_epoch_counted(loss):
+    script = blending()
+    before = script.growth.state_dict()
+    with pytest.raises(ConfigurationError, match="loss must be a number"):
+        script.growth.end_epoch(loss=loss)
+    assert script.growth.state_dict()["epoch"] == before["epoch"]
+    assert script.growth.state_dict()["losses"] == before["losses"]
+
+
+def test_losses_are_told_as_tensors_too():
+    growth = blending().growth
+    growth.end_epoch(loss=torch.tensor(0.5))
+    assert growth.state_dict()["losses"][-1] == 0.5
+    assert isinstance(growth, GrowthController)
