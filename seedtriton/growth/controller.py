@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
-from ..core.evidence import BlendProbe, SeedEvidence
+from ..core.evidence import SeedEvidence
 from ..core.gates import QualityGates
 from ..core.lifecycle import RESTING, Stage
-from ..core.schedules import AlphaSchedule
+from ..core.schedules import STEEPNESS, AlphaSchedule
 from ..core.thresholds import GateThresholds
 from ..core.verdict import STRICT, Gate, Verdict
 from ..gradients.clipping import Limit
@@ -31,13 +31,14 @@ from .isolation import Isolation
 from .judging import judge, status_of, trainable
 from .life import Life, Position
 from .moving import MOVING_GATES, Mover, check_epochs, check_moving_gates
-from .probing import PROBE_AT, Evaluate, probe
+from .prober import Prober
+from .probing import Evaluate
 from .slot import SeedSlot
 from .trying import normal_tensors, seed_module
 from .wiring import Wiring, slots_of, unwrap
 
 
-class GrowthController:
+class GrowthController(Prober):
     """Grows a model while it trains: ``germinate``, then ``measure`` per step and ``end_epoch`` per epoch.
 
     Args:
@@ -97,16 +98,14 @@ class GrowthController:
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
         check_epochs(total_epochs, self.rests)
         self.auto_advance = check_moving_gates(auto_advance)
-        self.model = model
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
         self.total_epochs = total_epochs
-        self.evaluate = evaluate
-        self._wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag)
+        wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag)
+        super().__init__(wiring, Position(), evaluate)
         self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
-        self._position = Position()
         self.monitor.at_each_step(self._position.take_step)
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
 
@@ -265,7 +264,13 @@ class GrowthController:
         return verdict
 
     def set_alpha_target(
-        self, slot: str, target: float, *, steps: int | None = None, curve: str | None = None
+        self,
+        slot: str,
+        target: float,
+        *,
+        steps: int | None = None,
+        curve: str | None = None,
+        steepness: float | None = None,
     ) -> None:
         """Send alpha of a blending or held seed to another target; a held seed goes back to BLENDING.
 
@@ -276,13 +281,15 @@ class GrowthController:
             target: in (0, 1].
             steps: optimizer steps it takes, 0 for a jump; those of the seed's schedule unless told.
             curve: "linear", "cosine" or "sigmoid"; the one of the seed's schedule unless told.
+            steepness: of a sigmoid; that of the seed's schedule, if it is one, unless told.
 
         Raises:
             ConfigurationError: no slot has this name, alpha is still on its way, or a value is impossible;
                 nothing has changed.
             WiringError: the slot has no seed in BLENDING or HOLDING.
         """
-        self._mover.retarget(self._mover.living(slot), target, steps, curve)
+        life = self._mover.living(slot)
+        self._mover.retarget(life, life.ramp(target, steps, curve, steepness))
 
     @normal_tensors()
     def prune(
@@ -293,6 +300,7 @@ class GrowthController:
         initiator: str = "script",
         steps: int = 0,
         curve: str = "cosine",
+        steepness: float = STEEPNESS,
     ) -> None:
         """Take a seed out: of its slot, of the monitor, and of the optimizer with its state.
 
@@ -306,39 +314,18 @@ class GrowthController:
             initiator: who wanted it.
             steps: optimizer steps of the fade; 0 takes it out at once, as does an alpha of 0.
             curve: of the fade.
+            steepness: of the fade, if its curve is "sigmoid".
 
         Raises:
-            ConfigurationError: no slot has this name, steps below 0, an unknown curve.
+            ConfigurationError: no slot has this name, or what ``AlphaSchedule`` refuses.
             WiringError: the slot has no living seed (a fossil stays), or this asks for a fade a second time.
         """
         life = self._mover.living(slot)
-        AlphaSchedule(steps=steps, curve=curve)
+        ramp = AlphaSchedule(target=0.0, steps=steps, curve=curve, steepness=steepness)
         if steps == 0 or life.slot.alpha_value == 0.0:
             self._mover.remove(life, reason, initiator)
         else:
-            self._mover.fade(life, reason, initiator, steps, curve)
-
-    def probe(
-        self, slot: str, evaluate: Evaluate | None = None, alphas: Sequence[float] | None = None
-    ) -> BlendProbe:
-        """The validation loss with the seed of ``slot`` blended in at several alphas; changes nothing.
-
-        Args:
-            slot: the slot's path in the model.
-            evaluate: see ``probing.probe``; the controller's unless told.
-            alphas: 0.1, 0.5 and 1 times the target of the seed's schedule unless told.
-
-        Raises:
-            ConfigurationError: no slot has this name, it is empty, an alpha outside (0, 1], or no ``evaluate``.
-        """
-        evaluate = evaluate or self.evaluate
-        if evaluate is None:
-            raise ConfigurationError("no validation function: GrowthController(..., evaluate=...) or probe(slot, f)")
-        self._wiring.slot(slot)
-        if alphas is None:
-            target = self._lives[slot].schedule.target if slot in self._lives else 1.0
-            alphas = [share * target for share in PROBE_AT]
-        return probe(self.model, slot, evaluate, alphas)
+            self._mover.fade(life, reason, initiator, ramp)
 
     def evidence(self) -> dict[str, SeedEvidence]:
         """What the monitor says of every living seed now; copies to the host once."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.evidence import SeedEvidence
 from ..core.lifecycle import Stage
-from ..core.schedules import HOLD, AlphaController, AlphaSchedule
+from ..core.schedules import HOLD, STEEPNESS, AlphaController, AlphaSchedule
 from ..core.state import check_state
 from .slot import SeedSlot
 
@@ -44,10 +44,11 @@ class Life:
             # Not when it comes back from HOLDING: the accuracy to be kept is the one before it was felt at all.
             self.blending_accuracy = accuracy
             self.alpha = AlphaController(self.schedule.start)
-            self.alpha.retarget(self.schedule.target, self.schedule.steps, self.schedule.curve)
-            self.slot.set_alpha(self.alpha.alpha)
+            self.retarget(self.schedule)
 
-    def ramp(self, target: float, steps: int | None, curve: str | None) -> AlphaSchedule:
+    def ramp(
+        self, target: float, steps: int | None, curve: str | None, steepness: float | None
+    ) -> AlphaSchedule:
         """The way to another target that the script asks for; what it does not tell is that of the first ramp.
 
         Raises:
@@ -60,11 +61,13 @@ class Life:
             raise ConfigurationError(f"target must lie in (0, 1], got {target!r}; prune() ends a seed")
         steps = self.schedule.steps if steps is None else steps
         curve = self.schedule.curve if curve is None else curve
-        return AlphaSchedule(target=target, steps=steps, curve=curve)
+        if steepness is None:  # that of another curve is none of this one's
+            steepness = self.schedule.steepness if curve == self.schedule.curve else STEEPNESS
+        return AlphaSchedule(target=target, steps=steps, curve=curve, steepness=steepness)
 
     def retarget(self, ramp: AlphaSchedule) -> None:
-        """Send alpha to the target of ``ramp``; ConfigurationError when it is still on its way."""
-        self.alpha.retarget(ramp.target, ramp.steps, ramp.curve)
+        """Send alpha to the target of ``ramp`` from where it is; ConfigurationError when it is still on its way."""
+        self.alpha.retarget(ramp.target, ramp.steps, ramp.curve, ramp.steepness)
         self.slot.set_alpha(self.alpha.alpha)
 
     def keep(self) -> None:
@@ -73,8 +76,8 @@ class Life:
         self.alpha.halt()
         self.slot.thaw()
 
-    def fade(self, reason: str, initiator: str, steps: int, curve: str) -> None:
-        """Send alpha down to the end, wherever it was going.
+    def fade(self, reason: str, initiator: str, ramp: AlphaSchedule) -> None:
+        """Send alpha down to the end along ``ramp``, wherever it was going.
 
         Raises:
             WiringError: it is on its way there; nothing has changed.
@@ -83,7 +86,7 @@ class Life:
             raise WiringError(f"the seed in {self.name!r} is already being faded out; steps=0 takes it out at once")
         self.pruning = (reason, initiator)
         self.alpha.halt()
-        self.alpha.retarget(0.0, steps, curve)
+        self.alpha.retarget(ramp.target, ramp.steps, ramp.curve, ramp.steepness)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values. The slot saves its own state, and the evidence is the monitor's."""

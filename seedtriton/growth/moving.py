@@ -9,7 +9,7 @@ from typing import Any
 from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import SeedEvidence
 from ..core.lifecycle import FORWARD, RESTING, Stage
-from ..core.schedules import HOLD
+from ..core.schedules import HOLD, AlphaSchedule
 from ..core.verdict import Gate, Verdict
 from ..report.events import evidence_fields, gate_fields
 from ..report.sinks import Telemetry
@@ -85,9 +85,8 @@ class Mover:
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
         self._wiring.monitor.remove_seed(life.name)
 
-    def retarget(self, life: Life, target: float, steps: int | None, curve: str | None) -> None:
-        """Send alpha elsewhere, and keep the seed if it was on its way out; errors are ``Life.ramp``'s."""
-        ramp = life.ramp(target, steps, curve)
+    def retarget(self, life: Life, ramp: AlphaSchedule) -> None:
+        """Send alpha elsewhere, and keep the seed if it was on its way out."""
         if life.pruning is not None:
             life.keep()
             self._wiring.monitor.accept()
@@ -95,14 +94,16 @@ class Mover:
             self.emit("prune_cancelled", life.name)
         life.retarget(ramp)
         now = life.alpha
-        self.emit("alpha_target", life.name, target=now.target, steps=now.steps_total, curve=now.curve)
+        how = {"steps": now.steps_total, "curve": now.curve, "steepness": now.steepness}
+        self.emit("alpha_target", life.name, target=now.target, **how)
         if life.slot.stage is Stage.HOLDING:
-            self.move(life, Stage.BLENDING, f"alpha target {target:.3g}", "script")
+            self.move(life, Stage.BLENDING, f"alpha target {ramp.target:.3g}", "script")
 
-    def fade(self, life: Life, reason: str, initiator: str, steps: int, curve: str) -> None:
+    def fade(self, life: Life, reason: str, initiator: str, ramp: AlphaSchedule) -> None:
         """Send alpha to 0 with the seed frozen; it is taken out at the end of the epoch in which it arrives."""
-        life.fade(reason, initiator, steps, curve)
-        self.emit("prune_scheduled", life.name, reason=reason, initiator=initiator, steps=steps, curve=curve)
+        life.fade(reason, initiator, ramp)
+        how = {"steps": ramp.steps, "curve": ramp.curve, "steepness": ramp.steepness}
+        self.emit("prune_scheduled", life.name, reason=reason, initiator=initiator, **how)
         if life.slot.stage is Stage.HOLDING:
             self.move(life, Stage.BLENDING, reason, initiator)
         life.slot.freeze()

@@ -1,6 +1,7 @@
 """The whole street on real training: nothing here sets a metric by hand."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -359,6 +360,55 @@ def test_alpha_moves_along_its_schedule_once_per_measured_step():
     assert slot.alpha_value == pytest.approx(schedule(16))
     script.epochs(2)
     assert slot.alpha_value == 0.5
+
+
+STEEP = AlphaSchedule(steps=40, curve="sigmoid", steepness=5.0)
+
+
+@pytest.mark.parametrize(
+    "controllers, seeds, expected", [(STEEP, None, STEEP), (None, STEEP, STEEP), (AlphaSchedule(), STEEP, STEEP)]
+)
+def test_the_first_ramp_is_as_steep_as_the_schedule_of_the_controller_or_of_the_seed_says(controllers, seeds, expected):
+    script = blending(Script(schedule=controllers), schedule=seeds)
+    slot = script.growth.slots["early"]
+    script.epoch()
+    assert slot.alpha_value == expected(16) != AlphaSchedule(steps=40, curve="sigmoid")(16)
+
+
+@pytest.mark.parametrize(
+    "told, curve, steepness",
+    [
+        ({}, "sigmoid", 5.0),
+        ({"curve": "sigmoid"}, "sigmoid", 5.0),
+        ({"steepness": 30.0}, "sigmoid", 30.0),
+        ({"curve": "linear"}, "linear", 12.0),
+    ],
+)
+def test_a_later_target_keeps_the_steepness_of_the_seeds_sigmoid_unless_told(told, curve, steepness):
+    thresholds = THRESHOLDS.without("max_accuracy_drop")
+    schedule = dataclasses.replace(STEEP, steps=8, target=0.5)
+    script = blending(Script(schedule=schedule, thresholds=thresholds))
+    script.epoch()
+    script.growth.set_alpha_target("early", 1.0, steps=20, **told)
+    script.epoch()
+    way = AlphaSchedule(start=0.5, target=1.0, steps=20, curve=curve, steepness=steepness)
+    assert script.growth.slots["early"].alpha_value == way(16)
+    (event,) = script.of("alpha_target")
+    assert (event["curve"], event["steepness"]) == (curve, steepness)
+
+
+def test_a_steepness_that_cannot_be_is_refused_and_the_seed_stays_where_it_was():
+    script = blending()
+    script.epoch()
+    slot, events = script.growth.slots["early"], len(script.events)
+    before = script.growth.state_dict()["lives"]
+    for told in ({"steepness": 0.0, "curve": "sigmoid"}, {"steepness": 3.0}, {"steepness": 3.0, "curve": "cosine"}):
+        with pytest.raises(ConfigurationError, match="steepness"):
+            script.growth.set_alpha_target("early", 0.5, **told)
+        with pytest.raises(ConfigurationError, match="steepness"):
+            script.growth.prune("early", steps=4, **told)
+    assert (slot.stage, slot.alpha_value, slot.frozen, len(script.events)) == (Stage.HOLDING, 1.0, None, events)
+    assert script.growth.state_dict()["lives"] == before
 
 
 def test_a_partial_target_is_held_and_raised_on_request_by_way_of_blending():

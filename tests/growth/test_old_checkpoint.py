@@ -37,6 +37,9 @@ def test_a_state_of_the_first_release_is_taken_over_bit_for_bit(saved, step, sta
     assert run.model.late.isolation == StraightThrough()
     # What 0.1 did not save: how long the optimizer has not stepped.
     assert now["growth"]["monitor"]["_extra_state"].pop("waited") == [0]
+    # And that a sigmoid may have another steepness than the one of 0.1.
+    for life in now["growth"]["lives"]:
+        assert [life["schedule"].pop("steepness"), life["alpha"]["path"].pop("steepness")] == [12.0, 12.0]
     for part in ("growth", "model", "optimizer", "scheduler", "step"):
         assert same(now[part], old[part]), part
     # And it goes on from there.

@@ -1,6 +1,7 @@
 """Seeds that go: at once, faded out, kept after all; what rests afterwards; and gates that only report."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_a_seed_on_its_way_up_can_be_faded_out_too():
     assert script.growth.slots["early"].alpha_value == alpha
     script.epochs(2)
     assert script.growth.slots["early"].stage is Stage.PRUNED
+
+
+def test_a_fade_is_as_steep_as_it_was_told():
+    script = held()
+    script.growth.prune("early", steps=20, curve="sigmoid", steepness=3.0)
+    script.epoch()
+    way = AlphaSchedule(start=1.0, target=0.0, steps=20, curve="sigmoid", steepness=3.0)
+    assert script.growth.slots["early"].alpha_value == way(16) != dataclasses.replace(way, steepness=12.0)(16)
+    (event,) = script.of("prune_scheduled")
+    assert (event["steps"], event["curve"], event["steepness"]) == (20, "sigmoid", 3.0)
 
 
 def test_a_seed_that_nobody_feels_goes_at_once_whatever_the_steps():
