@@ -215,7 +215,7 @@ class QualityGates(PlainState):
                 return Check(
                     "gradient_ratio", "progress_unknown", False, value, None,
                     "min_gradient_ratio depends on the progress of training, which is not known: "
-                    "give the controller total_epochs",
+                    "give the controller total_epochs or total_steps",
                 )
             limit = limit(status.progress)
         if value is None:

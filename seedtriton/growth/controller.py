@@ -30,7 +30,7 @@ from .blending import ADD
 from .isolation import Isolation
 from .judging import judge, status_of, trainable
 from .life import Life, Position
-from .moving import MOVING_GATES, Mover, check_epochs, check_moving_gates
+from .moving import MOVING_GATES, Mover, check_moving_gates, check_rests
 from .prober import Prober
 from .probing import Evaluate
 from .slot import SeedSlot
@@ -52,6 +52,7 @@ class GrowthController(Prober):
         schedulers: learning-rate schedulers of the optimizer; they must learn of every new group. Wrappers are looked
             through; see ``add_scheduler`` for one that is made later.
         total_epochs: length of the whole training, for thresholds that depend on its progress.
+        total_steps: the same in optimizer steps, for a training that ends by them; one of both.
         auto_advance: gates that move a seed by themselves in ``end_epoch`` (G1 in ``germinate``); the others only
             report, and ``advance`` moves.
         pruned_epochs: epochs that a slot rests in PRUNED after a prune, at least 1.
@@ -67,7 +68,7 @@ class GrowthController(Prober):
 
     Raises:
         WiringError: the model has no slot, an optimizer that cannot be watched, a scheduler of another optimizer.
-        ConfigurationError: an impossible number of epochs, a gate that does not move a seed, or no optimizer.
+        ConfigurationError: an impossible number of epochs or steps, both totals, a gate that moves no seed, no optimizer.
     """
 
     VERSION = checkpoint.VERSION
@@ -82,6 +83,7 @@ class GrowthController(Prober):
         schedule: AlphaSchedule | None = None,
         schedulers: Sequence[Any] = (),
         total_epochs: int | None = None,
+        total_steps: int | None = None,
         auto_advance: Iterable[Gate] = MOVING_GATES,
         pruned_epochs: int = 1,
         embargoed_epochs: int = 1,
@@ -96,13 +98,13 @@ class GrowthController(Prober):
         model = unwrap(model)
         self.slots: Mapping[str, SeedSlot] = slots_of(model)
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
-        check_epochs(total_epochs, self.rests)
+        check_rests(self.rests)
+        position = Position(total_epochs=total_epochs, total_steps=total_steps)
         self.auto_advance = check_moving_gates(auto_advance)
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
-        self.total_epochs = total_epochs
         wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag)
-        super().__init__(wiring, Position(), evaluate)
+        super().__init__(wiring, position, evaluate)
         self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
@@ -118,6 +120,11 @@ class GrowthController(Prober):
     def step(self) -> int:
         """Optimizer steps before which ``measure`` was called."""
         return self._position.step
+
+    @property
+    def progress(self) -> float | None:
+        """Share of ``total_epochs`` or ``total_steps`` that is done, at most 1; None when neither was told."""
+        return self._position.progress
 
     @normal_tensors()
     def germinate(
@@ -161,7 +168,7 @@ class GrowthController(Prober):
         """
         place = self._mover.dormant(slot)
         module = seed_module(seed)
-        dormant = status_of(slot, place, None, self._position, self.total_epochs, trainable(module))
+        dormant = status_of(slot, place, None, self._position, trainable(module))
         blending = {"blend": blend, "gate_dims": gate_dims, "channel_dim": channel_dim}
         how = {"probe": probe, "isolation": isolation, "isolate_blending": isolate_blending, **blending}
         self._wiring.put_in(slot, module, how, group if add_to_optimizer else None)
@@ -229,7 +236,7 @@ class GrowthController(Prober):
         evidence = self.monitor.read(strict=strict) if self._lives else {}
         self._position.epoch += 1
         self._position.accuracy = accuracy
-        self._mover.emit("epoch", None, accuracy=accuracy, loss=loss)
+        self._mover.emit("epoch", None, accuracy=accuracy, loss=loss, progress=self.progress)
         verdicts = []
         resting = [name for name, slot in self.slots.items() if slot.stage in RESTING]
         for name, life in list(self._lives.items()):
@@ -366,7 +373,7 @@ class GrowthController(Prober):
         return self._position.lives
 
     def _judge(self, life: Life) -> Verdict:
-        status = status_of(life.name, life.slot, life, self._position, self.total_epochs)
+        status = status_of(life.name, life.slot, life, self._position)
         verdict = judge(self.gates, life, status, None if self.evaluate is None else self.probe, self.monitor.tensors)
         self._mover.emit_gate(life, verdict)
         return verdict

@@ -23,11 +23,9 @@ def status_of(
     slot: SeedSlot,
     life: Life | None,
     position: Position,
-    total_epochs: int | None,
     parameters: int | None = None,
 ) -> SeedStatus:
     """Everything that the gates may ask about a slot; ``parameters`` are those of the seed in it unless told."""
-    progress = None if total_epochs is None else min(1.0, position.epoch / total_epochs)
     return SeedStatus(
         seed=name,
         stage=slot.stage,
@@ -42,7 +40,7 @@ def status_of(
         alpha=slot.alpha_value,
         alpha_target=life.alpha.target if life else 1.0,
         alpha_holds=life is None or life.alpha.mode == HOLD,
-        progress=progress,
+        progress=position.progress,
     )
 
 

@@ -122,12 +122,34 @@ class Life:
 
 @dataclass
 class Position:
-    """Where a training is: what the controller counts, and the life of every living seed."""
+    """Where a training is: what the controller counts, how long it will be, and the life of every living seed.
+
+    Raises:
+        ConfigurationError: a total that is no whole number of at least 1, or both of them.
+    """
 
     epoch: int = 0
     step: int = 0
     accuracy: float | None = None  # of the last epoch
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
+    total_epochs: int | None = None
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("total_epochs", "total_steps"):
+            require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
+        if self.total_epochs is not None and self.total_steps is not None:
+            raise ConfigurationError(
+                f"total_epochs={self.total_epochs} and total_steps={self.total_steps} would be two measures of one "
+                "progress: give the one that the training ends by"
+            )
+
+    @property
+    def progress(self) -> float | None:
+        """Share of the training that is done, at most 1; None when nobody said how long it is."""
+        if self.total_steps is not None:
+            return min(1.0, self.step / self.total_steps)
+        return None if self.total_epochs is None else min(1.0, self.epoch / self.total_epochs)
 
     def take_step(self) -> None:
         """Count an optimizer step, and move every alpha that is on its way."""
@@ -135,3 +157,9 @@ class Position:
         for life in self.lives.values():
             if life.alpha.mode != HOLD:
                 life.slot.set_alpha(life.alpha.step())
+
+
+def require_count(name: str, count: object) -> None:
+    """ConfigurationError for a number of epochs or steps that is none."""
+    if type(count) is not int or count < 1:
+        raise ConfigurationError(f"{name} must be a whole number of at least 1, got {count!r}")

@@ -13,7 +13,7 @@ from ..core.schedules import HOLD, AlphaSchedule
 from ..core.verdict import Gate, Verdict
 from ..report.events import evidence_fields, gate_fields
 from ..report.sinks import Telemetry
-from .life import Life, Position
+from .life import Life, Position, require_count
 from .slot import SeedSlot
 from .wiring import Wiring
 
@@ -152,13 +152,10 @@ class Mover:
         self.emit("stage", name, source=str(source), target=target, reason=reason, initiator=initiator)
 
 
-def check_epochs(total: int | None, rests: Mapping[Stage, int]) -> None:
-    """ConfigurationError for a number of epochs, in all or in a stage of the rest, that is none."""
-    counts = {"total_epochs": 1 if total is None else total}
-    counts |= {f"{str(stage).lower()}_epochs": rest for stage, rest in rests.items()}
-    for name, count in counts.items():
-        if type(count) is not int or count < 1:
-            raise ConfigurationError(f"{name} must be a whole number of at least 1, got {count!r}")
+def check_rests(rests: Mapping[Stage, int]) -> None:
+    """ConfigurationError for a number of epochs in a stage of the rest that is none."""
+    for stage, rest in rests.items():
+        require_count(f"{str(stage).lower()}_epochs", rest)
 
 
 def check_moving_gates(gates: Iterable[Gate]) -> frozenset[Gate]:

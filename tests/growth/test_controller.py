@@ -490,18 +490,62 @@ def test_improvement_is_in_percentage_points_since_training_began():
     assert check.passed
 
 
-def test_a_threshold_by_progress_is_asked_at_the_share_of_the_epochs_that_are_done():
-    limit = ProgressThreshold(early=0.0, mid=1e-6, late=1e6, mid_from=0.25, late_from=0.75)
-    script = Script(thresholds=GateThresholds(min_gradient_ratio=limit), total_epochs=8, auto_advance=())
+# One boundary in the middle and one at the very end: a progress that is a little wrong misses one of them.
+PHASES = ProgressThreshold(early=0.0, mid=1e-6, late=1e6, mid_from=0.5, late_from=1.0)
+STEPS_OF_AN_EPOCH = 16  # of a Script
+
+
+@pytest.mark.parametrize("total", [{"total_epochs": 10}, {"total_steps": 10 * STEPS_OF_AN_EPOCH}])
+def test_a_threshold_by_progress_is_asked_at_the_share_of_the_training_that_is_done(total):
+    script = Script(thresholds=GateThresholds(min_gradient_ratio=PHASES), auto_advance=[Gate.G1], **total)
     script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
-    script.growth.advance("early")
-    asked = [next(c for c in verdict.checks if c.question == "gradient_ratio") for (verdict,) in script.epochs(10)]
-    assert [check.limit for check in asked] == [0.0] + 4 * [1e-6] + 5 * [1e6]
-    assert [check.passed for check in asked] == 5 * [True] + 5 * [False]
-    unknown = Script(thresholds=GateThresholds(min_gradient_ratio=limit))
-    unknown.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
-    (verdict,) = unknown.epoch()
-    assert "progress_unknown" in {check.name for check in verdict.failed}
+    asked = [next(c for c in verdict.checks if c.question == "gradient_ratio") for (verdict,) in script.epochs(12)]
+    assert [asked[epoch - 1].limit for epoch in (1, 4, 5, 9, 10, 12)] == [0.0, 0.0, 1e-6, 1e-6, 1e6, 1e6]
+    assert [check.passed for check in asked] == 9 * [True] + 3 * [False]
+    shares = [event["progress"] for event in script.of("epoch") if event["seed"] is None]
+    assert shares == [min(1.0, epoch / 10) for epoch in range(1, 13)]
+    assert script.growth.progress == 1.0
+
+
+def test_a_total_of_steps_counts_steps_and_no_epochs():
+    """Epochs of three steps and of none: by epochs it would be over long ago."""
+    script = Script(thresholds=GateThresholds(min_gradient_ratio=PHASES), auto_advance=[Gate.G1], total_steps=12)
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    limits = []
+    for steps in (3, 0, 0, 3, 0, 3, 3, 3):
+        for _ in range(steps):
+            nn.functional.cross_entropy(script.model(script.x[:32]), script.y[:32]).backward()
+            script.growth.measure()
+            script.optimizer.step()
+            script.optimizer.zero_grad()
+        (verdict,) = script.growth.end_epoch(accuracy=0.5)
+        limits.append(next(c.limit for c in verdict.checks if c.question == "gradient_ratio"))
+    assert limits == 3 * [0.0] + 3 * [1e-6] + 2 * [1e6]
+
+
+@pytest.mark.parametrize("total", [{"total_epochs": 8}, {"total_steps": 8 * STEPS_OF_AN_EPOCH}])
+def test_progress_goes_on_where_a_saved_run_was(total):
+    script, resumed = Script(**total), Script(**total)
+    script.epochs(3)
+    assert (script.growth.progress, resumed.growth.progress) == (3 / 8, 0.0)
+    resumed.growth.load_state_dict(script.growth.state_dict())
+    assert resumed.growth.progress == 3 / 8
+
+
+def test_without_a_total_the_progress_is_unknown_and_the_refusal_names_both_arguments():
+    script = Script(thresholds=GateThresholds(min_gradient_ratio=PHASES))
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    (verdict,) = script.epoch()
+    check = next(check for check in verdict.failed if check.name == "progress_unknown")
+    assert check.reason.endswith("give the controller total_epochs or total_steps")
+    assert script.growth.progress is None
+
+
+def test_two_totals_would_be_two_measures_of_progress_and_are_refused():
+    model = TwoSlots()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"total_epochs=3 and total_steps=48 .*give the one"):
+        GrowthController(model, optimizer, total_epochs=3, total_steps=48)
 
 
 def test_a_strict_epoch_refuses_a_seed_that_was_never_measured_and_counts_nothing():

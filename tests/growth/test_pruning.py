@@ -218,7 +218,8 @@ def test_the_rest_begins_with_the_epoch_after_a_fade():
 @pytest.mark.parametrize(
     "options",
     [{"pruned_epochs": 0}, {"embargoed_epochs": 1.5}, {"resetting_epochs": True}, {"auto_advance": [Gate.G0]},
-     {"auto_advance": [2]}, {"auto_advance": "G2"}, {"total_epochs": 0}],
+     {"auto_advance": [2]}, {"auto_advance": "G2"}, {"total_epochs": 0},
+     {"total_steps": 0}, {"total_steps": 1e3}, {"total_steps": True}],
 )  # fmt: skip
 def test_an_impossible_controller_is_refused(options):
     model = TwoSlots()
