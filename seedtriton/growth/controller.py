@@ -68,7 +68,8 @@ class GrowthController(Prober):
 
     Raises:
         WiringError: the model has no slot, an optimizer that cannot be watched, a scheduler of another optimizer.
-        ConfigurationError: an impossible number of epochs or steps, both totals, a gate that moves no seed, no optimizer.
+        ConfigurationError: an impossible number of epochs or steps, both totals, a gate that moves no seed, or
+            no optimizer.
     """
 
     VERSION = checkpoint.VERSION
