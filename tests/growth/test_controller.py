@@ -113,6 +113,14 @@ def test_a_seed_that_reaches_into_the_host_is_refused():
     assert script.model.early.isolation_violations == 3 * ISOLATION_CHECKS
 
 
+def test_the_question_about_the_optimizer_says_how_often_it_has_stepped():
+    script = Script()
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    (verdict,) = script.epochs(2)[-1]
+    check = next(check for check in verdict.checks if check.question == "optimizer")
+    assert (check.name, check.reason) == ("seed_in_optimizer", "all parameters, 32 steps")
+
+
 def test_nan_batches_are_dropped_counted_and_refused_beyond_the_limit():
     script = Script(thresholds=GateThresholds(min_training_epochs=1))
     script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
@@ -283,6 +291,15 @@ def test_an_unknown_group_setting_leaves_everything_as_it_was():
         script.growth.germinate("early", Residual(6), learning_rate=1.0)
     assert script.growth.slots["early"].stage is Stage.DORMANT
     script.growth.germinate("early", Residual(6), lr=1.0)
+
+
+def test_unknown_group_settings_are_named_in_order():
+    """All in one message, which is the same on every run: the names of a set come in another order in every process."""
+    script = Script()
+    settings = dict.fromkeys(("zeal", "warmth", "rate", "pace", "learning_rate", "drive"), 1.0)
+    with pytest.raises(ConfigurationError) as caught:
+        script.growth.germinate("early", Residual(6), **settings)
+    assert f"has no settings {sorted(settings)}; it has {sorted(script.optimizer.param_groups[0])}" in str(caught.value)
 
 
 def test_a_seed_that_the_monitor_refuses_leaves_slot_and_optimizer_as_they_were(monkeypatch):

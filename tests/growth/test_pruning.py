@@ -215,6 +215,23 @@ def test_the_rest_begins_with_the_epoch_after_a_fade():
     assert stages == ["PRUNED", "EMBARGOED", "RESETTING", "DORMANT"]
 
 
+def test_every_stage_after_a_prune_is_told_with_its_epoch_and_who_moved_the_slot():
+    script = Script(embargoed_epochs=2)
+    script.growth.germinate("early", Residual(6))
+    script.growth.prune("early", "not wanted", initiator="policy")
+    told = len(script.events) - 2  # the move to PRUNED, and that it was pruned
+    script.epochs(5)
+    events = [event for event in script.events[told:] if event["seed"] == "early"]
+    assert [(e["event"], e["epoch"], e["stage"], e.get("source"), e.get("target"), e["initiator"]) for e in events] == [
+        ("stage", 0, "PRUNED", "TRAINING", "PRUNED", "policy"),
+        ("pruned", 0, "PRUNED", None, None, "policy"),
+        ("stage", 1, "EMBARGOED", "PRUNED", "EMBARGOED", "time"),
+        ("stage", 3, "RESETTING", "EMBARGOED", "RESETTING", "time"),
+        ("stage", 4, "DORMANT", "RESETTING", "DORMANT", "time"),
+    ]
+    assert [event["reason"] for event in events] == 2 * ["not wanted"] + 3 * ["rested"]
+
+
 @pytest.mark.parametrize(
     "options",
     [{"pruned_epochs": 0}, {"embargoed_epochs": 1.5}, {"resetting_epochs": True}, {"auto_advance": [Gate.G0]},
