@@ -16,6 +16,7 @@ from .core import ConfigurationError as ConfigurationError
 from .core import Gate as Gate
 from .core import GateThresholds as GateThresholds
 from .core import Lifecycle as Lifecycle
+from .core import PairProbe as PairProbe
 from .core import ProgressThreshold as ProgressThreshold
 from .core import QualityGates as QualityGates
 from .core import SeedEvidence as SeedEvidence

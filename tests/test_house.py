@@ -187,10 +187,10 @@ def test_the_picture_in_contributing_is_the_house():
 
 PUBLIC = {
     "seedtriton": """
-        AlphaSchedule BlendProbe Check ConfigurationError FlatGradients Gate GateThresholds GradientMonitor
-        GrowthController Lifecycle ProgressThreshold QualityGates SeedEvidence SeedSlot SeedStatus SeedtritonError Stage
-        StateDictError StraightThrough TRANSITIONS TransitionError TrustRegion Verdict WiringError ops step_if_grads
-        telemetry __version__
+        AlphaSchedule BatchMeans BlendProbe Check ConfigurationError FlatGradients Gate GateThresholds GradientMonitor
+        GrowthController Lifecycle PairProbe ProgressThreshold QualityGates SeedEvidence SeedSlot SeedStatus
+        SeedtritonError Stage StateDictError StraightThrough TRANSITIONS TransitionError TrustRegion Verdict WiringError
+        ops step_if_grads telemetry __version__
     """,
     "seedtriton.ops": "LANES backend_of scale_ segmented_sumsq",
     "seedtriton.errors": "ConfigurationError SeedtritonError StateDictError TransitionError WiringError",

@@ -10,6 +10,7 @@ from .gates import QualityGates as QualityGates
 from .lifecycle import TRANSITIONS as TRANSITIONS
 from .lifecycle import Lifecycle as Lifecycle
 from .lifecycle import Stage as Stage
+from .pairs import PairProbe as PairProbe
 from .probe import BlendProbe as BlendProbe
 from .schedules import AlphaSchedule as AlphaSchedule
 from .schedules import ProgressThreshold as ProgressThreshold

@@ -238,11 +238,9 @@ def collect_evidence(
     used = [sample for sample in samples if not sample.empty and sample.usable]
     empty = sum(sample.empty for sample in samples)
     dropped = len(samples) - len(used) - empty
-
     window = _window_ratio(used, dropped, empty, eps, host_floor, frozen)
     gains = [sample.gain for sample in used if math.isfinite(sample.gain)][-GAIN_SAMPLES:]
     gain_t, effective = t_statistic(gains) if gains else (None, None)
-    recent_t = t_statistic(gains[-RECENT_SAMPLES:])[0]
     vanishing, exploding, health = _judge_tensors(used)
     live = sum(min(sample.live_tensors, parameters) for sample in used)
     return SeedEvidence(
@@ -266,7 +264,7 @@ def collect_evidence(
         plateau_share=clipped_share(used),
         idle=idle,
         frozen=frozen,
-        recent_gain_t=recent_t,
+        recent_gain_t=t_statistic(gains[-RECENT_SAMPLES:])[0],
     )
 
 

@@ -19,8 +19,11 @@ from .verdict import PERMISSIVE, STRICT, Check, Gate, SeedStatus, Verdict
 
 # What G2, G3 and G5 ask in every mode: health, because it is off unless somebody wants it.
 PERMISSIVE_ASKS = frozenset(
-    "stage measured finite exploding exploding_tensors health epochs alpha harm identity modes".split()
-)
+    {
+        "stage", "measured", "finite", "exploding", "exploding_tensors", "health", "epochs", "alpha", "harm",
+        "identity", "modes",
+    }
+)  # fmt: skip
 
 GATE_OF: Mapping[Stage, Gate] = MappingProxyType(
     {
@@ -86,13 +89,13 @@ class QualityGates(PlainState):
     def asks_probe(self, target: Stage) -> bool:
         """Whether the gate to ``target`` has a question that a probe answers."""
         limits = self.thresholds
-        if target is Stage.BLENDING:
-            answered = (limits.min_probe_gain, limits.max_probe_harm)
-            return self.mode == STRICT and any(limit is not None for limit in answered)
-        answered = (limits.max_probe_harm, limits.max_accuracy_drop)
-        if target is Stage.FOSSILIZED:
-            answered += (limits.min_contribution,)
-        return target in (Stage.HOLDING, Stage.FOSSILIZED) and any(limit is not None for limit in answered)
+        felt = [limits.max_probe_harm, limits.max_accuracy_drop]
+        answered = {
+            Stage.BLENDING: [limits.min_probe_gain, limits.max_probe_harm] if self.mode == STRICT else [],
+            Stage.HOLDING: felt,
+            Stage.FOSSILIZED: [*felt, limits.min_contribution],
+        }
+        return any(limit is not None for limit in answered.get(target, ()))
 
     def _g0(self, status: SeedStatus) -> list[Check]:
         return [
@@ -218,7 +221,7 @@ class QualityGates(PlainState):
                 return Check(
                     "gradient_ratio", "progress_unknown", False, value, None,
                     "min_gradient_ratio depends on the progress of training, which is not known: "
-                    "give the controller total_epochs",
+                    "give the controller total_epochs or total_steps",
                 )
             limit = limit(status.progress)
         if value is None:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from .errors import ConfigurationError
 from .evidence import SeedEvidence
-from .probe import BlendProbe
+from .probe import FALL_ERRORS, BlendProbe
 from .state import PlainState
 from .thresholds import GateThresholds
+
+# Below minus this the t of the blend gain blames the seed for what the model lost; alone it would be chance.
+BLAME_T = 2.0
 
 FADE, HALT, REPORT = ON_HARM = ("fade", "halt", "report")
 
@@ -40,15 +43,16 @@ def worst_gain_t(known: SeedEvidence) -> float | None:
 class Watch(PlainState):
     """What the looks at one seed have found, as epochs in a row.
 
-    Contribution is against the same model without the seed. That is no life without it, once the host has adapted:
-    so harm by the probe has to come with a loss above the one at which the seed was let in, or to last, and the slope
-    is asked as well.
+    Contribution is against the same model without the seed. That is no life without it, once the host has adapted: so
+    harm by the probe has to come with a loss above the one at which the seed was let in, or to last; and a model that
+    does worse than when the seed was let in is held against it where its blend gain says so too.
 
     Attributes:
         admission_loss: validation loss without the seed when it began to blend; None: not known.
         above: the probe found harm, and the loss was above ``admission_loss``.
         lasting: the probe found harm; where its noise is not known, a rise that is above ``admission_loss`` as well.
         sloped: the blend gain spoke against the seed.
+        blamed: the blend gain did so with a ``BLAME_T``, and the model did worse than at admission.
 
     Raises:
         ConfigurationError: a count that is none.
@@ -58,16 +62,26 @@ class Watch(PlainState):
     above: int = 0
     lasting: int = 0
     sloped: int = 0
+    blamed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("above", "lasting", "sloped"):
+        for name in ("above", "lasting", "sloped", "blamed"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ConfigurationError(f"Watch: {name} must be a number of epochs, got {getattr(self, name)!r}")
         if self.admission_loss is not None and type(self.admission_loss) not in (int, float):
             raise ConfigurationError(f"Watch: admission_loss must be a number or None, got {self.admission_loss!r}")
 
-    def look(self, known: SeedEvidence, probe: BlendProbe | None, limits: GateThresholds) -> Watch:
-        """The counts after one more epoch; ``probe`` is at the present alpha alone."""
+    def look(
+        self, known: SeedEvidence, probe: BlendProbe | None, limits: GateThresholds, lost: bool = False
+    ) -> Watch:
+        """The counts after one more epoch.
+
+        Args:
+            known: evidence of the seed.
+            probe: at the present alpha alone.
+            limits: those of the gates.
+            lost: by what the script tells the model does worse than when the seed began to blend.
+        """
         admission = self.admission_loss
         if admission is None and probe is not None:
             admission = probe.loss
@@ -77,12 +91,16 @@ class Watch(PlainState):
             now = probe.loss + probe.changes[0]
             above = not now <= admission
             lasts = harms or (not probe.precise and probe.changes[0] > 0.0 and above)
+            lost = lost or (probe.errors is not None and now - admission > FALL_ERRORS * probe.errors[0])
+        t = worst_gain_t(known)
+        blamed = lost and limits.max_harm_t is not None and t is not None and t < -BLAME_T
         return dataclasses.replace(
             self,
             admission_loss=admission,
             above=self.above + 1 if harms and above else 0,
             lasting=self.lasting + 1 if lasts else 0,
             sloped=self.sloped + 1 if harm_of_slope(known, limits) else 0,
+            blamed=self.blamed + 1 if blamed else 0,
         )
 
     def begun_anew(self) -> Watch:
@@ -94,6 +112,7 @@ class Watch(PlainState):
         for epochs, limit, words in (
             (self.above, limits.harm_epochs, "the validation loss is higher with it, and above that at admission"),
             (self.sloped, limits.harm_epochs, f"t of its blend gain is below -{limits.max_harm_t}"),
+            (self.blamed, limits.harm_epochs, "the model does worse than before it, and its blend gain blames it"),
             (self.lasting, limits.lasting_harm_epochs, "the validation loss is higher with it"),
         ):
             if limit is not None and epochs >= limit:

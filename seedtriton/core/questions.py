@@ -20,6 +20,7 @@ from .verdict import MODES_DISAGREE, SEED_REPLACES_HOST, Check, SeedStatus
 # A seed that hands on less of the host's features than this replaces them: an untrained seed hands on about 1 of them
 # with a residual and about 0 without; with few channels chance blurs both.
 HANDS_ON = 0.5
+ACCURACY_LOST, LOSS_RISEN = "accuracy_lost", "loss_risen"
 THREE_WAYS = (
     "nothing says how the model does: tell end_epoch(accuracy=...) or end_epoch(loss=...) in every epoch, or give the "
     "controller evaluate="
@@ -222,7 +223,7 @@ def performance_kept(status: SeedStatus, limits: GateThresholds) -> Check:
     if status.accuracy_change is None and limit is not None:
         if status.loss_rise is not None:
             return at_most(
-                "loss", "max_loss_rise", status.loss_rise, limits.max_loss_rise, "loss_kept", "loss_risen",
+                "loss", "max_loss_rise", status.loss_rise, limits.max_loss_rise, "loss_kept", LOSS_RISEN,
                 "rise of the loss since BLENDING began, in changes that were usual from epoch to epoch before",
             )
         if status.probe is not None:
@@ -231,7 +232,7 @@ def performance_kept(status: SeedStatus, limits: GateThresholds) -> Check:
     drop = None if status.accuracy_change is None else -status.accuracy_change
     return at_most(
         "accuracy", "max_accuracy_drop", drop, limit,
-        "accuracy_kept", "accuracy_lost", "percentage points lost since BLENDING began",
+        "accuracy_kept", ACCURACY_LOST, "percentage points lost since BLENDING began",
     )
 
 
@@ -264,7 +265,7 @@ def probed_fall(
     """Whether the probe found a fall of the loss; without a validation function, or when refused already, not asked."""
     probe = status.probe
     if probe is None or limit is None:
-        return _unprobed(question, threshold, status, limit, probe and probe.gain)
+        return _unprobed(question, threshold, status, limit, None if probe is None else probe.gain)
     if probe.gain == math.inf:
         return Check(question, yes, True, None, limit, f"{probe}; how large that is is not known")
     words = f"{probe}; largest fall that is more than noise, in standard deviations of the samples' losses"
@@ -275,7 +276,7 @@ def probed_harm(status: SeedStatus, limit: float | None) -> Check:
     """Whether the probe found no rise of the loss; asked as ``probed_fall`` is."""
     probe = status.probe
     if probe is None or limit is None:
-        return _unprobed("probe_harm", "max_probe_harm", status, limit, probe and probe.harm)
+        return _unprobed("probe_harm", "max_probe_harm", status, limit, None if probe is None else probe.harm)
     words = f"{probe}; largest rise that is more than noise, in standard deviations of the samples' losses"
     return at_most(
         "probe_harm", "max_probe_harm", probe.harm, limit, "blend_harmless", "blend_would_harm", words

@@ -7,14 +7,19 @@ ticks, and when, is decided elsewhere.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, ClassVar
 
 from .errors import ConfigurationError, StateDictError
 from .state import PlainState, check_state
 
-SIGMOID_STEEPNESS = 12.0
+SIGMOID = "sigmoid"
+STEEPNESS = 12.0  # of the sigmoid, unless told
+FLATTEST = 1e-4  # below it the sigmoid is the line to 1e-10, and the difference of its ends loses its digits
+STEEPEST_EXPONENT = 700.0  # exp() of more than 709 is no float; here the logistic is 0 to 1e-304
 
 
 def linear(t: float) -> float:
@@ -27,19 +32,24 @@ def cosine(t: float) -> float:
     return (1.0 - math.cos(math.pi * t)) / 2.0
 
 
-def sigmoid(t: float) -> float:
-    """A logistic curve of steepness 12, shifted and stretched so that it begins at 0 and ends at 1."""
+def sigmoid(t: float, steepness: float = STEEPNESS) -> float:
+    """A logistic curve, shifted and stretched so that it begins at 0 and ends at 1.
+
+    Its slope in the middle is about ``steepness / 4``: the line for a very small one, a jump for a very large one.
+    """
+    if steepness < FLATTEST:
+        return t
 
     def logistic(x: float) -> float:
-        return 1.0 / (1.0 + math.exp(-x))
+        return 1.0 / (1.0 + math.exp(min(-x, STEEPEST_EXPONENT)))
 
-    low = logistic(-SIGMOID_STEEPNESS / 2.0)
-    high = logistic(SIGMOID_STEEPNESS / 2.0)
-    return (logistic(SIGMOID_STEEPNESS * (t - 0.5)) - low) / (high - low)
+    low = logistic(-steepness / 2.0)
+    high = logistic(steepness / 2.0)
+    return (logistic(steepness * (t - 0.5)) - low) / (high - low)
 
 
 CURVES: Mapping[str, Callable[[float], float]] = MappingProxyType(
-    {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+    {"linear": linear, "cosine": cosine, SIGMOID: sigmoid}
 )
 
 
@@ -48,16 +58,21 @@ class AlphaSchedule(PlainState):
     """Alpha from ``start`` to ``target`` in ``steps`` steps along ``curve``.
 
     ``schedule(step)`` is exactly ``start`` at step 0 and exactly ``target`` from ``steps`` on; 0 steps is
-    a jump. Monotone in between.
+    a jump. Monotone in between. ``steepness`` is that of the sigmoid, the only curve that has one.
 
     Raises:
-        ConfigurationError: unknown curve, steps below 0, start or target outside [0, 1].
+        ConfigurationError: unknown curve, steps below 0, start or target outside [0, 1], a steepness that is not
+            finite and above 0, or one other than the default for another curve, which would not follow it.
     """
 
     target: float = 1.0
     start: float = 0.0
     steps: int = 200
     curve: str = "cosine"
+    steepness: float = STEEPNESS
+
+    # A release without the field had this one sigmoid.
+    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({"steepness": STEEPNESS})
 
     def __post_init__(self) -> None:
         if not isinstance(self.curve, str) or self.curve not in CURVES:
@@ -66,6 +81,12 @@ class AlphaSchedule(PlainState):
             raise ConfigurationError(f"steps must be a whole number of at least 0, got {self.steps!r}")
         for name in ("start", "target"):
             _require_share(name, getattr(self, name))
+        if not _is_number(self.steepness) or not 0.0 < self.steepness <= sys.float_info.max:
+            raise ConfigurationError(f"steepness must be a finite number above 0, got {self.steepness!r}")
+        if self.curve != SIGMOID and self.steepness != STEEPNESS:
+            raise ConfigurationError(
+                f"curve {self.curve!r} has no steepness, got {self.steepness!r}; curve={SIGMOID!r} has one"
+            )
 
     def __call__(self, step: int) -> float:
         """Alpha after ``step`` steps.
@@ -79,7 +100,9 @@ class AlphaSchedule(PlainState):
             return self.target
         if step == 0:
             return self.start
-        alpha = self.start + (self.target - self.start) * CURVES[self.curve](step / self.steps)
+        t = step / self.steps
+        share = sigmoid(t, self.steepness) if self.curve == SIGMOID else CURVES[self.curve](t)
+        alpha = self.start + (self.target - self.start) * share
         # The last bit of a curve may step over an end; alpha never leaves the interval it moves in.
         low, high = sorted((self.start, self.target))
         return min(max(alpha, low), high)
@@ -129,6 +152,11 @@ class AlphaController:
         return self._path.curve
 
     @property
+    def steepness(self) -> float:
+        """How steep, if that is a sigmoid."""
+        return self._path.steepness
+
+    @property
     def steps_total(self) -> int:
         """In how many steps."""
         return self._path.steps
@@ -140,19 +168,18 @@ class AlphaController:
             return HOLD
         return UP if self.target > self.start else DOWN
 
-    def retarget(self, target: float, steps: int, curve: str = "cosine") -> None:
+    def retarget(self, target: float, steps: int, curve: str = "cosine", steepness: float = STEEPNESS) -> None:
         """Set out for ``target`` from where alpha is, in ``steps`` steps along ``curve``; 0 steps is a jump.
 
         Raises:
-            ConfigurationError: it is still on its way, a target outside [0, 1] or NaN, steps below 0, an
-                unknown curve; nothing has changed.
+            ConfigurationError: it is still on its way, or a value that ``AlphaSchedule`` refuses; nothing has changed.
         """
         if self.mode != HOLD:
             raise ConfigurationError(
                 f"alpha is on its way {self.mode} to {self.target:.3g}, {self.steps_done} of {self.steps_total} steps; "
                 "wait until it holds, or halt() it where it is"
             )
-        path = AlphaSchedule(start=self.alpha, target=target, steps=steps, curve=curve)
+        path = AlphaSchedule(start=self.alpha, target=target, steps=steps, curve=curve, steepness=steepness)
         self._path = _standing(target) if target == self.alpha else path
         self.steps_done = 0
 

@@ -57,7 +57,9 @@ class PlainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Ints, floats, bools, strings, None, lists and dicts, with the version of the format."""
-        return {"version": self.VERSION, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"version": self.VERSION, **plain}
 
     @classmethod
     def from_state_dict(cls, state: object) -> Any:

@@ -18,8 +18,7 @@ from ..core.evidence import SeedEvidence
 from ..core.gates import QualityGates
 from ..core.harm import FADE
 from ..core.lifecycle import RESTING, Stage
-from ..core.probe import BlendProbe
-from ..core.schedules import AlphaSchedule
+from ..core.schedules import STEEPNESS, AlphaSchedule
 from ..core.thresholds import GateThresholds
 from ..core.verdict import STRICT, Gate, Verdict
 from ..gradients.clipping import Limit
@@ -32,14 +31,15 @@ from .blending import ADD
 from .isolation import Isolation
 from .judging import Judge, trainable
 from .life import Life, Position
-from .moving import MOVING_GATES, Mover, check_epochs, check_loss, check_moving_gates, check_on_harm
-from .probing import PROBE_AT, Evaluate, probe
+from .moving import MOVING_GATES, Mover, check_loss, check_moving_gates, check_on_harm, check_rests
+from .prober import Prober
+from .probing import Evaluate
 from .slot import SeedSlot
 from .trying import normal_tensors, seed_module
 from .wiring import Wiring, slots_of, unwrap
 
 
-class GrowthController:
+class GrowthController(Prober):
     """Grows a model while it trains: ``germinate``, then ``measure`` per step and ``end_epoch`` per epoch.
 
     Args:
@@ -53,6 +53,7 @@ class GrowthController:
         schedulers: learning-rate schedulers of the optimizer; they must learn of every new group. Wrappers are looked
             through; see ``add_scheduler`` for one that is made later.
         total_epochs: length of the whole training, for thresholds that depend on its progress.
+        total_steps: the same in optimizer steps, for a training that ends by them; one of both.
         auto_advance: gates that move a seed by themselves in ``end_epoch`` (G1 in ``germinate``); the others only
             report, and ``advance`` moves.
         pruned_epochs: epochs that a slot rests in PRUNED after a prune, at least 1.
@@ -65,14 +66,14 @@ class GrowthController:
         evaluate: validation loss of a model, see ``probing.probe``. G2 asks what blending would do to it, four passes
             over the data, when nothing else stands against the seed; then every epoch asks what the seed in its place
             does to it, two passes.
-        on_harm: what is done about a seed that is felt and harms, see ``core.harm``: "fade" fades it out, frozen, and
-            prunes it; "halt" stops alpha where it is; "report" tells of it.
+        on_harm: about a seed that is felt and harms, see ``core.harm``: "fade" fades it out, frozen, and prunes it,
+            "halt" stops alpha where it is, "report" tells of it.
         sinks: take every event; a log at level INFO unless told.
 
     Raises:
         WiringError: the model has no slot, an optimizer that cannot be watched, a scheduler of another optimizer.
-        ConfigurationError: an impossible number of epochs, a gate that does not move a seed, no optimizer, or an
-            unknown ``on_harm``.
+        ConfigurationError: an impossible number of epochs or steps, both totals, a gate that moves no seed, an unknown
+            ``on_harm``, or no optimizer.
     """
 
     VERSION = checkpoint.VERSION
@@ -87,6 +88,7 @@ class GrowthController:
         schedule: AlphaSchedule | None = None,
         schedulers: Sequence[Any] = (),
         total_epochs: int | None = None,
+        total_steps: int | None = None,
         auto_advance: Iterable[Gate] = MOVING_GATES,
         pruned_epochs: int = 1,
         embargoed_epochs: int = 1,
@@ -102,22 +104,20 @@ class GrowthController:
         model = unwrap(model)
         self.slots: Mapping[str, SeedSlot] = slots_of(model)
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
-        check_epochs(total_epochs, self.rests)
+        check_rests(self.rests)
+        position = Position(total_epochs=total_epochs, total_steps=total_steps)
         self.auto_advance = check_moving_gates(auto_advance)
         self.on_harm = check_on_harm(on_harm)
-        self.model = model
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
-        self.total_epochs = total_epochs
-        self.evaluate = evaluate
-        self._wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag)
+        wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag)
+        super().__init__(wiring, position, evaluate)
         self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
         self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
-        self._position = Position()
         self.monitor.at_each_step(self._position.take_step)
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
-        self._judge = Judge(self.gates, self._position, total_epochs, self._probe_if_known, self.monitor.tensors)
+        self._judge = Judge(self.gates, self._position, self.probe_if_known, self.monitor.tensors)
 
     @property
     def epoch(self) -> int:
@@ -128,6 +128,11 @@ class GrowthController:
     def step(self) -> int:
         """Optimizer steps before which ``measure`` was called."""
         return self._position.step
+
+    @property
+    def progress(self) -> float | None:
+        """Share of ``total_epochs`` or ``total_steps`` that is done, at most 1; None when neither was told."""
+        return self._position.progress
 
     @normal_tensors()
     def germinate(
@@ -222,13 +227,11 @@ class GrowthController:
 
         Args:
             accuracy: validation accuracy as a share in [0, 1].
-            loss: validation loss. G3 and G5 ask whether it was kept where no accuracy is told; without either they need
-                ``evaluate``.
+            loss: validation loss, which G3 and G5 ask for where no accuracy is told; without either: ``evaluate``.
             strict: raise when a living seed was never measured, instead of only refusing it.
 
         Returns:
-            One verdict per living seed, in the order of germination, except for seeds on their way out and those that
-            were sent there now, because they harm. Those
+            One verdict per living seed, in the order of germination, except for seeds on their way out. Those
             that passed have moved, where ``auto_advance`` has the gate.
 
         Raises:
@@ -241,18 +244,15 @@ class GrowthController:
         loss = check_loss(loss)
         evidence = self.monitor.read(strict=strict) if self._lives else {}
         self._position.end_epoch(accuracy, loss)
-        self._mover.emit("epoch", None, accuracy=accuracy, loss=loss)
+        self._mover.emit("epoch", None, accuracy=accuracy, loss=loss, progress=self.progress)
         verdicts = []
         resting = [name for name, slot in self.slots.items() if slot.stage in RESTING]
         for name, life in list(self._lives.items()):
             self._mover.end_epoch(life, evidence[name], loss)
             if life.pruning is not None:
                 continue
-            harm = self._judge.watch(life) if life.slot.stage in (Stage.BLENDING, Stage.HOLDING) else None
-            if harm is not None:
-                self._mover.act_on(harm, life, self.on_harm)
-                if life.pruning is not None or life.name not in self._lives:
-                    continue
+            if (harm := self._judge.watch(life)) and self._mover.act_on(harm, life, self.on_harm):
+                continue
             verdict = self._verdict(life)
             verdicts.append(verdict)
             if verdict.passed and verdict.gate in self.auto_advance:
@@ -281,7 +281,13 @@ class GrowthController:
         return verdict
 
     def set_alpha_target(
-        self, slot: str, target: float, *, steps: int | None = None, curve: str | None = None
+        self,
+        slot: str,
+        target: float,
+        *,
+        steps: int | None = None,
+        curve: str | None = None,
+        steepness: float | None = None,
     ) -> None:
         """Send alpha of a blending or held seed to another target; a held seed goes back to BLENDING.
 
@@ -292,13 +298,15 @@ class GrowthController:
             target: in (0, 1].
             steps: optimizer steps it takes, 0 for a jump; those of the seed's schedule unless told.
             curve: "linear", "cosine" or "sigmoid"; the one of the seed's schedule unless told.
+            steepness: of a sigmoid; that of the seed's schedule, if it is one, unless told.
 
         Raises:
             ConfigurationError: no slot has this name, alpha is still on its way, or a value is impossible;
                 nothing has changed.
             WiringError: the slot has no seed in BLENDING or HOLDING.
         """
-        self._mover.retarget(self._mover.living(slot), target, steps, curve)
+        life = self._mover.living(slot)
+        self._mover.retarget(life, life.ramp(target, steps, curve, steepness))
 
     @normal_tensors()
     def prune(
@@ -309,6 +317,7 @@ class GrowthController:
         initiator: str = "script",
         steps: int = 0,
         curve: str = "cosine",
+        steepness: float = STEEPNESS,
     ) -> None:
         """Take a seed out: of its slot, of the monitor, and of the optimizer with its state.
 
@@ -322,39 +331,18 @@ class GrowthController:
             initiator: who wanted it.
             steps: optimizer steps of the fade; 0 takes it out at once, as does an alpha of 0.
             curve: of the fade.
+            steepness: of the fade, if its curve is "sigmoid".
 
         Raises:
-            ConfigurationError: no slot has this name, steps below 0, an unknown curve.
+            ConfigurationError: no slot has this name, or what ``AlphaSchedule`` refuses.
             WiringError: the slot has no living seed (a fossil stays), or this asks for a fade a second time.
         """
         life = self._mover.living(slot)
-        AlphaSchedule(steps=steps, curve=curve)
+        ramp = AlphaSchedule(target=0.0, steps=steps, curve=curve, steepness=steepness)
         if steps == 0 or life.slot.alpha_value == 0.0:
             self._mover.remove(life, reason, initiator)
         else:
-            self._mover.fade(life, reason, initiator, steps, curve)
-
-    def probe(
-        self, slot: str, evaluate: Evaluate | None = None, alphas: Sequence[float] | None = None
-    ) -> BlendProbe:
-        """The validation loss with the seed of ``slot`` blended in at several alphas; changes nothing.
-
-        Args:
-            slot: the slot's path in the model.
-            evaluate: see ``probing.probe``; the controller's unless told.
-            alphas: 0.1, 0.5 and 1 times the target of the seed's schedule unless told.
-
-        Raises:
-            ConfigurationError: no slot has this name, it is empty, an alpha outside (0, 1], or no ``evaluate``.
-        """
-        evaluate = evaluate or self.evaluate
-        if evaluate is None:
-            raise ConfigurationError("no validation function: GrowthController(..., evaluate=...) or probe(slot, f)")
-        self._wiring.slot(slot)
-        if alphas is None:
-            target = self._lives[slot].schedule.target if slot in self._lives else 1.0
-            alphas = [share * target for share in PROBE_AT]
-        return probe(self.model, slot, evaluate, alphas)
+            self._mover.fade(life, reason, initiator, ramp)
 
     def evidence(self) -> dict[str, SeedEvidence]:
         """What the monitor says of every living seed now; copies to the host once."""
@@ -393,9 +381,6 @@ class GrowthController:
     @property
     def _lives(self) -> dict[str, Life]:
         return self._position.lives
-
-    def _probe_if_known(self, slot: str, alphas: Sequence[float] | None) -> BlendProbe | None:
-        return None if self.evaluate is None else self.probe(slot, alphas=alphas)
 
     def _verdict(self, life: Life, *, now: bool = False) -> Verdict:
         verdict = self._judge.verdict(life, now=now)

@@ -75,8 +75,8 @@ def towards(gradient: Tensor, host: Tensor, difference: Tensor, isolation: Isola
 
     - ``StraightThrough``: g, the very tensor.
     - ``TrustRegion``, "elementwise": ``m = (g r + |g| d) / (r + |d|)`` in every element, with the ``radius`` r of its
-      sample. m = 0 at d = -r sign(g), and where g = 0; m = g where d has the sign of g, and everywhere when r is 0: then
-      there is no scale to hold the seed to. |m| <= |g|, after rounding too.
+      sample. m = 0 at d = -r sign(g), and where g = 0; m = g where d has the sign of g, and everywhere when r is 0:
+      then there is no scale to hold the seed to. |m| <= |g|, after rounding too.
     - ``TrustRegion``, "norm": ``g + lambda d``, ``lambda = |g| / (rho |h|)`` once per call, 0 when h is all zero.
 
     What is not finite in g or d stays visible. A rule and no derivative: in a second differentiation it is a constant.
@@ -122,11 +122,13 @@ def radius(host: Tensor, rho: float) -> Tensor:
     """
     wide = torch.promote_types(host.dtype, torch.float32)
     if host.dim() < 2 or not host.numel():
-        return torch.linalg.vector_norm(host, dtype=wide) * (rho / max(host.numel(), 1) ** 0.5)
+        whole: Tensor = torch.linalg.vector_norm(host, dtype=wide) * (rho / max(host.numel(), 1) ** 0.5)
+        return whole
     norms = torch.linalg.vector_norm(host, dim=tuple(range(1, host.dim())), keepdim=True, dtype=wide)
-    norms = norms * (rho / host[0].numel() ** 0.5)
+    radii: Tensor = norms * (rho / host[0].numel() ** 0.5)
     # A sample on which the features are all zero has no scale of its own, and is held to that of the others.
-    return torch.where(norms > 0, norms, torch.linalg.vector_norm(norms) / len(host) ** 0.5)
+    shared: Tensor = torch.linalg.vector_norm(radii) / len(host) ** 0.5
+    return torch.where(radii > 0, radii, shared)
 
 
 class _Behind(Function):

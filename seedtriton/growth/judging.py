@@ -12,6 +12,7 @@ from ..core.gates import QualityGates
 from ..core.harm import Watch
 from ..core.lifecycle import FORWARD, Stage
 from ..core.probe import BlendProbe
+from ..core.questions import ACCURACY_LOST, LOSS_RISEN, performance_kept
 from ..core.schedules import HOLD
 from ..core.tensors import NAMING, TensorReading
 from ..core.verdict import SeedStatus, Verdict
@@ -28,7 +29,6 @@ class Judge:
     Args:
         gates: who judges.
         position: where the training is.
-        total_epochs: see ``GrowthController``.
         probe: ``probe(name, alphas)`` at some alphas, None for those before a blend; returns None where nobody knows
             the validation loss.
         tensors: ``tensors(name)``, the readings of the host and the seed, for refusals to name.
@@ -38,16 +38,15 @@ class Judge:
         self,
         gates: QualityGates,
         position: Position,
-        total_epochs: int | None,
         probe: Callable[[str, Sequence[float] | None], BlendProbe | None],
         tensors: Callable[[str], Sequence[TensorReading]],
     ) -> None:
-        self._gates, self._position, self._total_epochs = gates, position, total_epochs
+        self._gates, self._position = gates, position
         self._probe, self._tensors = probe, tensors
 
     def status_of(self, name: str, slot: SeedSlot, life: Life | None, parameters: int | None = None) -> SeedStatus:
         """Everything that the gates may ask about a slot; ``parameters`` are those of the seed in it unless told."""
-        position, total = self._position, self._total_epochs
+        position = self._position
         return SeedStatus(
             seed=name,
             stage=slot.stage,
@@ -63,20 +62,24 @@ class Judge:
             alpha=slot.alpha_value,
             alpha_target=life.alpha.target if life else 1.0,
             alpha_holds=life is None or life.alpha.mode == HOLD,
-            progress=None if total is None else min(1.0, position.epoch / total),
+            progress=position.progress,
         )
 
     def watch(self, life: Life) -> str | None:
-        """One look at a seed that is felt, at the end of an epoch: the harm that it does, in words, or None.
+        """One look at a seed, at the end of an epoch: the harm that it does, in words, or None; also if it is not felt.
 
         Probes the validation loss at the present alpha, which ``verdict`` then knows.
         """
+        if life.slot.stage not in (Stage.BLENDING, Stage.HOLDING):
+            return None
         if self._gates.asks_probe(FORWARD[life.slot.stage]):
             life.probe = self._at_present(life)
         if life.evidence is None:
             return None
-        life.watch = life.watch.look(life.evidence, life.probe, self._gates.thresholds)
-        return life.watch.harm(self._gates.thresholds)
+        limits = self._gates.thresholds
+        kept = performance_kept(self.status_of(life.name, life.slot, life), limits)
+        life.watch = life.watch.look(life.evidence, life.probe, limits, lost=kept.name in (ACCURACY_LOST, LOSS_RISEN))
+        return life.watch.harm(limits)
 
     def verdict(self, life: Life, *, now: bool = False) -> Verdict:
         """The verdict on a living seed.

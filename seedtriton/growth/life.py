@@ -14,7 +14,7 @@ from ..core.evidence import SeedEvidence
 from ..core.harm import Watch
 from ..core.lifecycle import Stage
 from ..core.probe import BlendProbe
-from ..core.schedules import HOLD, AlphaController, AlphaSchedule
+from ..core.schedules import HOLD, STEEPNESS, AlphaController, AlphaSchedule
 from ..core.series import root_mean
 from ..core.state import check_state
 from .slot import SeedSlot
@@ -62,8 +62,7 @@ class Life:
             self.blending_accuracy, self.blending_loss = position.accuracy, position.loss
             self.usual_change = usual_change(position.losses)
             self.alpha = AlphaController(self.schedule.start)
-            self.alpha.retarget(self.schedule.target, self.schedule.steps, self.schedule.curve)
-            self.slot.set_alpha(self.alpha.alpha)
+            self.retarget(self.schedule)
 
     @property
     def bearable(self) -> bool:
@@ -79,7 +78,9 @@ class Life:
             return 0.0
         return rise / self.usual_change if self.usual_change else math.inf
 
-    def ramp(self, target: float, steps: int | None, curve: str | None) -> AlphaSchedule:
+    def ramp(
+        self, target: float, steps: int | None, curve: str | None, steepness: float | None
+    ) -> AlphaSchedule:
         """The way to another target that the script asks for; what it does not tell is that of the first ramp.
 
         Raises:
@@ -92,11 +93,13 @@ class Life:
             raise ConfigurationError(f"target must lie in (0, 1], got {target!r}; prune() ends a seed")
         steps = self.schedule.steps if steps is None else steps
         curve = self.schedule.curve if curve is None else curve
-        return AlphaSchedule(target=target, steps=steps, curve=curve)
+        if steepness is None:  # that of another curve is none of this one's
+            steepness = self.schedule.steepness if curve == self.schedule.curve else STEEPNESS
+        return AlphaSchedule(target=target, steps=steps, curve=curve, steepness=steepness)
 
     def retarget(self, ramp: AlphaSchedule) -> None:
-        """Send alpha to the target of ``ramp``; ConfigurationError when it is still on its way."""
-        self.alpha.retarget(ramp.target, ramp.steps, ramp.curve)
+        """Send alpha to the target of ``ramp`` from where it is; ConfigurationError when it is still on its way."""
+        self.alpha.retarget(ramp.target, ramp.steps, ramp.curve, ramp.steepness)
         self.slot.set_alpha(self.alpha.alpha)
 
     def keep(self) -> None:
@@ -106,8 +109,8 @@ class Life:
         self.alpha.halt()
         self.slot.thaw()
 
-    def fade(self, reason: str, initiator: str, steps: int, curve: str) -> None:
-        """Send alpha down to the end, wherever it was going.
+    def fade(self, reason: str, initiator: str, ramp: AlphaSchedule) -> None:
+        """Send alpha down to the end along ``ramp``, wherever it was going.
 
         Raises:
             WiringError: it is on its way there; nothing has changed.
@@ -116,7 +119,7 @@ class Life:
             raise WiringError(f"the seed in {self.name!r} is already being faded out; steps=0 takes it out at once")
         self.pruning = (reason, initiator)
         self.alpha.halt()
-        self.alpha.retarget(0.0, steps, curve)
+        self.alpha.retarget(ramp.target, ramp.steps, ramp.curve, ramp.steepness)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values. The slot saves its own state, and the evidence is the monitor's."""
@@ -165,7 +168,11 @@ class Life:
 
 @dataclass
 class Position:
-    """Where a training is: what the controller counts, and the life of every living seed."""
+    """Where a training is: what the controller counts, how long it will be, and the life of every living seed.
+
+    Raises:
+        ConfigurationError: a total that is no whole number of at least 1, or both of them.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -173,6 +180,24 @@ class Position:
     loss: float | None = None  # of the last epoch
     losses: list[float] = field(default_factory=list)  # of the last epochs in which it was told, oldest first
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
+    total_epochs: int | None = None
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("total_epochs", "total_steps"):
+            require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
+        if self.total_epochs is not None and self.total_steps is not None:
+            raise ConfigurationError(
+                f"total_epochs={self.total_epochs} and total_steps={self.total_steps} would be two measures of one "
+                "progress: give the one that the training ends by"
+            )
+
+    @property
+    def progress(self) -> float | None:
+        """Share of the training that is done, at most 1; None when nobody said how long it is."""
+        if self.total_steps is not None:
+            return min(1.0, self.step / self.total_steps)
+        return None if self.total_epochs is None else min(1.0, self.epoch / self.total_epochs)
 
     def end_epoch(self, accuracy: float | None, loss: float | None) -> None:
         """Count an epoch, with how the model does in it."""
@@ -193,3 +218,9 @@ def usual_change(losses: Sequence[float]) -> float | None:
     """Root of the mean square of the changes from each of these losses to the next; None for fewer than two of them."""
     changes = [after - before for before, after in itertools.pairwise(losses)]
     return root_mean([change * change for change in changes]) if len(changes) > 1 else None
+
+
+def require_count(name: str, count: object) -> None:
+    """ConfigurationError for a number of epochs or steps that is none."""
+    if type(count) is not int or count < 1:
+        raise ConfigurationError(f"{name} must be a whole number of at least 1, got {count!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,11 +11,11 @@ from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import SeedEvidence
 from ..core.harm import FADE, HALT, ON_HARM
 from ..core.lifecycle import FORWARD, RESTING, Stage
-from ..core.schedules import HOLD
+from ..core.schedules import HOLD, AlphaSchedule
 from ..core.verdict import Gate, Verdict
 from ..report.events import evidence_fields, gate_fields
 from ..report.sinks import Telemetry
-from .life import Life, Position
+from .life import Life, Position, require_count
 from .slot import SeedSlot
 from .wiring import Wiring
 
@@ -86,9 +87,8 @@ class Mover:
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
         self._wiring.monitor.remove_seed(life.name)
 
-    def retarget(self, life: Life, target: float, steps: int | None, curve: str | None) -> None:
-        """Send alpha elsewhere, and keep the seed if it was on its way out; errors are ``Life.ramp``'s."""
-        ramp = life.ramp(target, steps, curve)
+    def retarget(self, life: Life, ramp: AlphaSchedule) -> None:
+        """Send alpha elsewhere, and keep the seed if it was on its way out."""
         if life.pruning is not None:
             life.keep()
             self._wiring.monitor.accept()
@@ -96,30 +96,35 @@ class Mover:
             self.emit("prune_cancelled", life.name)
         life.retarget(ramp)
         now = life.alpha
-        self.emit("alpha_target", life.name, target=now.target, steps=now.steps_total, curve=now.curve)
+        how = {"steps": now.steps_total, "curve": now.curve, "steepness": now.steepness}
+        self.emit("alpha_target", life.name, target=now.target, **how)
         if life.slot.stage is Stage.HOLDING:
-            self.move(life, Stage.BLENDING, f"alpha target {target:.3g}", "script")
+            self.move(life, Stage.BLENDING, f"alpha target {ramp.target:.3g}", "script")
 
-    def fade(self, life: Life, reason: str, initiator: str, steps: int, curve: str) -> None:
+    def fade(self, life: Life, reason: str, initiator: str, ramp: AlphaSchedule) -> None:
         """Send alpha to 0 with the seed frozen; it is taken out at the end of the epoch in which it arrives."""
-        life.fade(reason, initiator, steps, curve)
-        self.emit("prune_scheduled", life.name, reason=reason, initiator=initiator, steps=steps, curve=curve)
+        life.fade(reason, initiator, ramp)
+        how = {"steps": ramp.steps, "curve": ramp.curve, "steepness": ramp.steepness}
+        self.emit("prune_scheduled", life.name, reason=reason, initiator=initiator, **how)
         if life.slot.stage is Stage.HOLDING:
             self.move(life, Stage.BLENDING, reason, initiator)
         life.slot.freeze()
         self._wiring.monitor.accept()
 
-    def act_on(self, harm: str, life: Life, action: str) -> None:
-        """What ``GrowthController(on_harm=...)`` says is done about a seed that harms, and tell of it."""
+    def act_on(self, harm: str, life: Life, action: str) -> bool:
+        """What ``GrowthController(on_harm=...)`` says is done about a seed that harms; whether it is on its way out."""
         self.emit("harm", life.name, reason=harm, action=action, alpha=life.slot.alpha_value)
         if action == HALT:
             life.alpha.halt()
-        elif action == FADE and (life.slot.alpha_value == 0.0 or not life.bearable):
-            self.remove(life, harm, "watch")
         elif action == FADE:
-            # Quicker than it came, in two epochs at most: each further one costs the host.
+            # In two epochs at most, however slowly it came: each further one costs the host.
             steps = min(life.schedule.steps, 2 * self._position.step // max(1, self._position.epoch))
-            self.fade(life, harm, "watch", steps, life.schedule.curve)
+            if steps and life.bearable and life.slot.alpha_value > 0.0:
+                ramp = dataclasses.replace(life.schedule, start=0.0, target=0.0, steps=steps)
+                self.fade(life, harm, "watch", ramp)
+            else:
+                self.remove(life, harm, "watch")
+        return action == FADE
 
     def end_epoch(self, life: Life, evidence: SeedEvidence, loss: float | None) -> None:
         """Count an epoch of a seed's life, with the evidence that was found in it; take out one that has faded."""
@@ -164,13 +169,10 @@ class Mover:
         self.emit("stage", name, source=str(source), target=target, reason=reason, initiator=initiator)
 
 
-def check_epochs(total: int | None, rests: Mapping[Stage, int]) -> None:
-    """ConfigurationError for a number of epochs, in all or in a stage of the rest, that is none."""
-    counts = {"total_epochs": 1 if total is None else total}
-    counts |= {f"{str(stage).lower()}_epochs": rest for stage, rest in rests.items()}
-    for name, count in counts.items():
-        if type(count) is not int or count < 1:
-            raise ConfigurationError(f"{name} must be a whole number of at least 1, got {count!r}")
+def check_rests(rests: Mapping[Stage, int]) -> None:
+    """ConfigurationError for a number of epochs in a stage of the rest that is none."""
+    for stage, rest in rests.items():
+        require_count(f"{str(stage).lower()}_epochs", rest)
 
 
 def check_moving_gates(gates: Iterable[Gate]) -> frozenset[Gate]:

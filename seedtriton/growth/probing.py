@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError
+from ..core.pairs import PairProbe
 from ..core.probe import BlendProbe
 from .slot import SeedSlot
 
@@ -55,23 +56,76 @@ def probe(
     Raises:
         ConfigurationError: an alpha outside (0, 1], no alpha, or losses that are none of the three.
     """
+    _check_alphas(alphas)
+    found = _losses_at(model, [slot], [(alpha,) for alpha in (0.0, *alphas)], evaluate)
+    return _compare(slot, tuple(alphas), found)
+
+
+def probe_pair(
+    model: nn.Module, slots: tuple[str, str], evaluate: Evaluate, alphas: tuple[float, float]
+) -> PairProbe:
+    """The validation loss with neither seed, each alone, and both; every other slot stays as it is.
+
+    Args:
+        model: contains the slots; not changed.
+        slots: paths of two slots in the model, each with a seed, whatever its stage.
+        evaluate: as for ``probe``; called four times.
+        alphas: the blend factor of each seed where it is blended in, in (0, 1].
+
+    Raises:
+        ConfigurationError: what ``probe`` refuses, or the same slot twice.
+    """
+    if slots[0] == slots[1]:
+        raise ConfigurationError(f"a pair is two different slots, got {slots[0]!r} twice; probe one seed by its name")
+    _check_alphas(alphas)
+    one, two = alphas
+    found = _losses_at(model, slots, [(0.0, 0.0), (one, 0.0), (0.0, two), (one, two)], evaluate)
+    apart = _compare(slots[0], (one, two, max(alphas)), found)
+    # Against what both alone add up to, sample by sample: what all four losses share is in no error of it.
+    neither, first, second, both = found
+    sum_of_both = first[0] + second[0] - neither[0]
+    beyond = _compare(slots[0], (max(alphas),), [(sum_of_both, neither[1]), both])
+    return PairProbe(
+        seeds=slots,
+        alphas=alphas,
+        loss=apart.loss,
+        alone=(apart.changes[0], apart.changes[1]),
+        together=apart.changes[2],
+        interaction=beyond.changes[0],
+        alone_errors=None if apart.errors is None else (apart.errors[0], apart.errors[1]),
+        together_error=None if apart.errors is None else apart.errors[2],
+        interaction_error=None if beyond.errors is None else beyond.errors[0],
+    )
+
+
+def _check_alphas(alphas: Sequence[float]) -> None:
     if not alphas or not all(0.0 < alpha <= 1.0 for alpha in alphas):
         raise ConfigurationError(f"alphas to probe must lie in (0, 1], got {tuple(alphas)}")
+
+
+def _losses_at(
+    model: nn.Module, slots: Sequence[str], tried: Sequence[Sequence[float]], evaluate: Evaluate
+) -> list[tuple[Tensor, Tensor]]:
+    """Losses and counts of a twin of the model for each row of ``tried``, the alphas of these slots."""
     twin = twin_of(model)
-    place = twin.get_submodule(slot)
-    if not isinstance(place, SeedSlot) or place.alpha is None:
-        raise ConfigurationError(f"{slot!r} is no slot with a seed: germinate one first")
+    places = []
+    for slot in slots:
+        place = twin.get_submodule(slot)
+        if not isinstance(place, SeedSlot) or place.alpha is None:
+            raise ConfigurationError(f"{slot!r} is no slot with a seed: germinate one first")
+        places.append(place)
     devices = {tensor.device for tensor in (*twin.parameters(), *twin.buffers())}
     accelerators = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
     kind = accelerators[0].type if accelerators else "cuda"
     found = []
-    for alpha in (0.0, *alphas):
-        place.blend_at(alpha)
-        # Forked for each alpha: an evaluation that draws sees the same numbers every time.
+    for alphas in tried:
+        for place, alpha in zip(places, alphas):
+            place.blend_at(alpha)
+        # Forked for each row: an evaluation that draws sees the same numbers every time.
         with torch.no_grad(), torch.random.fork_rng(devices=accelerators, device_type=kind):
             twin.eval()
             found.append(_losses(evaluate(twin)))
-    return _compare(slot, tuple(alphas), found)
+    return found
 
 
 def twin_of(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -20,12 +21,22 @@ def test_there_are_three_curves():
     assert dict(CURVES) == {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
 
 
+LARGEST = sys.float_info.max
+# Every steepness is legal: a line, a jump, and what lies next to a change of formula.
+steepnesses = st.one_of(st.floats(min_value=5e-324, max_value=LARGEST), st.floats(1e-5, 1e4))
+
+
 @settings(deadline=None, max_examples=150)
-@given(curve=curves, steps=st.integers(0, 500), start=shares, target=shares)
-@example(curve="sigmoid", steps=3, start=1.0, target=0.0)
-@example(curve="cosine", steps=500, start=0.1, target=0.3)
-def test_a_curve_is_exact_at_both_ends_monotone_and_stays_between_them(curve, steps, start, target):
-    schedule = AlphaSchedule(target=target, start=start, steps=steps, curve=curve)
+@given(curve=curves, steps=st.integers(0, 500), start=shares, target=shares, steepness=steepnesses)
+@example(curve="sigmoid", steps=3, start=1.0, target=0.0, steepness=12.0)
+@example(curve="cosine", steps=500, start=0.1, target=0.3, steepness=12.0)
+@example(curve="sigmoid", steps=500, start=0.1, target=0.3, steepness=LARGEST)
+@example(curve="sigmoid", steps=500, start=0.1, target=0.3, steepness=5e-324)
+@example(curve="sigmoid", steps=500, start=0.0, target=1.0, steepness=1e-4)
+@example(curve="sigmoid", steps=2, start=0.0, target=1.0, steepness=1420.0)
+def test_a_curve_is_exact_at_both_ends_monotone_and_stays_between_them(curve, steps, start, target, steepness):
+    steepness = steepness if curve == "sigmoid" else 12.0
+    schedule = AlphaSchedule(target=target, start=start, steps=steps, curve=curve, steepness=steepness)
     values = [schedule(step) for step in range(steps + 1)]
     assert values[-1] == schedule(steps + 1) == schedule(10**9) == target
     if steps:
@@ -68,6 +79,37 @@ def test_values_on_the_curves():
     assert AlphaSchedule(start=0.8, target=0.4, steps=4, curve="linear")(1) == pytest.approx(0.7)
 
 
+def logistic_of_0_1(t):
+    low, high = 1 / (1 + math.exp(6.0)), 1 / (1 + math.exp(-6.0))
+    return (1 / (1 + math.exp(-(12.0 * (t - 0.5)))) - low) / (high - low)
+
+
+def test_the_sigmoid_without_a_told_steepness_is_the_one_it_was_bit_for_bit():
+    for told in ({}, {"steepness": 12}):
+        schedule = AlphaSchedule(steps=997, curve="sigmoid", **told)
+        assert [schedule(step) for step in range(1, 997)] == [logistic_of_0_1(step / 997) for step in range(1, 997)]
+
+
+def test_a_steeper_sigmoid_is_steeper_and_a_flat_one_is_the_line():
+    quarter = [AlphaSchedule(steps=4, curve="sigmoid", steepness=k)(1) for k in (1e-300, 1e-3, 4.0, 12.0, 100.0, 1e300)]
+    assert quarter == sorted(quarter, reverse=True)
+    low = 1 / (1 + math.exp(2))
+    assert quarter[2] == pytest.approx((1 / (1 + math.exp(1)) - low) / (1 - 2 * low), rel=1e-12)
+    assert quarter[0] == 0.25
+    assert quarter[-1] == 0.0
+    assert AlphaSchedule(steps=4, curve="sigmoid", steepness=1e300)(2) == 0.5
+    # At the place where one formula follows the other.
+    below, above = (sigmoid(0.3, k) for k in (math.nextafter(1e-4, 0), 1e-4))
+    assert below == pytest.approx(above, abs=1e-9)
+
+
+@pytest.mark.parametrize("curve", ["linear", "cosine"])
+def test_a_steepness_that_a_curve_would_not_follow_is_refused_with_the_way_out(curve):
+    with pytest.raises(ConfigurationError, match=rf"curve '{curve}' has no steepness, got 20.*curve='sigmoid'"):
+        AlphaSchedule(curve=curve, steepness=20)
+    assert AlphaSchedule(curve=curve, steepness=12.0) == AlphaSchedule(curve=curve)
+
+
 def test_a_negative_step_is_refused():
     with pytest.raises(ConfigurationError, match=r"step.*-1"):
         AlphaSchedule()(-1)
@@ -91,11 +133,12 @@ def test_a_negative_step_is_refused():
         ("target", 1.1),
         ("target", -math.inf),
         ("target", None),
+        *(("steepness", value) for value in (0.0, -1.0, math.nan, math.inf, 10**400, "12", None, True)),
     ],
 )
 def test_a_bad_argument_of_a_curve_is_refused_by_name_and_value(name, value):
     with pytest.raises(ConfigurationError) as caught:
-        AlphaSchedule(**{name: value})
+        AlphaSchedule(**{"curve": "sigmoid", name: value})
     assert name in str(caught.value)
     assert repr(value) in str(caught.value)
 
@@ -219,8 +262,10 @@ def test_the_controller_refuses_impossible_paths(steps, curve):
 
 def test_a_restored_controller_goes_on_where_it_was():
     alpha = AlphaController()
-    alpha.retarget(0.8, 5, "sigmoid")
+    alpha.retarget(0.8, 5, "sigmoid", 3.0)
     alpha.step()
+    assert alpha.alpha == AlphaSchedule(target=0.8, steps=5, curve="sigmoid", steepness=3.0)(1)
+    assert alpha.steepness == 3.0
     restored = AlphaController.from_state_dict(json.loads(json.dumps(alpha.state_dict())))
     assert [restored.step() for _ in range(6)] == [alpha.step() for _ in range(6)]
     assert restored.mode == "HOLD"

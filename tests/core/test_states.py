@@ -45,7 +45,7 @@ OBJECTS = {
     "check_not_asked": Check("shape", "shape_untried", None),
     "evidence": some_evidence(),
     "evidence_empty": SeedEvidence(seed="s"),
-    "alpha": AlphaSchedule(target=0.7, start=0.1, steps=30, curve="sigmoid"),
+    "alpha": AlphaSchedule(target=0.7, start=0.1, steps=30, curve="sigmoid", steepness=3.5),
     "progress": PHASES,
     "gates": QualityGates(GateThresholds(min_gradient_ratio=PHASES), "permissive"),
 }
@@ -152,7 +152,13 @@ def test_thresholds_of_a_release_without_a_question_do_not_ask_it():
     assert not old.keys() & set(later)
     gates = {**QualityGates().state_dict(), "thresholds": old}
     assert QualityGates.from_state_dict(gates).thresholds == restored
-    assert GateThresholds.LATER == dict.fromkeys(later)
+    assert dict.fromkeys(later) == GateThresholds.LATER
+
+
+def test_a_curve_of_a_release_that_had_one_sigmoid_is_that_sigmoid():
+    old = AlphaSchedule(steps=30, curve="sigmoid").state_dict()
+    del old["steepness"]
+    assert AlphaSchedule.from_state_dict(through_json(old)) == AlphaSchedule(steps=30, curve="sigmoid", steepness=12.0)
 
 
 def test_missing_and_unknown_keys_are_told_together():

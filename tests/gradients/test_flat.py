@@ -488,6 +488,14 @@ def test_refresh_follows_the_parameters_and_keeps_the_gradients():
     assert inside(model.side.weight.grad, flat.buffer)
 
 
+def test_refreshing_leaves_one_hook_per_module_however_often():
+    model = Net()
+    flat = FlatGradients(model)
+    for _ in range(3):
+        flat.refresh()
+    assert [len(module._load_state_dict_post_hooks) for module in model.modules()] == [1] * len(list(model.modules()))
+
+
 def test_a_refused_refresh_changes_nothing():
     model = Net()
     flat = FlatGradients(model)

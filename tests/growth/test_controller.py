@@ -1,6 +1,7 @@
 """The whole street on real training: nothing here sets a metric by hand."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -110,6 +111,14 @@ def test_a_seed_that_reaches_into_the_host_is_refused():
     for verdicts in script.epochs(3):
         assert "isolation_violated" in {check.name for check in verdicts[0].failed}
     assert script.model.early.isolation_violations == 3 * ISOLATION_CHECKS
+
+
+def test_the_question_about_the_optimizer_says_how_often_it_has_stepped():
+    script = Script()
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    (verdict,) = script.epochs(2)[-1]
+    check = next(check for check in verdict.checks if check.question == "optimizer")
+    assert (check.name, check.reason) == ("seed_in_optimizer", "all parameters, 32 steps")
 
 
 def test_nan_batches_are_dropped_counted_and_refused_beyond_the_limit():
@@ -284,6 +293,15 @@ def test_an_unknown_group_setting_leaves_everything_as_it_was():
     script.growth.germinate("early", Residual(6), lr=1.0)
 
 
+def test_unknown_group_settings_are_named_in_order():
+    """All in one message, which is the same on every run: the names of a set come in another order in every process."""
+    script = Script()
+    settings = dict.fromkeys(("zeal", "warmth", "rate", "pace", "learning_rate", "drive"), 1.0)
+    with pytest.raises(ConfigurationError) as caught:
+        script.growth.germinate("early", Residual(6), **settings)
+    assert f"has no settings {sorted(settings)}; it has {sorted(script.optimizer.param_groups[0])}" in str(caught.value)
+
+
 def test_a_seed_that_the_monitor_refuses_leaves_slot_and_optimizer_as_they_were(monkeypatch):
     script = Script()
 
@@ -359,6 +377,55 @@ def test_alpha_moves_along_its_schedule_once_per_measured_step():
     assert slot.alpha_value == pytest.approx(schedule(16))
     script.epochs(2)
     assert slot.alpha_value == 0.5
+
+
+STEEP = AlphaSchedule(steps=40, curve="sigmoid", steepness=5.0)
+
+
+@pytest.mark.parametrize(
+    "controllers, seeds, expected", [(STEEP, None, STEEP), (None, STEEP, STEEP), (AlphaSchedule(), STEEP, STEEP)]
+)
+def test_the_first_ramp_is_as_steep_as_the_schedule_of_the_controller_or_of_the_seed_says(controllers, seeds, expected):
+    script = blending(Script(schedule=controllers), schedule=seeds)
+    slot = script.growth.slots["early"]
+    script.epoch()
+    assert slot.alpha_value == expected(16) != AlphaSchedule(steps=40, curve="sigmoid")(16)
+
+
+@pytest.mark.parametrize(
+    "told, curve, steepness",
+    [
+        ({}, "sigmoid", 5.0),
+        ({"curve": "sigmoid"}, "sigmoid", 5.0),
+        ({"steepness": 30.0}, "sigmoid", 30.0),
+        ({"curve": "linear"}, "linear", 12.0),
+    ],
+)
+def test_a_later_target_keeps_the_steepness_of_the_seeds_sigmoid_unless_told(told, curve, steepness):
+    thresholds = THRESHOLDS.without("max_accuracy_drop")
+    schedule = dataclasses.replace(STEEP, steps=8, target=0.5)
+    script = blending(Script(schedule=schedule, thresholds=thresholds))
+    script.epoch()
+    script.growth.set_alpha_target("early", 1.0, steps=20, **told)
+    script.epoch()
+    way = AlphaSchedule(start=0.5, target=1.0, steps=20, curve=curve, steepness=steepness)
+    assert script.growth.slots["early"].alpha_value == way(16)
+    (event,) = script.of("alpha_target")
+    assert (event["curve"], event["steepness"]) == (curve, steepness)
+
+
+def test_a_steepness_that_cannot_be_is_refused_and_the_seed_stays_where_it_was():
+    script = blending()
+    script.epoch()
+    slot, events = script.growth.slots["early"], len(script.events)
+    before = script.growth.state_dict()["lives"]
+    for told in ({"steepness": 0.0, "curve": "sigmoid"}, {"steepness": 3.0}, {"steepness": 3.0, "curve": "cosine"}):
+        with pytest.raises(ConfigurationError, match="steepness"):
+            script.growth.set_alpha_target("early", 0.5, **told)
+        with pytest.raises(ConfigurationError, match="steepness"):
+            script.growth.prune("early", steps=4, **told)
+    assert (slot.stage, slot.alpha_value, slot.frozen, len(script.events)) == (Stage.HOLDING, 1.0, None, events)
+    assert script.growth.state_dict()["lives"] == before
 
 
 def test_a_partial_target_is_held_and_raised_on_request_by_way_of_blending():
@@ -440,18 +507,62 @@ def test_improvement_is_in_percentage_points_since_training_began():
     assert check.passed
 
 
-def test_a_threshold_by_progress_is_asked_at_the_share_of_the_epochs_that_are_done():
-    limit = ProgressThreshold(early=0.0, mid=1e-6, late=1e6, mid_from=0.25, late_from=0.75)
-    script = Script(thresholds=GateThresholds(min_gradient_ratio=limit), total_epochs=8, auto_advance=())
+# One boundary in the middle and one at the very end: a progress that is a little wrong misses one of them.
+PHASES = ProgressThreshold(early=0.0, mid=1e-6, late=1e6, mid_from=0.5, late_from=1.0)
+STEPS_OF_AN_EPOCH = 16  # of a Script
+
+
+@pytest.mark.parametrize("total", [{"total_epochs": 10}, {"total_steps": 10 * STEPS_OF_AN_EPOCH}])
+def test_a_threshold_by_progress_is_asked_at_the_share_of_the_training_that_is_done(total):
+    script = Script(thresholds=GateThresholds(min_gradient_ratio=PHASES), auto_advance=[Gate.G1], **total)
     script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
-    script.growth.advance("early")
-    asked = [next(c for c in verdict.checks if c.question == "gradient_ratio") for (verdict,) in script.epochs(10)]
-    assert [check.limit for check in asked] == [0.0] + 4 * [1e-6] + 5 * [1e6]
-    assert [check.passed for check in asked] == 5 * [True] + 5 * [False]
-    unknown = Script(thresholds=GateThresholds(min_gradient_ratio=limit))
-    unknown.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
-    (verdict,) = unknown.epoch()
-    assert "progress_unknown" in {check.name for check in verdict.failed}
+    asked = [next(c for c in verdict.checks if c.question == "gradient_ratio") for (verdict,) in script.epochs(12)]
+    assert [asked[epoch - 1].limit for epoch in (1, 4, 5, 9, 10, 12)] == [0.0, 0.0, 1e-6, 1e-6, 1e6, 1e6]
+    assert [check.passed for check in asked] == 9 * [True] + 3 * [False]
+    shares = [event["progress"] for event in script.of("epoch") if event["seed"] is None]
+    assert shares == [min(1.0, epoch / 10) for epoch in range(1, 13)]
+    assert script.growth.progress == 1.0
+
+
+def test_a_total_of_steps_counts_steps_and_no_epochs():
+    """Epochs of three steps and of none: by epochs it would be over long ago."""
+    script = Script(thresholds=GateThresholds(min_gradient_ratio=PHASES), auto_advance=[Gate.G1], total_steps=12)
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    limits = []
+    for steps in (3, 0, 0, 3, 0, 3, 3, 3):
+        for _ in range(steps):
+            nn.functional.cross_entropy(script.model(script.x[:32]), script.y[:32]).backward()
+            script.growth.measure()
+            script.optimizer.step()
+            script.optimizer.zero_grad()
+        (verdict,) = script.growth.end_epoch(accuracy=0.5)
+        limits.append(next(c.limit for c in verdict.checks if c.question == "gradient_ratio"))
+    assert limits == 3 * [0.0] + 3 * [1e-6] + 2 * [1e6]
+
+
+@pytest.mark.parametrize("total", [{"total_epochs": 8}, {"total_steps": 8 * STEPS_OF_AN_EPOCH}])
+def test_progress_goes_on_where_a_saved_run_was(total):
+    script, resumed = Script(**total), Script(**total)
+    script.epochs(3)
+    assert (script.growth.progress, resumed.growth.progress) == (3 / 8, 0.0)
+    resumed.growth.load_state_dict(script.growth.state_dict())
+    assert resumed.growth.progress == 3 / 8
+
+
+def test_without_a_total_the_progress_is_unknown_and_the_refusal_names_both_arguments():
+    script = Script(thresholds=GateThresholds(min_gradient_ratio=PHASES))
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    (verdict,) = script.epoch()
+    check = next(check for check in verdict.failed if check.name == "progress_unknown")
+    assert check.reason.endswith("give the controller total_epochs or total_steps")
+    assert script.growth.progress is None
+
+
+def test_two_totals_would_be_two_measures_of_progress_and_are_refused():
+    model = TwoSlots()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"total_epochs=3 and total_steps=48 .*give the one"):
+        GrowthController(model, optimizer, total_epochs=3, total_steps=48)
 
 
 def test_a_strict_epoch_refuses_a_seed_that_was_never_measured_and_counts_nothing():

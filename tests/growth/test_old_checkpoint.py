@@ -42,6 +42,8 @@ def test_a_state_of_the_first_release_is_taken_over_bit_for_bit(saved, step, sta
     assert now["growth"].pop("losses") == []
     for life in now["growth"]["lives"]:
         assert [life.pop(name) for name in Life.LATER] == [None, None, Watch().state_dict(), 0, 0]
+        # And that a sigmoid may have another steepness than the one of 0.1.
+        assert [life["schedule"].pop("steepness"), life["alpha"]["path"].pop("steepness")] == [12.0, 12.0]
     for part in ("growth", "model", "optimizer", "scheduler", "step"):
         assert same(now[part], old[part]), part
     # And it goes on from there.

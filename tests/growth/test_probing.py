@@ -74,11 +74,8 @@ def in_batches(losses, sizes):
 def test_means_of_batches_are_worth_what_their_samples_are(sizes):
     model, x = grown(), data()
     samples = probe(model, "slot", losses_on(x), (0.5, 1.0))
-    found, named = (
-        probe(model, "slot", lambda m: form(in_batches(losses_on(x)(m), sizes)), (0.5, 1.0))
-        for form in (tuple, lambda pair: BatchMeans(*pair))
-    )
-    assert found == named
+    found = probe(model, "slot", lambda m: in_batches(losses_on(x)(m), sizes), (0.5, 1.0))
+    assert probe(model, "slot", lambda m: BatchMeans(*in_batches(losses_on(x)(m), sizes)), (0.5, 1.0)) == found
     assert (found.loss, *found.changes) == pytest.approx((samples.loss, *samples.changes), rel=1e-5)
     assert (samples.degrees, found.degrees) == (8, len(sizes) - 1)
     # By hand: a weighted mean's error, and batch means that scatter by the root of their size less than samples.

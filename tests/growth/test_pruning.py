@@ -1,6 +1,7 @@
 """Seeds that go: at once, faded out, kept after all; what rests afterwards; and gates that only report."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -115,6 +116,16 @@ def test_a_seed_on_its_way_up_can_be_faded_out_too():
     assert script.growth.slots["early"].stage is Stage.PRUNED
 
 
+def test_a_fade_is_as_steep_as_it_was_told():
+    script = held()
+    script.growth.prune("early", steps=20, curve="sigmoid", steepness=3.0)
+    script.epoch()
+    way = AlphaSchedule(start=1.0, target=0.0, steps=20, curve="sigmoid", steepness=3.0)
+    assert script.growth.slots["early"].alpha_value == way(16) != dataclasses.replace(way, steepness=12.0)(16)
+    (event,) = script.of("prune_scheduled")
+    assert (event["steps"], event["curve"], event["steepness"]) == (20, "sigmoid", 3.0)
+
+
 def test_a_seed_that_nobody_feels_goes_at_once_whatever_the_steps():
     script = Script()
     script.growth.germinate("early", Residual(6))
@@ -204,10 +215,28 @@ def test_the_rest_begins_with_the_epoch_after_a_fade():
     assert stages == ["PRUNED", "EMBARGOED", "RESETTING", "DORMANT"]
 
 
+def test_every_stage_after_a_prune_is_told_with_its_epoch_and_who_moved_the_slot():
+    script = Script(embargoed_epochs=2)
+    script.growth.germinate("early", Residual(6))
+    script.growth.prune("early", "not wanted", initiator="policy")
+    told = len(script.events) - 2  # the move to PRUNED, and that it was pruned
+    script.epochs(5)
+    events = [event for event in script.events[told:] if event["seed"] == "early"]
+    assert [(e["event"], e["epoch"], e["stage"], e.get("source"), e.get("target"), e["initiator"]) for e in events] == [
+        ("stage", 0, "PRUNED", "TRAINING", "PRUNED", "policy"),
+        ("pruned", 0, "PRUNED", None, None, "policy"),
+        ("stage", 1, "EMBARGOED", "PRUNED", "EMBARGOED", "time"),
+        ("stage", 3, "RESETTING", "EMBARGOED", "RESETTING", "time"),
+        ("stage", 4, "DORMANT", "RESETTING", "DORMANT", "time"),
+    ]
+    assert [event["reason"] for event in events] == 2 * ["not wanted"] + 3 * ["rested"]
+
+
 @pytest.mark.parametrize(
     "options",
     [{"pruned_epochs": 0}, {"embargoed_epochs": 1.5}, {"resetting_epochs": True}, {"auto_advance": [Gate.G0]},
-     {"auto_advance": [2]}, {"auto_advance": "G2"}, {"total_epochs": 0}],
+     {"auto_advance": [2]}, {"auto_advance": "G2"}, {"total_epochs": 0},
+     {"total_steps": 0}, {"total_steps": 1e3}, {"total_steps": True}],
 )  # fmt: skip
 def test_an_impossible_controller_is_refused(options):
     model = TwoSlots()

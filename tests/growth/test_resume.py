@@ -13,7 +13,7 @@ from resuming import STEPS, Run, Seed
 from same import same
 from torch import nn
 
-from seedtriton import ConfigurationError, GrowthController, SeedSlot, Stage, StateDictError, WiringError
+from seedtriton import AlphaSchedule, ConfigurationError, GrowthController, SeedSlot, Stage, StateDictError, WiringError
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
@@ -220,6 +220,37 @@ def test_groups_come_back_at_their_places_also_between_those_of_the_host():
     resumed[3].prune("1")
     assert [len(group["params"]) for group in resumed[1].param_groups] == [2, 2]
     assert resumed[2].base_lrs == [0.1, 0.5]
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_an_accuracy_at_the_end_of_its_range_comes_back(accuracy):
+    """The best and the worst that can be are no damage; 1.0 is an epoch like any other on a small task."""
+    first, second = Run(), Run()
+    first.growth.end_epoch(accuracy=accuracy)
+    first.growth.germinate("late", Seed())
+    first.growth.end_epoch(accuracy=accuracy)
+    state = first.growth.state_dict()
+    assert (state["accuracy"], state["lives"][0]["training_accuracy"]) == (accuracy, accuracy)
+    second.growth.load_state_dict(state, seeds=SEEDS)
+    assert same(second.growth.state_dict(), state)
+    for bad in (math.nextafter(0.0, -1.0), math.nextafter(1.0, 2.0)):
+        with pytest.raises(StateDictError, match="accuracy"):
+            Run().growth.load_state_dict({**state, "accuracy": bad}, seeds=SEEDS)
+
+
+def test_a_ramp_that_is_resumed_is_as_steep_as_before():
+    steep = AlphaSchedule(steps=6, target=0.7, curve="sigmoid", steepness=3.0)
+    first, second = Run(), Run()
+    first.growth.schedule = steep
+    while first.growth.slots["early"].alpha_value == 0.0:
+        first.one()
+    assert first.model.early.alpha_value == steep(1)
+    second.load(first.state())
+    for _ in range(3):
+        first.one()
+        second.one()
+    assert second.model.early.alpha_value == first.model.early.alpha_value == steep(4)
+    assert second.growth.state_dict()["lives"][0]["alpha"] == first.growth.state_dict()["lives"][0]["alpha"]
 
 
 def test_a_target_that_float32_cannot_hold_is_still_reached_after_loading():

@@ -66,10 +66,8 @@ class Epochs(Script):
 
 
 def spoil(script):
-    """The seed's branch is turned round, and learns no more."""
-    with torch.no_grad():
-        script.slot.seed.contract.weight.mul_(-3.0)
-    script.optimizer.param_groups[-1]["lr"] = 0.0
+    """From now on the seed puts out nothing, and takes the host's features with it as far as it is blended in."""
+    script.slot.seed.register_forward_hook(lambda module, given, output: 0.0 * output)
 
 
 @pytest.mark.parametrize("told, evaluate", [("loss", False), ("accuracy", False), (None, True), ("loss", True)])
@@ -126,7 +124,7 @@ def test_halt_stops_alpha_where_it_is_and_report_tells_only():
         event = script.of("harm")[0]
         now = script.slot.alpha_value
         assert (event["action"], script.slot.stage) == (action, Stage.BLENDING)
-        assert now == event["alpha"] if action == "halt" else now > event["alpha"] > 0.0
+        assert (now == event["alpha"]) if action == "halt" else (now > event["alpha"] > 0.0)
         # Neither lets it go on.
         script.epochs(8)
         assert script.slot.stage is Stage.BLENDING
@@ -158,8 +156,8 @@ def test_a_seed_on_its_way_out_that_is_kept_begins_a_new_count():
     script = Epochs("accuracy", thresholds=GateThresholds(max_accuracy_drop=100.0, min_holding_epochs=99)).grow()
     script.until(Stage.HOLDING)
     spoil(script)
-    while not script.of("harm"):
-        script.epoch()
+    script.epochs(2)
+    assert script.of("harm")
     script.growth.set_alpha_target("early", 0.9)
     assert script.growth._lives["early"].watch == Watch()
     script.epoch()
@@ -170,8 +168,8 @@ def test_a_watch_goes_on_where_it_was_saved():
     script = Epochs("loss", thresholds=GateThresholds(max_loss_rise=1e9, min_holding_epochs=99)).grow()
     script.until(Stage.HOLDING)
     spoil(script)
-    while not script.growth._lives["early"].watch.sloped:
-        script.epoch()
+    script.epoch()
+    assert script.growth._lives["early"].watch.sloped == 1
     saved = script.growth.state_dict()
     again = Epochs("loss")
     again.growth.load_state_dict(saved, seeds={"early": Residual(6, 16)})
@@ -235,6 +233,26 @@ def test_what_is_harm_by_the_probe(change, error, more, harms):
     assert looks(look, look) == [False, harms]
 
 
+def test_a_model_that_does_worse_is_held_against_a_seed_that_its_blend_gain_blames():
+    def blamed(t, lost=False, probe=None):
+        return Watch(admission_loss=1.0).look(known(t), probe, LIMITS, lost=lost).blamed
+
+    worse, noisy = at_present(-0.1, loss=1.5, error=0.13), at_present(-0.1, loss=1.5, error=0.14)
+    assert [blamed(t, lost=True) for t in (-2.1, -2.0, None)] == [1, 0, 0]
+    assert [blamed(-3.0, probe=probe) for probe in (None, worse, noisy)] == [0, 1, 0]
+    assert looks((-3.0, worse), (-3.0, worse)) == [False, True]
+    assert "blames it" in Watch(blamed=2).harm(LIMITS)
+    assert not any(looks(*[(-3.0, worse)] * 3, limits=LIMITS.without("max_harm_t")))
+
+
+def test_a_loss_that_the_script_tells_of_is_held_against_the_seed_as_well():
+    script = Epochs("loss", thresholds=GateThresholds(max_harm_t=1e9, min_holding_epochs=99)).grow()
+    script.until(Stage.HOLDING)
+    spoil(script)
+    script.epochs(2)
+    assert "blames it" in script.of("harm")[0]["reason"]
+
+
 def test_of_a_mean_without_noise_only_what_lasts_above_admission_is_harm():
     mean = {"errors": None, "spread": None}
     above, below = (0.0, at_present(0.1, **mean)), (0.0, at_present(0.1, loss=0.5, **mean))
@@ -244,7 +262,7 @@ def test_of_a_mean_without_noise_only_what_lasts_above_admission_is_harm():
 
 
 def test_a_watch_is_checked_when_it_is_restored():
-    watch = Watch(admission_loss=0.5, above=1, lasting=2, sloped=3)
+    watch = Watch(admission_loss=0.5, above=1, lasting=2, sloped=3, blamed=4)
     assert Watch.from_state_dict(watch.state_dict()) == watch
     for damage in ({"above": -1}, {"lasting": 1.0}, {"sloped": True}, {"admission_loss": "low"}):
         with pytest.raises(ConfigurationError, match="Watch"):
@@ -265,14 +283,14 @@ def test_a_seed_that_the_probe_refuses_is_not_probed_in_every_epoch():
         probed.append(script.evaluations - before)
         failed = {check.name for check in verdict.failed}
         if 4 in probed:
-            assert failed == ({"blend_lowers_no_loss"} if probed[-1] else {"probe_not_due"})
+            assert "blend_lowers_no_loss" in failed if probed[-1] else failed == {"probe_not_due"}
     first = probed.index(4)
     asked = [epoch - first for epoch, passes in enumerate(probed) if passes]
     assert set(probed) == {0, 4}
     assert asked == [gap for gap in (0, 1, 3, 7, 11) if gap + first < 16]
     # The script may ask at any time, and a new look counts.
     before = script.evaluations
-    assert [check.name for check in script.growth.advance("early").failed] == ["blend_lowers_no_loss"]
+    assert "blend_lowers_no_loss" in [check.name for check in script.growth.advance("early").failed]
     assert script.evaluations == before + 4
 
 
@@ -287,10 +305,11 @@ def test_a_felt_seed_costs_two_passes_an_epoch():
 # --- a told loss --------------------------------------------------------------------------------------------
 
 
-def told_losses(before, after, **options):
+def told_losses(before, after):
     """The verdict of G3 on a seed that is blended between these losses."""
-    script = Script(schedule=AlphaSchedule(steps=0), thresholds=GateThresholds(min_blending_epochs=1), **options)
+    script = Script(schedule=AlphaSchedule(steps=0), auto_advance=())
     script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    script.growth.advance("early")
     told = iter([*before, *after])
     script.growth.end_epoch, end = (lambda accuracy: end(loss=next(told))), script.growth.end_epoch
     script.epochs(len(before))

@@ -1,0 +1,96 @@
+"""What a script may ask of its validation loss: what it would be with a seed, or a pair of them, blended in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+from ..core.errors import ConfigurationError
+from ..core.pairs import PairProbe
+from ..core.probe import BlendProbe
+from .life import Position
+from .probing import PROBE_AT, Evaluate, probe, probe_pair
+from .wiring import Wiring
+
+
+class Prober:
+    """The part of a ``GrowthController`` that looks ahead: it asks, and changes nothing.
+
+    Attributes:
+        model: whose seeds are tried, on a twin of it.
+        evaluate: validation loss of a model, see ``probing.probe``; None: none is known.
+    """
+
+    def __init__(self, wiring: Wiring, position: Position, evaluate: Evaluate | None) -> None:
+        """Look at the slots of ``wiring`` and at the lives in ``position``."""
+        self.model = wiring.model
+        self.evaluate = evaluate
+        self._wiring, self._position = wiring, position
+
+    @overload
+    def probe(
+        self, slot: str, evaluate: Evaluate | None = None, alphas: Sequence[float] | None = None
+    ) -> BlendProbe: ...
+
+    @overload
+    def probe(
+        self,
+        slot: list[str] | tuple[str, ...],
+        evaluate: Evaluate | None = None,
+        alphas: Sequence[float] | None = None,
+    ) -> PairProbe: ...
+
+    def probe(
+        self,
+        slot: str | list[str] | tuple[str, ...],
+        evaluate: Evaluate | None = None,
+        alphas: Sequence[float] | None = None,
+    ) -> BlendProbe | PairProbe:
+        """The validation loss with the seed of ``slot`` blended in at several alphas, or with two seeds.
+
+        Of a pair each seed is tried alone, and both together. All other slots stay as they are: a seed behind the host
+        is not felt, one that is blended in takes part at its alpha. Nothing changes.
+
+        Args:
+            slot: the slot's path in the model, or those of two slots, each with a seed in whatever stage.
+            evaluate: see ``probing.probe``; the controller's unless told.
+            alphas: of one seed 0.1, 0.5 and 1 times its target unless told; of a pair one for each seed, its target
+                unless told. The target is that of the seed's schedule, also after ``set_alpha_target``, and of a
+                fossil where it stands.
+
+        Raises:
+            ConfigurationError: no slot has this name, it is empty, an alpha outside (0, 1], or no ``evaluate``; of a
+                pair also the same slot twice, or not two slots or alphas.
+        """
+        evaluate = evaluate or self.evaluate
+        if evaluate is None:
+            raise ConfigurationError("no validation function: GrowthController(..., evaluate=...) or probe(slot, f)")
+        if not isinstance(slot, str):
+            return self._probe_pair(tuple(slot), evaluate, None if alphas is None else tuple(alphas))
+        self._wiring.slot(slot)
+        if alphas is None:
+            alphas = [share * self._target(slot) for share in PROBE_AT]
+        return probe(self.model, slot, evaluate, alphas)
+
+    def probe_if_known(self, slot: str, alphas: Sequence[float] | None) -> BlendProbe | None:
+        """``probe`` of one seed; None without a validation function."""
+        return None if self.evaluate is None else self.probe(slot, alphas=alphas)
+
+    def _probe_pair(
+        self, slots: tuple[str, ...], evaluate: Evaluate, alphas: tuple[float, ...] | None
+    ) -> PairProbe:
+        if len(slots) != 2:
+            raise ConfigurationError(f"a pair is two slots, got {list(slots)}; probe one seed by its name alone")
+        for slot in slots:
+            self._wiring.slot(slot)
+        if alphas is None:
+            alphas = tuple(map(self._target, slots))
+        if len(alphas) != 2:
+            raise ConfigurationError(f"a pair is probed at one alpha for each of {list(slots)}, got {alphas}")
+        return probe_pair(self.model, (slots[0], slots[1]), evaluate, (alphas[0], alphas[1]))
+
+    def _target(self, name: str) -> float:
+        life, slot = self._position.lives.get(name), self._wiring.slots[name]
+        if life is not None:
+            return life.schedule.target
+        return slot.alpha_value or 1.0  # of an empty slot nothing is asked
