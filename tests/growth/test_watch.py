@@ -120,7 +120,7 @@ def test_halt_stops_alpha_where_it_is_and_report_tells_only():
         script.growth.schedule = AlphaSchedule(steps=64 * 8)
         script.grow().epochs(2)
         spoil(script)
-        script.epochs(3)
+        script.epochs(4)
         event = script.of("harm")[0]
         now = script.slot.alpha_value
         assert (event["action"], script.slot.stage) == (action, Stage.BLENDING)
