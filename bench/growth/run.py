@@ -163,13 +163,20 @@ class Life:
         return before, losses
 
     def _shadow_gradients(self, batch: Any) -> None:
-        """Give the seed the gradients of the loss at alpha 1, for one more forward pass; the host keeps its own."""
+        """Give the seed the gradients of the loss at alpha 1, for one more forward pass; the host keeps its own.
+
+        That pass draws random numbers and moves averages of a BatchNorm, and the host must feel neither.
+        """
+        kept, numbers = [buffer.detach().clone() for buffer in self.model.buffers()], torch.get_rng_state()
         self.slot.set_alpha(1.0)
         parameters = list(self.seed.parameters())
         gradients = torch.autograd.grad(self.task.loss(self.model, batch), parameters)
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
         self.slot.set_alpha(0.0)
+        torch.set_rng_state(numbers)
+        for buffer, before in zip(self.model.buffers(), kept):
+            buffer.detach().copy_(before)
 
     def validate(self) -> float:
         """Mean loss on the held-out truth; a NaN counts as infinite, so that it is the worst in every comparison."""
