@@ -16,7 +16,10 @@ from bench.readiness import tables as readiness_report  # noqa: E402
 
 
 def newest(kind):
-    """The newest raw output of a benchmark: "gpu", "cpu", "growth" or "readiness"; None when there is none."""
+    """The newest raw output of a benchmark: "gpu", "cpu", "growth" or "readiness"; None when there is none.
+
+    Before "growth" and "readiness", "new-": of the tasks of new_tasks.py.
+    """
     found = (ROOT / "bench" / "results").glob(f"{kind}-*.json")
     return max(found, key=lambda path: (path.stem[-len("2026-01-01") :], path.stem), default=None)
 
@@ -25,15 +28,20 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def of(kind):
+    """The newest raw output of a kind and its name; (None, "") when there is none."""
+    path = newest(kind)
+    return (read(path), path.name) if path else (None, "")
+
+
 def growth_tables(path):
     """Safety and result of every way to train behind the host, as Markdown."""
-    return growth_report.markdown(read(path), path.name)
+    return growth_report.markdown(read(path), path.name, *of("new-growth"))
 
 
 def readiness_table(path):
     """How often every judge of a seed was wrong, as Markdown."""
-    fresh = newest("fresh-readiness")
-    return readiness_report.markdown(read(path), path.name, *((read(fresh), fresh.name) if fresh else ()))
+    return readiness_report.markdown(read(path), path.name, *of("fresh-readiness"), *of("new-readiness"))
 
 
 def performance_tables(path):

@@ -27,6 +27,7 @@ from torch import nn
 
 from bench.growth.tables import over
 from bench.machine import header
+from bench.new_tasks import ALL_TASKS, NEW_TASKS, SETS, chosen
 from bench.optimizers import ADAMW, FAST_SGD, MUON, OPTIMIZERS, SGD
 from bench.tasks import TASKS, BatchStream, Task
 from seedtriton import GateThresholds, GrowthController, Stage, StraightThrough, TrustRegion
@@ -162,13 +163,20 @@ class Life:
         return before, losses
 
     def _shadow_gradients(self, batch: Any) -> None:
-        """Give the seed the gradients of the loss at alpha 1, for one more forward pass; the host keeps its own."""
+        """Give the seed the gradients of the loss at alpha 1, for one more forward pass; the host keeps its own.
+
+        That pass draws random numbers and moves averages of a BatchNorm, and the host must feel neither.
+        """
+        kept, numbers = [buffer.detach().clone() for buffer in self.model.buffers()], torch.get_rng_state()
         self.slot.set_alpha(1.0)
         parameters = list(self.seed.parameters())
         gradients = torch.autograd.grad(self.task.loss(self.model, batch), parameters)
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
         self.slot.set_alpha(0.0)
+        torch.set_rng_state(numbers)
+        for buffer, before in zip(self.model.buffers(), kept):
+            buffer.detach().copy_(before)
 
     def validate(self) -> float:
         """Mean loss on the held-out truth; a NaN counts as infinite, so that it is the worst in every comparison."""
@@ -180,7 +188,7 @@ def run(case: Case) -> dict[str, Any]:
     """One life; validation losses are those of the held-out part ``truth``."""
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    task, strategy, phases = TASKS[case.task]().trained_by(case.optimizer), case.strategy, case.phases
+    task, strategy, phases = ALL_TASKS[case.task]().trained_by(case.optimizer), case.strategy, case.phases
     life = Life(task, case.random_seed)
     if strategy == LARGER:
         life.plant()
@@ -296,7 +304,7 @@ def run_all(cases: Sequence[Case], processes: int) -> list[dict[str, Any]]:
         runs.append(found)
         worst = found["worst_while_blending"]
         print(
-            f"{len(runs):3d}/{len(cases)} {found['optimizer']:8s} {found['task']:11s} {found['strategy']:23s} "
+            f"{len(runs):3d}/{len(cases)} {found['optimizer']:8s} {found['task']:20s} {found['strategy']:23s} "
             f"{found['random_seed']}: "
             f"germination {found['loss_at_germination']:.4f}, worst {'-' if worst is None else f'{worst:.4f}'}, "
             f"final {found['final_loss']:.4f}, {found['seconds']:.1f} s",
@@ -316,43 +324,47 @@ def run_all(cases: Sequence[Case], processes: int) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, write, and print what became of the bars; 1 when one is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[*SETS, *ALL_TASKS], metavar="TASK",
+        help=f"{', '.join(ALL_TASKS)}, or a set of them: {', '.join(SETS)}; the first {len(TASKS)} unless told",
+    )  # fmt: skip
     parser.add_argument("--optimizers", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
     parser.add_argument("--seeds", type=int, help=f"random seeds per task and strategy, by optimizer {SEEDS}")
     parser.add_argument("--warm", type=int, help="steps of the host alone; each task's own unless told")
     parser.add_argument("--quick", action="store_true", help="two tasks, few strategies and random seeds, fewer steps")
     parser.add_argument("--processes", type=int, default=2, help="at the same time, one thread each; 2 unless told")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON; bench/results/ unless told, for a complete run")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--output", type=pathlib.Path, help="JSON; bench/results/ unless told, for a whole set")
+    options = parser.parse_args(arguments)
     for name in ("seeds", "warm", "processes"):
-        number = getattr(chosen, name)
+        number = getattr(options, name)
         if number is not None and number < 1:
             parser.error(f"--{name} must be at least 1, got {number}")
-    tasks = chosen.tasks or (QUICK_TASKS if chosen.quick else list(TASKS))
-    seeds = chosen.seeds or (QUICK_SEEDS if chosen.quick else None)
-    phases = dataclasses.replace(QUICK_PHASES if chosen.quick else Phases(), warm=chosen.warm)
-    optimizers = chosen.optimizers or ([ADAMW] if chosen.quick else list(ROWS))
+    tasks = chosen(options.tasks or (QUICK_TASKS if options.quick else TASKS))
+    seeds = options.seeds or (QUICK_SEEDS if options.quick else None)
+    phases = dataclasses.replace(QUICK_PHASES if options.quick else Phases(), warm=options.warm)
+    optimizers = options.optimizers or ([ADAMW] if options.quick else list(ROWS))
     cases = [
         Case(task, strategy, random_seed, phases, optimizer)
         for optimizer in optimizers
         for task in tasks
-        for strategy in (QUICK_STRATEGIES if chosen.quick else ROWS[optimizer])
+        for strategy in (QUICK_STRATEGIES if options.quick else ROWS[optimizer])
         for random_seed in range(seeds or SEEDS[optimizer])
     ]
     # Before the first run: files may change while it goes on.
     head = {
         **header(shlex.join(["python", "-m", "bench.growth", *(sys.argv[1:] if arguments is None else arguments)])),
         "threads": 1,
-        "processes": chosen.processes,
+        "processes": options.processes,
         "phases": dataclasses.asdict(phases),
         "default": DEFAULT,
         "rates": {name: OPTIMIZERS[name].lr for name in optimizers},
     }
-    runs = run_all(cases, chosen.processes)
-    output = chosen.output
-    partial = chosen.quick or chosen.seeds or chosen.tasks or chosen.warm or chosen.optimizers
-    if output is None and not partial:
-        output = ROOT / "bench" / "results" / f"growth-{datetime.date.today()}.json"
+    runs = run_all(cases, options.processes)
+    output = options.output
+    kind = {tuple(TASKS): "growth", tuple(NEW_TASKS): "new-growth"}.get(tuple(tasks))
+    partial = options.quick or options.seeds or options.warm or options.optimizers
+    if output is None and kind and not partial:
+        output = ROOT / "bench" / "results" / f"{kind}-{datetime.date.today()}.json"
     if output is not None:
         output.write_text(json.dumps({"header": head, "runs": runs}, indent=1) + "\n", encoding="utf-8")
         print(f"written: {output}")

@@ -1,4 +1,4 @@
-"""The growth benchmark's raw output as two tables and as a picture."""
+"""The growth benchmark's raw output as tables and as a picture."""
 
 import math
 import statistics
@@ -22,20 +22,32 @@ FINAL = ("final loss", lambda run: run["final_loss"])
 FIRST = "AdamW"  # the optimizer of the large tables and of the picture
 
 
-def markdown(record, name):
+TUNED = "on five tasks with a host that is too small"
+UNTUNED = "on tasks that the limits and rules were never tuned on ([what they are](bench/new_tasks.py))"
+
+
+def markdown(record, name, new=None, new_name=""):
     """How far the loss rose while blending, and where it ended: median and worst over the random seeds.
 
-    Then the same in short for the other optimizers, and what the gates would know of the seeds behind the host.
+    Then the same in short for the other optimizers, and what the gates would know of the seeds behind the host;
+    and all that once more for ``new``, the raw output of tasks that nothing was tuned on.
     """
+    tables = _tables(record, name, "python -m bench.growth", TUNED)
+    if new is None:
+        return tables
+    return "\n\n".join([tables, _tables(new, new_name, "python -m bench.growth --tasks new", UNTUNED)])
+
+
+def _tables(record, name, command, tasks):
     head, optimizers = record["header"], dict.fromkeys(map(_optimizer, record["runs"]))
     runs = _of(record, FIRST)
     seeds = len({run["random_seed"] for run in runs})
     phases = head["phases"]
     said = (
-        f"Validation loss on five tasks with a host that is too small, median / worst of {seeds} random seeds; "
+        f"Validation loss {tasks}, median / worst of {seeds} random seeds; "
         f"{phases['training']} steps behind the host, {phases['ramp']['steps']} of blending, {phases['after']} more, "
         f"the same batches in every row; torch {head['torch']} on a CPU "
-        f"([raw output](bench/results/{name}), `python -m bench.growth`)."
+        f"([raw output](bench/results/{name}), `{command}`)."
     )
     safe = (
         "Highest loss while blending, as a multiple of the loss at germination; for no growth what the host alone "

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from bench.machine import header
+from bench.new_tasks import ALL_TASKS, SETS, chosen
 from bench.optimizers import ADAMW, MUON, SGD
 from bench.readiness.scenarios import BROKEN, SCENARIOS, Run, Scenario
 from bench.readiness.tables import table
-from bench.tasks import TASKS, Task
+from bench.tasks import Task
 from seedtriton import GateThresholds, GrowthController, Verdict
 from seedtriton.gradients.row import ELEMENTS, SUMSQ
 from seedtriton.growth.probing import probe, twin_of
@@ -220,7 +221,7 @@ def case(job: tuple[str, str, int, int]) -> list[dict[str, Any]]:
     """All scenarios of one optimizer, one task and one random seed; they share the warm host."""
     optimizer, name, random_seed, epochs = job
     torch.set_num_threads(1)
-    task = TASKS[name]().trained_by(optimizer)
+    task = ALL_TASKS[name]().trained_by(optimizer)
     warmed: list[tuple[Task, Any]] = []
 
     def warm(wanted: Task, random_seed: int) -> Any:
@@ -285,7 +286,10 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 1 when our gate was wrong anywhere."""
     parser = argparse.ArgumentParser(prog="python -m bench.readiness", description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[*SETS, *ALL_TASKS], default=["first"], metavar="TASK",
+        help=f"{', '.join(ALL_TASKS)}, or a set of them: {', '.join(SETS)} (default: first)",
+    )  # fmt: skip
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--seeds", type=int, help=f"random seeds (default: by optimizer, {OPTIMIZERS})")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: %(default)s)")
@@ -301,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (optimizer, task, options.first_seed + index, options.epochs)
         for optimizer in options.optimizers
         for index in range(options.seeds or OPTIMIZERS[optimizer])
-        for task in options.tasks
+        for task in chosen(options.tasks)
     ]
     results = run(jobs, options.processes)
     seconds = time.perf_counter() - begun

@@ -8,8 +8,11 @@ HEADS = ("ratio >= 0.05", "RMS ratio >= 0.10 (esper-lite)", "G2, gradients alone
 FIRST = "AdamW"  # the optimizer of the large table
 
 
-def markdown(record, name, fresh=None, fresh_name=""):
-    """What was run, how often each judge was wrong, and about what; ``fresh`` is of random seeds not looked at."""
+def markdown(record, name, fresh=None, fresh_name="", new=None, new_name=""):
+    """What was run, how often each judge was wrong, and about what.
+
+    ``fresh`` is of random seeds not looked at, ``new`` of tasks not looked at.
+    """
     runs, others = _by_optimizer(record["runs"])
     tasks, seeds = ({run[key] for run in runs} for key in ("task", "random_seed"))
     scenarios = {run["scenario"] for run in runs}
@@ -47,7 +50,23 @@ def markdown(record, name, fresh=None, fresh_name=""):
         "That luck is no readiness was decided when an earlier run had shown it. Counted as ready, it would add "
         f"{' and '.join(map(str, lucky))} refusals to G2 with probe.",
     ]
+    if new is not None:
+        lines += ["", *_untuned(new, new_name)]
     return "\n".join(lines)
+
+
+def _untuned(record, name):
+    """The same two tables of the tasks of new_tasks.py."""
+    runs, others = _by_optimizer(record["runs"])
+    tasks, seeds = ({run[key] for run in runs} for key in ("task", "random_seed"))
+    lines = [
+        "The same on tasks that the limits and rules were never tuned on ([what they are](bench/new_tasks.py)): "
+        f"{len(runs)} seeds, {len(tasks)} tasks, {len(seeds)} random seeds, {FIRST} "
+        f"([raw output](bench/results/{name}), `python -m bench.readiness --tasks new`).",
+        "",
+        table(runs),
+    ]
+    return [*lines, "", *_other_optimizers(others)] if others else lines
 
 
 def _by_optimizer(runs):
