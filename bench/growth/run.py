@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.growth.tables import over
+from bench.growth.sabotage import SABOTAGES, Sabotage
+from bench.growth.tables import CLOSE, close_to, over, permanent
 from bench.machine import header
 from bench.new_tasks import ALL_TASKS, NEW_TASKS, SETS, chosen
 from bench.optimizers import ADAMW, FAST_SGD, MUON, OPTIMIZERS, SGD
 from bench.tasks import TASKS, BatchStream, Task
-from seedtriton import GateThresholds, GrowthController, Stage, StraightThrough, TrustRegion
+from seedtriton import GrowthController, Stage, StraightThrough, TrustRegion
 from seedtriton.core.evidence import GAIN_SAMPLES, t_statistic
 from seedtriton.core.schedules import AlphaSchedule
 from seedtriton.gradients.progress import Mark
@@ -39,7 +40,10 @@ from seedtriton.growth.isolation import NORM
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 NO_GROWTH, AT_ONCE, SHADOW, LARGER = "no growth", "blending at once", "shadow", "larger network"
-GATED = "gates decide"  # the library as it comes: the default isolation, and G2 with its probe says when
+AGAIN = "blending at once, another seed"  # other first weights of the seed, all else the same: what chance makes
+GATED = "gates decide"  # the library as it comes: the default isolation, and the gates with a probe say when
+UNPROBED = "gates decide, no probe"  # they have the gradients, and a mean loss per epoch
+SABOTAGED = {f"sabotaged: {name}": kind for name, kind in SABOTAGES.items()}  # the gates decide about such seeds
 STRAIGHT_THROUGH = "straight-through"
 OLD_RULE = "trust region 0.2, norms"  # the rule that 0.1 had
 ISOLATIONS = {
@@ -50,18 +54,20 @@ ISOLATIONS = {
     "trust region 0.5": TrustRegion(0.5),
     "trust region 1.0": TrustRegion(1.0),
 }
-STRATEGIES = (NO_GROWTH, AT_ONCE, *ISOLATIONS, GATED, SHADOW, LARGER)
+STRATEGIES = (NO_GROWTH, AT_ONCE, AGAIN, *ISOLATIONS, GATED, UNPROBED, SHADOW, LARGER)
 DEFAULT = next(name for name, isolation in ISOLATIONS.items() if isolation == TrustRegion())
 # What is run under which optimizer: everything under the first, what decides under the others.
-DECISIVE = (NO_GROWTH, AT_ONCE, STRAIGHT_THROUGH, OLD_RULE, DEFAULT, GATED)
+DECISIVE = (NO_GROWTH, AT_ONCE, STRAIGHT_THROUGH, OLD_RULE, DEFAULT, GATED, UNPROBED)
 UNPROMISED = (FAST_SGD,)  # here to be seen
 ROWS = {ADAMW: STRATEGIES, SGD: DECISIVE, MUON: DECISIVE, FAST_SGD: DECISIVE}
 
 SEEDS = {ADAMW: 5, SGD: 3, MUON: 3, FAST_SGD: 3}  # random seeds of each
 EVERY = 10  # steps between two looks at the validation loss while blending
 WATCHED = 100  # steps after the ramp that still count as blending
+SABOTAGE_SEEDS = 2  # random seeds of each sabotage, by the first optimizer
 EPOCH = 40  # steps between two questions to the gates
 LOOKS = (100, 200)  # steps behind the host after which its seed is looked at, and at the end
+NOT_WORSE = 0.85  # share of the lives that are to end no higher than by blending at once
 MAX_RISE = 0.05  # of the validation loss while blending, over its value at germination
 
 
@@ -143,24 +149,47 @@ class Life:
                     found[name].append(value)
         return found
 
-    def blend_by_gates(self, steps: int, ramp: AlphaSchedule) -> tuple[float | None, list[float]]:
-        """Let a controller decide for ``steps``: the loss when it began to blend, None if never, and those since."""
+    def blend_by_gates(
+        self, steps: int, ramp: AlphaSchedule, probed: bool, sabotage: Sabotage
+    ) -> tuple[float | None, list[float], dict[str, Any]]:
+        """Let a controller decide for ``steps``.
+
+        Returns the loss when it began to blend, None if never, those since, and how it ended: the stage, the reason of
+        a prune, and how many epochs after ``once_felt`` that was.
+        """
         task, began, before = self.task, steps, None
+        events: list[dict[str, Any]] = []
+        evaluate = (lambda twin: task.sample_losses(twin, task.probe)) if probed else None
         growth = GrowthController(
-            self.model, self.optimizer, schedule=ramp, sinks=(), thresholds=GateThresholds(max_accuracy_drop=None),
-            evaluate=lambda twin: task.sample_losses(twin, task.probe),
-        )  # fmt: skip
-        growth.germinate("slot", self.seed)
-        losses = []
+            self.model, self.optimizer, schedule=ramp, sinks=[events.append], evaluate=evaluate
+        )
+        growth.germinate("slot", self.seed, **sabotage.germinate())
+        losses, touched = [], None
+
+        def measured() -> None:
+            growth.measure()
+            sabotage.before_step(self.seed)
+
         for step in range(1, steps + 1):
-            self.step(growth.measure)
+            self.step(measured)
             if began < step <= began + ramp.steps + WATCHED and step % EVERY == 0:
                 losses.append(self.validate())
             if step % EPOCH == 0:
-                for verdict in growth.end_epoch():
+                told = {} if probed else {"loss": task.sample_losses(self.model, task.probe).mean().item()}
+                for verdict in growth.end_epoch(**told):
                     if verdict.passed and verdict.target is Stage.BLENDING:
                         began, before = step, self.validate()
-        return before, losses
+                if touched is None and step == began + EPOCH:
+                    touched = growth.epoch
+                    sabotage.once_felt(self.seed, self.optimizer.param_groups[-1])
+        pruned = next((event for event in events if event["event"] == "pruned"), None)
+        # A slot whose seed was taken out rests, and is empty at the end.
+        ended = {
+            "stage": "PRUNED" if pruned else str(self.slot.stage),
+            "reason": pruned and pruned["reason"],
+            "epochs_felt": pruned and touched and pruned["epoch"] - touched,
+        }
+        return before, losses, ended
 
     def _shadow_gradients(self, batch: Any) -> None:
         """Give the seed the gradients of the loss at alpha 1, for one more forward pass; the host keeps its own.
@@ -189,16 +218,21 @@ def run(case: Case) -> dict[str, Any]:
     torch.set_num_threads(1)
     begun = time.perf_counter()
     task, strategy, phases = ALL_TASKS[case.task]().trained_by(case.optimizer), case.strategy, case.phases
+    sabotage = SABOTAGED.get(strategy, Sabotage)()
+    task = sabotage.task(task, case.random_seed)
     life = Life(task, case.random_seed)
+    if strategy == AGAIN:
+        life.seed = task.seed()
     if strategy == LARGER:
         life.plant()
         life.slot.move(Stage.BLENDING)
         life.slot.set_alpha(1.0)
     for _ in range(task.warm_steps if phases.warm is None else phases.warm):
         life.step()
-    at_germination, behind = life.validate(), None
-    if strategy == GATED:
-        before_blending, losses = life.blend_by_gates(phases.training + phases.ramp.steps + phases.after, phases.ramp)
+    at_germination, behind, ended = life.validate(), None, None
+    if strategy in (GATED, UNPROBED, *SABOTAGED):
+        steps = phases.training + phases.ramp.steps + phases.after
+        before_blending, losses, ended = life.blend_by_gates(steps, phases.ramp, strategy != UNPROBED, sabotage)
     else:
         before_blending, losses, behind = _by_step_count(life, strategy, phases)
     return {
@@ -208,6 +242,7 @@ def run(case: Case) -> dict[str, Any]:
         "random_seed": case.random_seed,
         "loss_at_germination": at_germination,
         "behind": behind,
+        "ended": ended,
         "loss_before_blending": before_blending,
         # Without growth: what the host alone did in these steps.
         "worst_while_blending": None if strategy == LARGER else max(losses, default=None),
@@ -225,10 +260,11 @@ def _by_step_count(life: Life, strategy: str, phases: Phases) -> tuple[float, li
     Returns the loss before blending, those while, and what ``learn_behind`` says, for an isolation.
     """
     grows = strategy not in (NO_GROWTH, LARGER)
-    behind = 0 if strategy == AT_ONCE else phases.training
+    at_once = strategy in (AT_ONCE, AGAIN)
+    behind = 0 if at_once else phases.training
     if grows:
         life.plant(ISOLATIONS.get(strategy))
-    if strategy in (AT_ONCE, SHADOW):
+    if at_once or strategy == SHADOW:
         # The shadow's host is undisturbed as well: at alpha 0 a blend is exactly the host.
         life.slot.move(Stage.BLENDING)
     known = life.learn_behind(behind) if strategy in ISOLATIONS else None
@@ -296,6 +332,32 @@ def bars(runs: Sequence[dict[str, Any]], strategy: str = DEFAULT) -> Iterator[Ba
         )
 
 
+def lives(runs: Sequence[dict[str, Any]]) -> Iterator[Bar]:
+    """What is promised of single lives that the gates decide about, against no growth, chance and sabotage."""
+    first = [found for found in runs if found["optimizer"] == ADAMW]
+    for strategy in (GATED, UNPROBED):
+        worse, count = close_to(first, strategy, NO_GROWTH)
+        if not count:
+            continue
+        yield Bar(worse == 0, f"{strategy}: {worse} of {count} lives end more than {CLOSE:.0%} above no growth")
+        above, count = close_to(first, strategy, AT_ONCE)
+        chance, of = close_to(first, AGAIN, AT_ONCE)
+        yield Bar(
+            count - above >= NOT_WORSE * count,
+            f"{strategy}: {count - above} of {count} lives end below blending at once or within {CLOSE:.0%} of it; "
+            f"with other first weights of the seed that itself does so in {of - chance} of {of}",
+        )
+    sabotaged = [found for found in first if found["strategy"] in SABOTAGED]
+    if sabotaged:
+        kept = [found for found in sabotaged if permanent(found)]
+        harmful, _ = close_to(first, kept, NO_GROWTH)
+        yield Bar(
+            harmful == 0,
+            f"{len(kept)} of {len(sabotaged)} sabotaged seeds became permanent, {harmful} of them in lives that end "
+            f"more than {CLOSE:.0%} above no growth",
+        )
+
+
 def run_all(cases: Sequence[Case], processes: int) -> list[dict[str, Any]]:
     """Every case, in this order, with a line each as it is done."""
     runs = []
@@ -350,6 +412,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for strategy in (QUICK_STRATEGIES if options.quick else ROWS[optimizer])
         for random_seed in range(seeds or SEEDS[optimizer])
     ]
+    if not options.quick and ADAMW in optimizers:
+        cases += [
+            Case(task, strategy, random_seed, phases)
+            for task in tasks
+            for strategy in SABOTAGED
+            for random_seed in range(min(seeds or SABOTAGE_SEEDS, SABOTAGE_SEEDS))
+        ]
     # Before the first run: files may change while it goes on.
     head = {
         **header(shlex.join(["python", "-m", "bench.growth", *(sys.argv[1:] if arguments is None else arguments)])),
@@ -368,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if output is not None:
         output.write_text(json.dumps({"header": head, "runs": runs}, indent=1) + "\n", encoding="utf-8")
         print(f"written: {output}")
-    found = [*bars(runs), *bars(runs, GATED)]
+    found = [*bars(runs), *bars(runs, GATED), *lives(runs)]
     print(*found, sep="\n")
     return 0 if all(bar.passed for bar in found) else 1
 

@@ -6,6 +6,7 @@ import statistics
 # Colour-blind safe (Okabe and Ito, two of Tol's), in the order in which strategies appear.
 COLOURS = (
     "#999999", "#E69F00", "#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000", "#882255", "#44AA99",
+    "#F0E442", "#332288",
 )  # fmt: skip
 
 
@@ -13,6 +14,26 @@ def over(run, since="loss_at_germination"):
     """Worst validation loss while blending over an earlier one; None where nothing was blended."""
     worst = run["worst_while_blending"]
     return None if worst is None else worst / run[since]
+
+
+CLOSE = 0.02  # of a final loss: two lives that end this close together end alike
+
+
+def close_to(runs, ours, other):
+    """How many lives end more than ``CLOSE`` above the same life by another strategy, and of how many.
+
+    ``ours`` is a strategy, or some of the runs.
+    """
+    ends = {(run["task"], run["random_seed"]): run["final_loss"] for run in runs if run["strategy"] == other}
+    chosen = [run for run in runs if run["strategy"] == ours] if isinstance(ours, str) else ours
+    same = [(run, ends.get((run["task"], run["random_seed"]))) for run in chosen]
+    pairs = [(run["final_loss"], end) for run, end in same if end is not None]
+    return sum(not one <= two * (1 + CLOSE) for one, two in pairs), len(pairs)
+
+
+def permanent(run):
+    """Whether the seed of a life that the gates decided about is part of the host for good."""
+    return run["ended"]["stage"] == "FOSSILIZED"
 
 
 WORST = ("worst while blending\n/ at germination", over)
@@ -40,7 +61,7 @@ def markdown(record, name, new=None, new_name=""):
 
 def _tables(record, name, command, tasks):
     head, optimizers = record["header"], dict.fromkeys(map(_optimizer, record["runs"]))
-    runs = _of(record, FIRST)
+    runs = _sound(_of(record, FIRST))
     seeds = len({run["random_seed"] for run in runs})
     phases = head["phases"]
     said = (
@@ -59,11 +80,63 @@ def _tables(record, name, command, tasks):
     for optimizer in optimizers:
         if optimizer != FIRST:
             lines += ["", *_in_short(_of(record, optimizer), f"{optimizer} at {head['rates'][optimizer]}")]
+    lines += ["", *_lives(record["runs"])]
     return "\n".join([*lines, "", *_behind(record["runs"])])
+
+
+SABOTAGED = "sabotaged: "
+
+
+def _lives(runs):
+    """Single lives under the gates: against no growth and against chance, and what became of sabotaged seeds."""
+    gated = [run for run in runs if run.get("ended")]
+    if not gated:
+        return []
+    lines = [
+        f"Single lives, by how many end more than {CLOSE:.0%} above another way; *chance* is blending at once with "
+        "other first weights of the seed against itself:",
+        "",
+        "| optimizer, TRAINING by | above no growth | above blending at once | chance | permanent | faded out |",
+        "|---|---|---|---|---|---|",
+    ]
+    for optimizer in _names(gated, "optimizer"):
+        chosen = _of({"runs": runs}, optimizer)
+        for strategy in _names(gated, "strategy"):
+            found = [run for run in gated if (run["optimizer"], run["strategy"]) == (optimizer, strategy)]
+            if not found or strategy.startswith(SABOTAGED):
+                continue
+            pairs = [(strategy, "no growth"), (strategy, "blending at once")]
+            pairs.append(("blending at once, another seed", "blending at once"))
+            cells = ["{} of {}".format(*close_to(chosen, *pair)) for pair in pairs]
+            ends = [sum(map(permanent, found)), sum(run["ended"]["stage"] == "PRUNED" for run in found)]
+            lines.append(f"| {optimizer}, {strategy} | " + " | ".join([*cells, *map(str, ends)]) + " |")
+    sabotaged = [run for run in gated if run["strategy"].startswith(SABOTAGED)]
+    if sabotaged:
+        lines += ["", "Sabotaged seeds under the gates with a probe:", ""]
+        lines += [
+            "| sabotage | lives | let into BLENDING | taken out, epochs later | permanent | and above no growth |",
+            "|---|---|---|---|---|---|",
+        ]
+        for strategy in _names(sabotaged, "strategy"):
+            found = [run for run in sabotaged if run["strategy"] == strategy]
+            felt = sum(run["loss_before_blending"] is not None for run in found)
+            later = [run["ended"]["epochs_felt"] for run in found if run["ended"]["epochs_felt"] is not None]
+            out = sum(run["ended"]["stage"] == "PRUNED" for run in found)
+            words = f"{out}, {min(later)} to {max(later)}" if later else str(out)
+            kept = [run for run in found if permanent(run)]
+            name, above = strategy.removeprefix(SABOTAGED), close_to(runs, kept, "no growth")[0]
+            # Of random labels no growth is another life, which nobody has run.
+            cells = [name, len(found), felt, words, len(kept), "-" if name == "random labels" else above]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def _of(record, optimizer):
     return [run for run in record["runs"] if _optimizer(run) == optimizer]
+
+
+def _sound(runs):
+    return [run for run in runs if not run["strategy"].startswith(SABOTAGED)]
 
 
 def _optimizer(run):
@@ -180,7 +253,7 @@ def figure(record, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = _of(record, FIRST)
+    runs = _sound(_of(record, FIRST))
     tasks, strategies = _names(runs, "task"), _names(runs, "strategy")
     plt.rcParams.update({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False})
     panels, axes = plt.subplots(

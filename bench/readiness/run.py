@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.machine import header
 from bench.new_tasks import ALL_TASKS, SETS, chosen
@@ -27,7 +28,16 @@ from bench.optimizers import ADAMW, MUON, SGD
 from bench.readiness.scenarios import BROKEN, SCENARIOS, Run, Scenario
 from bench.readiness.tables import table
 from bench.tasks import Task
-from seedtriton import GateThresholds, GrowthController, Verdict
+from seedtriton import (
+    BlendProbe,
+    GateThresholds,
+    GrowthController,
+    QualityGates,
+    SeedEvidence,
+    SeedStatus,
+    Stage,
+    Verdict,
+)
 from seedtriton.gradients.row import ELEMENTS, SUMSQ
 from seedtriton.growth.probing import probe, twin_of
 
@@ -111,21 +121,38 @@ class Sample:
         return cls(sums[0], sums[1], elements[0], elements[1])
 
 
-JUDGES = ("original", "esper-lite", "G2 without probe", "G2", "G2 with improvement")
+UNPROBED, MEAN_ONLY, REWRITTEN = "G2 without probe", "G2, sum of losses alone", "G2, 1000 loss + 100"
+JUDGES = ("original", "esper-lite", UNPROBED, MEAN_ONLY, "G2", REWRITTEN, "G2 with improvement")
 
 
-def opinions(epoch: int, sample: Sample, esper: Esper, verdict: Verdict, improvement: float | None) -> dict[str, bool]:
-    """Whether each judge would let the seed blend now."""
+def opinions(
+    epoch: int, sample: Sample, esper: Esper, verdict: Verdict, improvement: float | None,
+    probed: Callable[[Callable[[Tensor], Any]], BlendProbe],
+) -> dict[str, bool]:
+    """Whether each judge would let the seed blend now; ``probed`` probes a rewritten loss."""
     asked = {check.question: check for check in verdict.checks}
     rest = [check for name, check in asked.items() if name != "blend_gain" and not name.startswith("probe")]
+    fine = all(check.passed is not False for check in rest)
     # Where the loss was probed, the verdict holds the gain against a lower limit than G2 has without a probe.
-    gain, limit = asked["blend_gain"].value, GateThresholds().min_blend_gain_t
-    certain = gain is not None and gain >= limit
+    limits, gain = GateThresholds(), asked["blend_gain"].value
+    certain = gain is not None and gain >= limits.min_blend_gain_t
+    asked_now = fine and any(check.passed is not None for check in verdict.checks if check.question == "probe_gain")
+    waits = any(check.name == "probe_not_due" for check in verdict.checks)
+    status = SeedStatus(seed=SLOT, stage=Stage.TRAINING, evidence=SeedEvidence(seed=SLOT, blend_gain_t=gain))
+
+    def by(write: Callable[[Tensor], Any]) -> bool:
+        """The questions that a probe of this loss answers; the others have been answered."""
+        found = QualityGates().judge(Stage.BLENDING, dataclasses.replace(status, probe=probed(write)))
+        decisive = ("blend_gain", "probe_gain", "probe_harm")
+        return all(check.passed is not False for check in found.checks if check.question in decisive)
+
     return {
         "original": original(epoch, sample),
         "esper-lite": esper(epoch, sample),
-        "G2 without probe": certain and all(check.passed is not False for check in rest),
+        UNPROBED: certain and fine,
+        MEAN_ONLY: certain and fine and by(lambda losses: losses.sum().item()),
         "G2": verdict.passed,
+        REWRITTEN: asked_now and not waits and by(lambda losses: 1000.0 * losses.double() + 100.0),
         "G2 with improvement": verdict.passed and improvement is not None and improvement >= 1.0,
     }
 
@@ -162,6 +189,10 @@ def train(
     scenario.prepare(run)
     untrained = copy.deepcopy(run.seed)
     esper, rows = Esper(), []
+
+    def probed(write: Callable[[Tensor], Any]) -> BlendProbe:
+        return growth.probe(SLOT, lambda twin: write(task.sample_losses(twin, task.probe)))
+
     start = task.accuracy(model, task.probe)
     for epoch in range(1, epochs + 1):
         for _ in range(STEPS):
@@ -178,7 +209,7 @@ def train(
         evidence = growth.evidence()[SLOT]
         rows.append({
             "epoch": epoch,
-            "passes": opinions(epoch, Sample.last_of(growth), esper, verdict, improvement),
+            "passes": opinions(epoch, Sample.last_of(growth), esper, verdict, improvement, probed),
             "refused_for": [check.name for check in verdict.failed],
             "truth": label,
             "loss": measured.loss,
