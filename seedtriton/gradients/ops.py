@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import ConfigurationError, WiringError
 from . import backend, reference
 from .checking import LANES as LANES  # public here
-from .checking import check_lanes, check_lists, check_scalable
+from .checking import check_lanes, check_lists, check_scalable, check_segments, have_squares
 from .row import (
     APPEND,
     CLIP_EPS,
@@ -193,8 +193,15 @@ def _segmented_sumsq(
             return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
         rest = reference.segmented_sumsq(*outside[:2], num_segments, lanes, tensors[0].device)
         return _launch_sumsq(inside, num_segments, lanes, rest.view(-1, 1))
-    check_lists(tensors, segments, num_segments)
-    return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
+    check_segments(tensors, segments, num_segments)
+    try:
+        # What is joined with others is summed in a dtype that holds both: integers among them would not be refused.
+        if not have_squares(tensors):
+            raise ValueError("not every dtype has squares to sum")
+        return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
+    except ValueError:
+        check_lists(tensors, segments, num_segments)
+        raise
 
 
 def _launch_sumsq(listed: Listed, num_segments: int, lanes: torch.dtype, outside: Tensor | None = None) -> Tensor:
