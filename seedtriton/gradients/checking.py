@@ -35,8 +35,12 @@ def check_lists(tensors: Sequence[Tensor], segments: Sequence[int], num_segments
 
 def _are_gradients(tensors: Sequence[Tensor]) -> bool:
     """``_check_tensor`` of each kind once: of each tensor it would take longer than to scale a small one."""
-    layouts, dtypes = {tensor.layout for tensor in tensors}, {tensor.dtype for tensor in tensors}
-    return layouts <= _LAYOUTS and all(map(_has_squares, dtypes))
+    return {tensor.layout for tensor in tensors} <= _LAYOUTS and have_squares(tensors)
+
+
+def have_squares(tensors: Sequence[Tensor]) -> bool:
+    """Whether the dtype of each is that of a gradient."""
+    return all(map(_has_squares, {tensor.dtype for tensor in tensors}))
 
 
 def _has_squares(dtype: torch.dtype) -> bool:

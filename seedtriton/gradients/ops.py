@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import ConfigurationError, WiringError
 from . import backend, reference
 from .checking import LANES as LANES  # public here
-from .checking import check_lanes, check_lists, check_scalable, check_segments
+from .checking import check_lanes, check_lists, check_scalable, check_segments, have_squares
 from .row import (
     APPEND,
     CLIP_EPS,
@@ -195,6 +195,9 @@ def _segmented_sumsq(
         return _launch_sumsq(inside, num_segments, lanes, rest.view(-1, 1))
     check_segments(tensors, segments, num_segments)
     try:
+        # What is joined with others is summed in a dtype that holds both: integers among them would not be refused.
+        if not have_squares(tensors):
+            raise ValueError("not every dtype has squares to sum")
         return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
     except ValueError:
         check_lists(tensors, segments, num_segments)
@@ -276,7 +279,7 @@ def _record_(
         elements = list(map(Tensor.numel, rest.tensors))
         with torch.no_grad():
             sums = reference.sums_of(rest, rules, device)
-        columns = reference.columns_of_sums(sums, elements, rest.segments, num_segments, rules, scale.gradients)
+            columns = reference.columns_of_sums(sums, elements, rest.segments, num_segments, rules, scale.gradients)
         counts = reference.count_by_segment(elements, rest.segments, num_segments)
         _launch_record(inside, gains, window, rules, scale, None, names, Outside(columns, counts))
         reference.note_tensors_(window.table, window.written, sums, rest.entries)
@@ -306,6 +309,7 @@ def _launch_record(
     window.table.newest, window.table.numbered = None, True
 
 
+@torch.no_grad()
 def record_sums_(
     sums: Tensor,
     listed: tuple[Sequence[int], Sequence[int]],
@@ -331,6 +335,7 @@ def record_sums_(
     reference.note_tensors_(window.table, window.written, sums, entries)
 
 
+@torch.no_grad()
 def quarantine_(gradients: Listed, sums: Tensor, rules: Rules) -> None:
     """What ``record_`` does to guarded segments that are not finite; ``sums`` is float64 [n], of each gradient."""
     if any(mode & GUARDED for mode in rules.modes):

@@ -123,7 +123,7 @@ class Watched:
     """
 
     tracked: list[Tensor]
-    segments: list[int]
+    segments: tuple[int, ...]
     segment_by_id: dict[int, int]
     of_seed: dict[str, list[Tensor]]
     gains: list[tuple[int, Alpha]]
@@ -215,7 +215,7 @@ class Watched:
         self.of_seed = found
         pairs = [(p, segment) for segment, parameters in named.items() for p in parameters.values()]
         filled = [(p, segment) for p, segment in pairs if p.numel()]
-        self.tracked, self.segments = [p for p, _ in filled], [segment for _, segment in filled]
+        self.tracked, self.segments = [p for p, _ in filled], tuple(segment for _, segment in filled)
         self.segment_by_id = {id(p): segment for p, segment in filled}
         self._entry_by_id = {identity: entry for entry, identity in enumerate(self.segment_by_id)}
         self._empty = {id(p) for p, _ in pairs} - self.segment_by_id.keys()

@@ -8,8 +8,10 @@ fp64. How it came to be as fast is in bench/NOTES.md.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from operator import attrgetter, itemgetter
@@ -17,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 # Squares summed in fp32 before fp64 takes over. Equal elements, and squares of the 8-bit mantissas of bf16,
 # round the same way again and again: the worst relative error of a row of equal elements is 6e-7 at 256,
@@ -42,6 +45,12 @@ BLOCK = 1 << 21
 # bf16 took 52 ms otherwise, instead of 18. From 1 << 17 on, lists of a few hundred thousand elements each gain as much
 # there, and lose up to a third everywhere else (bench/NOTES.md).
 ALONE = 1 << 19
+# On a CPU, tensors of at most a row are copied without the zeros that would fill it up, if there are so many of them or
+# no others: half of what such a cat takes is taken by the zeros.
+MANY = 32
+# What divides the sizes of all that are copied at once makes rows if it is at least this; else each square is added in
+# fp64, one after the other.
+LEAST_ROW = 16
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -105,12 +114,110 @@ _device_of, _dtype_of, _layout_of = attrgetter("device"), attrgetter("dtype"), a
 _WIDE = frozenset({torch.float64, torch.complex128})
 
 
-def tensor_sumsq(tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.device) -> Tensor:
+def tensor_sumsq(
+    tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.device, sizes: tuple[int, ...] | None = None
+) -> Tensor:
     """Sum of squares of each tensor, float64 [len(tensors)] on ``device``; tensors may lie on several. Under no_grad.
 
-    ``lanes`` is the dtype inside a row; of float64 tensors it is float64 whatever it says. A ValueError says that one
-    of them is no gradient, but not which.
+    ``lanes`` is the dtype inside a row; of float64 tensors it is float64 whatever it says. ``sizes``, the elements of
+    each, saves the look at them. A ValueError says that one of them is no gradient, but not which.
     """
+    if tensors[0].device.type == "cpu":
+        sizes = tuple(map(Tensor.numel, tensors)) if sizes is None else sizes
+        found = _sumsq_of_tiny(tensors, _tiny(sizes), lanes)
+        if found is not None:
+            return found.to(device)
+    return _sumsq_of_any(tensors, lanes, device)
+
+
+class _Cat:
+    """Consecutive tiny tensors that one torch.cat copies behind each other; it holds none of them."""
+
+    def __init__(self, begin: int, sizes: Sequence[int]) -> None:
+        self.these, self.size = slice(begin, begin + len(sizes)), sum(sizes)
+        unit = math.gcd(*sizes)
+        self.row = unit if unit >= LEAST_ROW else 0
+        self.lengths = constant(tuple(size // (self.row or 1) for size in sizes), torch.int64, torch.device("cpu"))
+        self.shaped = False  # whether some were not 1-D: then they are flattened first, which takes twice as long
+
+    def sumsq(self, tensors: Sequence[Tensor], lanes: torch.dtype) -> Tensor | None:
+        """float64 [len(self.these)]; None where they are not what can be joined."""
+        values = self._joined(list(tensors[self.these]))
+        if values is None:
+            return None
+        if values.dtype not in (lanes, torch.float64):
+            values = values.to(lanes)
+        if self.row:
+            values = torch.linalg.vector_norm(values.view(-1, self.row), dim=1).double()
+        # Squares in the dtype of the lanes, as everywhere: what overflows there is to be infinite.
+        return segment_sum(values.square().double(), self.lengths)
+
+    def _joined(self, tensors: list[Tensor]) -> Tensor | None:
+        """Their elements, 1-D, in a dtype that holds those of each; possibly the tensor itself, if there is one.
+
+        What they are is seen by what comes out, because looking at each of them takes longer than to copy it.
+        """
+        for flatten in (False, True) if not self.shaped else (True,):
+            try:
+                joined = _flatten_dense_tensors(tensors) if flatten else torch.cat(tensors)
+            except RuntimeError:  # sparse ones, not all on one device, or not all 1-D
+                continue
+            self.shaped = flatten
+            if joined.dim() == 1 and joined.numel() == self.size:
+                known = type(joined) is Tensor and joined.layout == torch.strided and joined.is_cpu
+                return joined if known and joined.is_floating_point() else None
+        return None
+
+
+@dataclass(frozen=True)
+class _Tiny:
+    """Which tensors of a list are tiny; it depends on their sizes alone.
+
+    Attributes:
+        cats: of those.
+        pick: takes them from the list, and ``others`` all the rest; None: there is no rest.
+        back: int64, where among them and then the rest each tensor of the list is.
+    """
+
+    cats: tuple[_Cat, ...]
+    pick: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None
+    others: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None
+    back: Tensor | None = None
+
+
+@lru_cache(maxsize=256)
+def _tiny(sizes: tuple[int, ...]) -> _Tiny | None:
+    """None: too few of them are tiny."""
+    tiny = [index for index, size in enumerate(sizes) if size <= ROW]
+    own = [sizes[index] for index in tiny]
+    cats = tuple(_Cat(one.start, own[one]) for one in _packed(own, COPY))
+    if len(tiny) == len(sizes):
+        return _Tiny(cats)
+    if len(tiny) < MANY:
+        return None
+    rest = [index for index, size in enumerate(sizes) if size > ROW]
+    place = {index: n for n, index in enumerate(tiny + rest)}
+    back = constant(tuple(place[index] for index in range(len(sizes))), torch.int64, torch.device("cpu"))
+    return _Tiny(cats, _picker(tiny), _picker(rest), back)
+
+
+def _sumsq_of_tiny(tensors: Sequence[Tensor], plan: _Tiny | None, lanes: torch.dtype) -> Tensor | None:
+    """``tensor_sumsq`` where all of them, or many, are tiny; None where they are not, or cannot be joined."""
+    if plan is None:
+        return None
+    mine = tensors if plan.pick is None else plan.pick(tensors)
+    sums = [cat.sumsq(mine, lanes) for cat in plan.cats]
+    found = [one for one in sums if one is not None]
+    if len(found) < len(sums):
+        return None
+    if plan.others is None or plan.back is None:
+        return found[0] if len(found) == 1 else torch.cat(found)
+    rest = _sumsq_of_any(plan.others(tensors), lanes, plan.back.device)
+    return torch.cat([*found, rest]).index_select(0, plan.back)
+
+
+def _sumsq_of_any(tensors: Sequence[Tensor], lanes: torch.dtype, device: torch.device) -> Tensor:
+    """``tensor_sumsq`` of tensors of any size."""
     devices, dtypes = tuple(map(_device_of, tensors)), tuple(map(_dtype_of, tensors))
     wide = _WIDE.intersection(dtypes) if lanes != torch.float64 else ()
     if not wide and len(set(devices)) == 1:
