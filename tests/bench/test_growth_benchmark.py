@@ -55,8 +55,10 @@ def test_the_raw_output_has_every_field(quick):
     for run in record["runs"]:
         assert run.keys() == numbers | {
             "task", "optimizer", "strategy", "random_seed", "final_accuracy", "parameters", "steps", "behind",
+            "ended",
         }  # fmt: skip
         assert run["optimizer"] == "AdamW"
+        assert run["ended"] is None
         assert (run["behind"] is None) == (run["strategy"] not in growth.ISOLATIONS)
         assert all(type(run[name]) is float and run[name] > 0 for name in numbers)
         assert (run["final_accuracy"] is None) == (run["task"] == "regression")
@@ -137,12 +139,14 @@ def behind(t, gain, early, late):
     return {"steps": [100, 600], "t": [None, t], "gain": [0.0, gain], "displacement": [early, late]}
 
 
-def run_of(strategy, random_seed=0, germination=1.0, worst=1.0, final=0.5, optimizer="AdamW", behind=None):
+def run_of(
+    strategy, random_seed=0, germination=1.0, worst=1.0, final=0.5, optimizer="AdamW", behind=None, ended=None
+):
     return {
         "task": "spirals", "optimizer": optimizer, "strategy": strategy, "random_seed": random_seed,
         "loss_at_germination": germination,
         "loss_before_blending": germination, "worst_while_blending": worst, "final_loss": final,
-        "behind": behind,
+        "behind": behind, "ended": ended,
     }  # fmt: skip
 
 
@@ -160,6 +164,84 @@ def run_of(strategy, random_seed=0, germination=1.0, worst=1.0, final=0.5, optim
 def test_bars(ours, passed):
     runs = [run_of(growth.NO_GROWTH, final=0.9), run_of(growth.DEFAULT, **ours)]
     assert [bar.passed for bar in growth.bars(runs)] == passed
+
+
+def ended(stage, later=None):
+    return {"stage": stage, "reason": None, "epochs_felt": later}
+
+
+def many():
+    """Lives under the gates beside others, and sabotaged ones."""
+    runs = [run_of(growth.NO_GROWTH, seed, final=1.0) for seed in range(3)]
+    runs += [run_of(growth.AT_ONCE, seed, final=0.5) for seed in range(3)]
+    runs += [run_of(growth.AGAIN, seed, final=0.5 + 0.2 * (seed == 0)) for seed in range(3)]
+    finals = (0.5, 0.509, 1.03)
+    runs += [run_of(growth.GATED, s, final=final, ended=ended("FOSSILIZED")) for s, final in enumerate(finals)]
+    silent, shuffled = "sabotaged: silent once felt", "sabotaged: gradients shuffled"
+    runs += [run_of(silent, seed, ended=ended("PRUNED", 3 + seed)) for seed in range(2)]
+    runs += [run_of(shuffled, 0, final=0.9, ended=ended("FOSSILIZED")), run_of(shuffled, 1, ended=ended("TRAINING"))]
+    return runs
+
+
+def test_single_lives_are_held_against_no_growth_chance_and_sabotage():
+    alone, at_once, sabotaged = growth.lives(many())
+    assert [bar.passed for bar in (alone, at_once, sabotaged)] == [False, False, True]
+    assert "1 of 3 lives end more than 2% above no growth" in str(alone)
+    assert "2 of 3 lives end below blending at once or within 2% of it" in str(at_once)
+    assert "itself does so in 2 of 3" in str(at_once)
+    assert "1 of 4 sabotaged seeds became permanent, 0 of them" in str(sabotaged)
+    harmful = [*many(), run_of("sabotaged: noisy once felt", 0, final=1.03, ended=ended("FOSSILIZED"))]
+    assert not list(growth.lives(harmful))[-1].passed
+    assert list(growth.lives([run_of(growth.NO_GROWTH)])) == []
+
+
+def test_the_tables_show_them_and_leave_sabotage_out_of_the_others(quick):
+    head = {**quick[1]["header"], "phases": dataclasses.asdict(growth.Phases()), "rates": {"AdamW": None}}
+    text = growth_report.markdown({"header": head, "runs": many()}, "raw.json")
+    assert f"| AdamW, {growth.GATED} | 1 of 3 | 1 of 3 | 1 of 3 | 3 | 0 |" in text
+    assert "| silent once felt | 2 | 2 | 2, 3 to 4 | 0 | 0 |" in text
+    assert "| gradients shuffled | 2 | 2 | 0 | 1 | 0 |" in text
+    assert text.count("silent once felt") == 1
+    assert "sabotaged: " not in text
+
+
+def test_a_sabotaged_seed_lives_under_the_gates():
+    phases = dataclasses.replace(growth.Phases(), warm=100, training=240, after=40)
+    idle, silent = (
+        growth.run(growth.Case("spirals", f"sabotaged: {name}", 0, phases))
+        for name in ("learning rate 0", "silent once felt")
+    )
+    assert idle["ended"] == {"stage": "TRAINING", "reason": None, "epochs_felt": None}
+    assert idle["loss_before_blending"] is None
+    assert silent["ended"]["stage"] == "PRUNED"
+    assert silent["ended"]["reason"].startswith("harm in 2 epochs in a row")
+    assert 2 <= silent["ended"]["epochs_felt"] <= 5
+
+
+@pytest.mark.parametrize("name", growth.SABOTAGES)
+def test_each_sabotage_does_what_it_says(name):
+    torch.manual_seed(0)
+    task, kind = TASKS["spirals"](), growth.SABOTAGES[name]()
+    seed, x = task.seed(), torch.randn(5, task.width)
+    group = {"lr": 0.1}
+    for parameter in seed.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = [seed(x).detach(), *(p.grad.clone() for p in seed.parameters())]
+    kind.before_step(seed)
+    kind.once_felt(seed, group)
+    gradients = [torch.equal(p.grad, old) for p, old in zip(seed.parameters(), before[1:])]
+    changed = {
+        "task": kind.task(task, 0) is not task,
+        "germinate": kind.germinate() != {},
+        "gradients": not all(gradients),
+        "output": not torch.equal(seed(x).detach(), before[0]),
+        "rate": group["lr"] != 0.1,
+    }
+    assert {what for what, found in changed.items() if found} == {
+        "in no optimizer": {"germinate"}, "learning rate 0": {"germinate"}, "gradients shuffled": {"gradients"},
+        "random labels": {"task"}, "silent once felt": {"output"}, "noisy once felt": {"output"},
+        "turned round once felt": {"output", "rate"}, "wild once felt": {"rate"},
+    }[name]  # fmt: skip
 
 
 def test_a_run_that_never_blended_cannot_rise():

@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
+import torch
 
 from bench.readiness import run as readiness
-from seedtriton import Check, Gate, Stage, Verdict
+from seedtriton import BlendProbe, Check, Gate, Stage, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,14 @@ def test_our_gate_makes_no_mistake_and_the_bare_ratios_make_many(quick):
     assert wrong["G2 without probe"] <= 4
     assert wrong["original"] >= 12
     assert wrong["esper-lite"] >= 12
+
+
+def test_a_loss_written_otherwise_has_the_same_verdicts_and_a_mean_alone_no_worse_ones(quick):
+    for run in quick[1]["runs"]:
+        one, other = run["verdicts"]["G2"], run["verdicts"]["G2, 1000 loss + 100"]
+        assert (one["passed"], one["epoch"]) == (other["passed"], other["epoch"]), run["scenario"]
+    wrong = {judge: len(readiness.wrong(quick[1]["runs"], judge)) for judge in readiness.JUDGES}
+    assert wrong["G2, sum of losses alone"] <= wrong["G2 without probe"]
 
 
 def test_the_truth_has_both_kinds(quick):
@@ -88,8 +97,41 @@ def test_without_its_probe_the_gate_holds_the_gain_against_its_own_limit(t, alon
     """With a probe the verdict itself holds t against 0, which says nothing of a gate without one."""
     gain, harm = Check("blend_gain", "significant", True, t), Check("probe_harm", "blend_would_harm", False)
     verdict = Verdict(Gate.G2, Stage.BLENDING, "s", False, (gain, harm))
-    found = readiness.opinions(3, readiness.Sample(1.0, 1.0, 1, 1), readiness.Esper(), verdict, None)
+    found = opinions(verdict, (0.01, 0.01))
     assert (found["G2 without probe"], found["G2"]) == (alone, False)
+
+
+def opinions(verdict, rises):
+    """Opinions on a verdict where the losses of two samples change so at each alpha."""
+    losses = torch.tensor([1.0, 2.0])
+    asked = []
+
+    def probed(write):
+        asked.append(write)
+        base, blended = (torch.as_tensor(write(losses + change)).reshape(-1) for change in (0.0, torch.tensor(rises)))
+        change = (blended - base).double()
+        means = {"loss": base.mean().item(), "changes": (change.mean().item(),)}
+        if len(base) > 1:
+            means |= {"errors": (change.std().item() / 2**0.5,), "spread": base.double().std().item()}
+        return BlendProbe(seed="s", alphas=(1.0,), **means)
+
+    found = readiness.opinions(3, readiness.Sample(1.0, 1.0, 1, 1), readiness.Esper(), verdict, None, probed)
+    return {**found, "asked": len(asked)}
+
+
+@pytest.mark.parametrize("t, rises, mean, rewritten", [
+    (9.0, (-0.1, -0.1), True, True), (1.0, (-0.1, -0.1), False, True),
+    (9.0, (-0.3, 0.1), True, False), (9.0, (0.1, 0.1), False, False),
+])  # fmt: skip
+def test_the_other_ways_to_write_a_loss_are_judged_by_their_own_probes(t, rises, mean, rewritten):
+    checks = Check("blend_gain", "significant", True, t), Check("probe_gain", "blend_lowers_loss", True)
+    found = opinions(Verdict(Gate.G2, Stage.BLENDING, "s", True, checks), rises)
+    assert (found["G2, sum of losses alone"], found["G2, 1000 loss + 100"]) == (mean, rewritten)
+    # Refused for anything else, or not due, nobody asks.
+    other = Verdict(Gate.G2, Stage.BLENDING, "s", False, (*checks, Check("samples", "samples_insufficient", False)))
+    assert opinions(other, rises)["asked"] == 0
+    waits = Check("blend_gain", "significant", True, 1.0), Check("probe_gain", "probe_not_due", False)
+    assert opinions(Verdict(Gate.G2, Stage.BLENDING, "s", False, waits), rises)["asked"] == 0
 
 
 def test_a_verdict_is_the_first_pass_or_the_refusal_at_the_end():
