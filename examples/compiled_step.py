@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from seedtriton import AlphaSchedule, GateThresholds, GrowthController, SeedSlot
+from seedtriton import AlphaSchedule, GrowthController, SeedSlot
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -24,11 +24,10 @@ model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), SeedSlot(), nn.Linear(8, 4))
 # On a CPU the default backend calls a C++ compiler for every graph, which takes longer than this whole run.
 compiled = torch.compile(model, fullgraph=True, backend="inductor" if torch.cuda.is_available() else "aot_eager")
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-thresholds = GateThresholds(max_accuracy_drop=None)
-growth = GrowthController(model, optimizer, thresholds=thresholds, schedule=AlphaSchedule(steps=64))
+growth = GrowthController(model, optimizer, schedule=AlphaSchedule(steps=64))
 growth.germinate("2", Seed(8), probe=torch.zeros(2, 8))
 
-inputs = torch.randn(1024, 16)
+inputs = torch.randn(1536, 16)  # the last 512 are held out
 labels = (inputs[:, :4] + inputs[:, 4:8]).argmax(dim=1)
 
 
@@ -46,9 +45,11 @@ if __name__ == "__main__":
     for epoch in range(16):
         for batch in torch.randperm(1024).split(64):
             loss = step(batch)
-        for verdict in growth.end_epoch():
+        with torch.no_grad():
+            held_out = nn.functional.cross_entropy(model(inputs[1024:]), labels[1024:]).item()
+        for verdict in growth.end_epoch(loss=held_out):
             answer = "passed" if verdict.passed else "refused"
-            print(f"epoch {epoch + 1:2d}  loss {loss.item():.3f}  {verdict.gate} {answer}")
+            print(f"epoch {epoch + 1:2d}  loss {held_out:.3f}  {verdict.gate} {answer}")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     print(f"{growth.slots['2'].stage}, {graphs} graphs for the whole life")
     assert graphs <= 4, "a stage change costs at most one graph"
