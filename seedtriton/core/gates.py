@@ -86,6 +86,14 @@ class QualityGates(PlainState):
         passed = all(check.passed is not False for check in checks)
         return Verdict(gate, target, status.seed, passed, checks, self.mode)
 
+    def overshoots(self, verdict: Verdict) -> bool:
+        """Whether a seed that G2 refused goes the right way, by its blend gain, and too far, by the probe."""
+        answers, limit = {check.question: check for check in verdict.checks}, self.thresholds.min_blend_gain_t
+        if limit is None or "probe_harm" not in answers or answers["probe_harm"].passed is not False:
+            return False
+        t = answers["blend_gain"].value
+        return answers["probe_harm"].value is not None and isinstance(t, float) and t >= limit
+
     def asks_probe(self, target: Stage) -> bool:
         """Whether the gate to ``target`` has a question that a probe answers."""
         limits = self.thresholds

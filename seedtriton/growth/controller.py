@@ -258,7 +258,7 @@ class GrowthController(Prober):
             if verdict.passed and verdict.gate in self.auto_advance:
                 self._move(life, verdict.target, str(verdict), "gate")
             elif life.slot.stage is Stage.TRAINING:
-                life.slot.check_isolation_again()
+                self._mover.stay(life, self.gates.overshoots(verdict))
         for name in resting:
             self._mover.rest(name)
         return verdicts

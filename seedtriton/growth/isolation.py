@@ -6,6 +6,7 @@ gradient that the host's output receives is handed to it. A leak is found in the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -50,20 +51,29 @@ class TrustRegion:
 
     The default of ``rho`` is the largest of 0.1, 0.2, 0.3, 0.5 and 1.0 that did not overshoot on a host that had
     nearly converged (by the rule "norm"; ``bench.growth --warm``); on hosts that still learn all of these end alike.
+    Where it overshoots all the same, gate G2 says so: the probe finds harm although the blend gain is certain. Then a
+    ``GrowthController`` halves the elementwise ``rho``, down to ``least``; with ``least`` at ``rho`` it never does.
 
     Raises:
-        ConfigurationError: ``rho`` is not a finite number above 0, or no rule has this name.
+        ConfigurationError: ``rho`` or ``least`` is not a finite number above 0, or no rule has this name.
     """
 
     rho: float = 0.2
     rule: str = ELEMENTWISE
+    least: float = 0.0125
 
     def __post_init__(self) -> None:
-        number = isinstance(self.rho, (int, float)) and not isinstance(self.rho, bool)
-        if not number or not 0.0 < self.rho < math.inf:
-            raise ConfigurationError(f"rho must be a finite number above 0, got {self.rho!r}")
+        for name in ("rho", "least"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+                raise ConfigurationError(f"{name} must be a finite number above 0, got {value!r}")
         if self.rule not in RULES:
             raise ConfigurationError(f"rule must be one of {list(RULES)}, got {self.rule!r}")
+
+    def narrower(self) -> TrustRegion:
+        """Half as wide, at least ``least``; as it is where that is not narrower, and by the rule "norm"."""
+        rho = max(self.rho / 2, self.least)
+        return dataclasses.replace(self, rho=rho) if self.rule == ELEMENTWISE and rho < self.rho else self
 
 
 Isolation = StraightThrough | TrustRegion

@@ -15,6 +15,7 @@ from ..core.schedules import HOLD, AlphaSchedule
 from ..core.verdict import Gate, Verdict
 from ..report.events import evidence_fields, gate_fields
 from ..report.sinks import Telemetry
+from .isolation import TrustRegion
 from .life import Life, Position, require_count
 from .slot import SeedSlot
 from .wiring import Wiring
@@ -125,6 +126,14 @@ class Mover:
             else:
                 self.remove(life, harm, "watch")
         return action == FADE
+
+    def stay(self, life: Life, overshoots: bool) -> None:
+        """A seed that was refused trains on, and one that goes the right way too far in a smaller trust region."""
+        life.slot.check_isolation_again()
+        isolation = life.slot.isolation
+        if overshoots and isinstance(isolation, TrustRegion) and isolation.narrower() is not isolation:
+            life.slot.isolation = isolation.narrower()
+            self.emit("narrowed", life.name, rho=life.slot.isolation.rho, before=isolation.rho)
 
     def end_epoch(self, life: Life, evidence: SeedEvidence, loss: float | None) -> None:
         """Count an epoch of a seed's life, with the evidence that was found in it; take out one that has faded."""

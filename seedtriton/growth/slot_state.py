@@ -25,6 +25,7 @@ _KEYS = (
 # Only in a state where there is something to say: 0.1 knew none of them. Its rule was "norm".
 _LATER: Mapping[str, Any] = MappingProxyType(
     {"gate_dims": None, "channel_dim": None, "isolate_blending": False, "random": {}, "rule": NORM, "handed_on": None}
+    | {"least": TrustRegion.least}
 )
 
 
@@ -56,6 +57,8 @@ class SavedSlot:
             later["isolate_blending"] = True
         if isinstance(self.isolation, TrustRegion) and self.isolation.rule != NORM:
             later["rule"] = self.isolation.rule
+            if self.isolation.least != TrustRegion.least:
+                later["least"] = self.isolation.least
         if self.handed_on is not None:
             later["handed_on"] = self.handed_on
         if self.gate is not None and self.gate.dims is not None:
@@ -139,9 +142,9 @@ def _names(value: object) -> tuple[str, ...]:
 
 
 def _isolation(values: Mapping[str, Any]) -> Isolation:
-    rho, rule = values["rho"], values["rule"]
+    rho, rule, least = values["rho"], values["rule"], values["least"]
     try:
-        return StraightThrough() if rho is None else TrustRegion(rho, rule)
+        return StraightThrough() if rho is None else TrustRegion(rho, rule, least)
     except ConfigurationError as error:
         raise StateDictError(f"SeedSlot: {error}") from error
 

@@ -21,6 +21,7 @@ from seedtriton.core.evidence import (
     NO_GRADIENT,
     NOT_FINITE,
     RATIO_EPS,
+    RECENT_SAMPLES,
     STATUSES,
     VANISHING_WEIGHT,
     Sample,
@@ -30,7 +31,14 @@ from seedtriton.core.evidence import (
     gradient_ratio,
     rms_ratio,
 )
-from seedtriton.core.series import MIN_GAIN_SAMPLES, effective_sample_size, plateau_share, root_mean, t_statistic
+from seedtriton.core.series import (
+    MIN_GAIN_SAMPLES,
+    effective_sample_size,
+    plateau_share,
+    root_mean,
+    student,
+    t_statistic,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -320,6 +328,32 @@ def test_too_few_values_have_no_t():
 @pytest.mark.parametrize("value", [1.0, -0.1, 1e-300, 3.3e200])
 def test_a_constant_has_no_standard_error_and_no_t(value):
     assert t_statistic([value] * 20) == (None, 20.0)
+
+
+# scipy.stats: t.isf(norm.sf(z), degrees)
+@pytest.mark.parametrize("z, degrees, quantile", [
+    (3.0, 3, 9.2189), (3.0, 4, 6.6202), (3.0, 5, 5.5071), (3.0, 10, 3.9569), (3.0, 30, 3.2703), (3.0, 100, 3.0768),
+    (1.0, 1, 1.8373), (1.0, 3, 1.1969), (1.0, 10, 1.0526), (1.0, 100, 1.0050), (-3.0, 10, -3.9569),
+])  # fmt: skip
+def test_students_quantile_is_that_of_a_table(z, degrees, quantile):
+    assert student(z, degrees) == pytest.approx(quantile, rel=0.025 if degrees < 4 else 0.01)
+    if degrees >= 10:
+        assert student(z, degrees) == pytest.approx(quantile, rel=2e-4)
+
+
+def test_one_number_alone_has_no_quantile():
+    assert student(3.0, 1) > 96  # too small by a half, and far from 3 all the same
+    with pytest.raises(ConfigurationError, match="at least 1 degree of freedom, got 0"):
+        student(3.0, 0)
+
+
+def test_the_recent_t_is_that_of_the_last_samples_alone():
+    """A seed that went wrong is seen before its good gains have left the longer window."""
+    gains = [1.0 + 0.1 * (i % 2) for i in range(80)] + [-1.0 - 0.1 * (i % 3) for i in range(RECENT_SAMPLES)]
+    found = collect_evidence("s", [sample(gain=gain) for gain in gains], parameters=2)
+    assert found.recent_gain_t == t_statistic(gains[-RECENT_SAMPLES:])[0] < -50
+    assert found.blend_gain_t == t_statistic(gains[-GAIN_SAMPLES:])[0] > -2
+    assert collect_evidence("s", [sample(gain=1.0)] * 3, parameters=2).recent_gain_t is None
 
 
 def test_gains_of_zero_are_a_t_of_zero():

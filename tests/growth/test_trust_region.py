@@ -212,6 +212,9 @@ def test_a_compiled_slot_follows_when_its_isolation_changes():
 
 @pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), float("inf"), True, "1"])
 def test_impossible_rho_is_refused(rho):
+    with pytest.raises(ConfigurationError, match="least must be a finite number above 0"):
+        TrustRegion(least=rho)
+
     with pytest.raises(ConfigurationError, match="rho"):
         TrustRegion(rho)
 
@@ -363,7 +366,21 @@ def test_cutting_a_batch_changes_nothing_but_the_order_of_sums(name):
 # --- its saved state --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isolation", [TrustRegion(), TrustRegion(0.3, "norm"), TrustRegion(0.7), StraightThrough()])
+def test_a_region_is_halved_down_to_its_least():
+    found, widths = TrustRegion(0.2), []
+    while found.narrower() is not found:
+        found = found.narrower()
+        widths.append(found.rho)
+    assert widths == [0.1, 0.05, 0.025, 0.0125]
+    assert TrustRegion(0.2, least=0.15).narrower() == TrustRegion(0.15, least=0.15)
+    for fixed in (TrustRegion(0.2, NORM), TrustRegion(0.2, least=0.2), TrustRegion(0.01)):
+        assert fixed.narrower() is fixed
+
+
+@pytest.mark.parametrize(
+    "isolation",
+    [TrustRegion(), TrustRegion(0.3, "norm"), TrustRegion(0.7), StraightThrough(), TrustRegion(0.3, least=0.3)],
+)
 def test_the_state_carries_the_rule_of_the_isolation(isolation):
     source, target = SeedSlot(), SeedSlot()
     source.germinate(Residual(4), isolation=isolation)

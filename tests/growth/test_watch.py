@@ -6,7 +6,16 @@ from networks import Residual
 from scripts import Script, blending
 from torch import nn
 
-from seedtriton import AlphaSchedule, BlendProbe, ConfigurationError, GateThresholds, GrowthController, Stage
+from seedtriton import (
+    AlphaSchedule,
+    BlendProbe,
+    ConfigurationError,
+    GateThresholds,
+    GrowthController,
+    Stage,
+    StraightThrough,
+    TrustRegion,
+)
 from seedtriton.core.evidence import SeedEvidence
 from seedtriton.core.harm import Watch
 
@@ -300,6 +309,48 @@ def test_a_felt_seed_costs_two_passes_an_epoch():
     script.epochs(4)
     assert script.slot.stage is Stage.HOLDING
     assert script.evaluations == before + 8
+
+
+# --- the right way, too far ---------------------------------------------------------------------------------
+
+
+def overshooting(isolation=None, harm=1.0, **options):
+    """A healthy seed of which the probe says that ``harm`` times its alpha is lost."""
+    script = Epochs("accuracy", **options)
+    noise = torch.linspace(-1.0, 1.0, 64)
+    script.growth.evaluate = lambda twin: 2.0 + noise + harm * twin.early.alpha_value
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6), isolation=isolation)
+    return script
+
+
+def test_a_seed_that_goes_the_right_way_too_far_trains_on_in_a_smaller_trust_region():
+    script = overshooting()
+    script.epochs(12)
+    told = [(event["before"], event["rho"]) for event in script.of("narrowed")]
+    assert told == [(0.2, 0.1), (0.1, 0.05), (0.05, 0.025), (0.025, 0.0125)]
+    assert script.slot.isolation == TrustRegion(0.0125)
+    assert script.slot.stage is Stage.TRAINING
+    # Once the probe has nothing against it, it is let in.
+    script.growth.evaluate = lambda twin: 2.0 + torch.linspace(-1.0, 1.0, 64) - 0.5 * twin.early.alpha_value
+    assert script.until(Stage.BLENDING) <= 5
+
+
+@pytest.mark.parametrize("isolation", [
+    TrustRegion(0.2, least=0.2), TrustRegion(0.01), TrustRegion(0.2, "norm"), StraightThrough(),
+], ids=str)  # fmt: skip
+def test_no_other_way_to_train_is_changed(isolation):
+    script = overshooting(isolation)
+    script.epochs(4)
+    assert not script.of("narrowed")
+    assert script.slot.isolation == isolation
+
+
+def test_only_a_certain_gain_and_harm_at_once_are_overshooting():
+    for options in ({"harm": -1.0}, {"thresholds": GateThresholds(min_blend_gain_t=1e3)}):
+        script = overshooting(**options, auto_advance=())
+        script.growth.advance("early")
+        script.epochs(4)
+        assert not script.of("narrowed")
 
 
 # --- a told loss --------------------------------------------------------------------------------------------
