@@ -12,8 +12,9 @@ from .probe import FALL_ERRORS, BlendProbe
 from .state import PlainState
 from .thresholds import GateThresholds
 
-# Below minus this the t of the blend gain blames the seed for what the model lost; alone it would be chance.
-BLAME_T = 2.0
+# Below minus this the t of the blend gain blames the seed for what the model lost. It is no chance: below -2 in two
+# looks in a row came in one of eight runs of 20 epochs without any harm.
+BLAME_T = 3.0
 
 FADE, HALT, REPORT = ON_HARM = ("fade", "halt", "report")
 
@@ -37,6 +38,13 @@ def harm_of_slope(known: SeedEvidence, limits: GateThresholds) -> bool:
 def worst_gain_t(known: SeedEvidence) -> float | None:
     """The lower one of the t statistics of the blend gain, over its window and over the last samples of that."""
     return min((t for t in (known.blend_gain_t, known.recent_gain_t) if t is not None), default=None)
+
+
+def _noise_of_loss(probe: BlendProbe) -> float:
+    """Standard error of a loss, not of a change: between two epochs the host has moved as well; ``inf``: not known."""
+    if probe.errors is None or probe.spread is None:
+        return math.inf
+    return max(probe.errors[0], probe.spread / math.sqrt(1 + (probe.degrees or 0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +76,18 @@ class Watch(PlainState):
         for name in ("above", "lasting", "sloped", "blamed"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ConfigurationError(f"Watch: {name} must be a number of epochs, got {getattr(self, name)!r}")
-        if self.admission_loss is not None and type(self.admission_loss) not in (int, float):
-            raise ConfigurationError(f"Watch: admission_loss must be a number or None, got {self.admission_loss!r}")
+        loss = self.admission_loss
+        if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
+            raise ConfigurationError(f"Watch: admission_loss must be a finite number or None, got {loss!r}")
 
     def look(
-        self, known: SeedEvidence, probe: BlendProbe | None, limits: GateThresholds, lost: bool = False
+        self,
+        known: SeedEvidence,
+        probe: BlendProbe | None,
+        limits: GateThresholds,
+        *,
+        lost: bool = False,
+        alone: bool = True,
     ) -> Watch:
         """The counts after one more epoch.
 
@@ -81,8 +96,11 @@ class Watch(PlainState):
             probe: at the present alpha alone.
             limits: those of the gates.
             lost: by what the script tells the model does worse than when the seed began to blend.
+            alone: no other seed is to blame for that sooner than this one.
         """
         admission = self.admission_loss
+        if probe is not None and (limits.max_probe_harm is None or not math.isfinite(probe.loss)):
+            probe = None
         if admission is None and probe is not None:
             admission = probe.loss
         harms, above = harm_of_blend(probe, limits), False
@@ -91,9 +109,9 @@ class Watch(PlainState):
             now = probe.loss + probe.changes[0]
             above = not now <= admission
             lasts = harms or (not probe.precise and probe.changes[0] > 0.0 and above)
-            lost = lost or (probe.errors is not None and now - admission > FALL_ERRORS * probe.errors[0])
+            lost = lost or now - admission > FALL_ERRORS * _noise_of_loss(probe)
         t = worst_gain_t(known)
-        blamed = lost and limits.max_harm_t is not None and t is not None and t < -BLAME_T
+        blamed = lost and alone and limits.max_harm_t is not None and t is not None and t < -BLAME_T
         return dataclasses.replace(
             self,
             admission_loss=admission,
@@ -103,18 +121,27 @@ class Watch(PlainState):
             blamed=self.blamed + 1 if blamed else 0,
         )
 
+    @property
+    def suspicion(self) -> str | None:
+        """In words what the last look found, however seldom before; None: nothing."""
+        return next((words for epochs, words in self._counts() if epochs), None)
+
+    def _counts(self) -> tuple[tuple[int, str], ...]:
+        return (
+            (self.above, "the validation loss is higher with it, and above that at admission"),
+            (self.sloped, "its blend gain says that less of it would be better"),
+            (self.blamed, "the model does worse than before it, and its blend gain blames it"),
+            (self.lasting, "the validation loss is higher with it"),
+        )
+
     def begun_anew(self) -> Watch:
         """The same admission, nothing counted."""
         return Watch(admission_loss=self.admission_loss)
 
     def harm(self, limits: GateThresholds) -> str | None:
         """In words what harm the seed does, once it has lasted as long as the limits say; None: none, or not yet."""
-        for epochs, limit, words in (
-            (self.above, limits.harm_epochs, "the validation loss is higher with it, and above that at admission"),
-            (self.sloped, limits.harm_epochs, f"t of its blend gain is below -{limits.max_harm_t}"),
-            (self.blamed, limits.harm_epochs, "the model does worse than before it, and its blend gain blames it"),
-            (self.lasting, limits.lasting_harm_epochs, "the validation loss is higher with it"),
-        ):
+        soon, late = limits.harm_epochs, limits.lasting_harm_epochs
+        for (epochs, words), limit in zip(self._counts(), (soon, soon, soon, late)):
             if limit is not None and epochs >= limit:
                 return f"harm in {epochs} epochs in a row: {words}"
         return None

@@ -21,6 +21,7 @@ from .state import PlainState
 # several alphas and in many epochs, so luck gets one chance in 700 at each; of a rise the suspicion is enough.
 FALL_ERRORS = 3.0
 RISE_ERRORS = 1.0
+ROUNDING = 1e-6  # of a mean of losses in fp32, as a share of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class BlendProbe(PlainState):
             value = getattr(self, name)
             if value is None and name == "errors":
                 continue
+            if not isinstance(value, (list, tuple)):
+                raise ConfigurationError(f"a probe's {name} are a list of numbers, got {value!r}")
             object.__setattr__(self, name, tuple(value))
             if not self.alphas or len(getattr(self, name)) != len(self.alphas):
                 raise ConfigurationError(
@@ -105,9 +108,10 @@ class BlendProbe(PlainState):
         moves = [sign * change for change in self.changes]
         beyond = [move for move, limit in zip(moves, noise) if math.isfinite(move) and move > limit]
         largest = max([0.0, *beyond])
-        if largest == 0.0:
-            return 0.0
-        return largest / self.spread if self.spread else math.inf
+        if self.spread:
+            return largest / self.spread
+        # Where all samples have one loss, and their spread no size, rounding is no move.
+        return math.inf if largest > (0.0 if self.spread is None else ROUNDING * abs(self.loss)) else 0.0
 
     def __str__(self) -> str:
         """Loss and changes in words."""

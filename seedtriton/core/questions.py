@@ -21,6 +21,7 @@ from .verdict import MODES_DISAGREE, SEED_REPLACES_HOST, Check, SeedStatus
 # with a residual and about 0 without; with few channels chance blurs both.
 HANDS_ON = 0.5
 ACCURACY_LOST, LOSS_RISEN = "accuracy_lost", "loss_risen"
+BY_PROBE = ("probe_gain", "probe_harm")  # questions of G2 that only a probe answers
 THREE_WAYS = (
     "nothing says how the model does: tell end_epoch(accuracy=...) or end_epoch(loss=...) in every epoch, or give the "
     "controller evaluate="
@@ -226,7 +227,7 @@ def performance_kept(status: SeedStatus, limits: GateThresholds) -> Check:
                 "loss", "max_loss_rise", status.loss_rise, limits.max_loss_rise, "loss_kept", LOSS_RISEN,
                 "rise of the loss since BLENDING began, in changes that were usual from epoch to epoch before",
             )
-        if status.probe is not None:
+        if status.probe is not None and limits.max_probe_harm is not None and math.isfinite(status.probe.loss):
             return Check("accuracy", "accuracy", None, None, limit, "not asked: not told, the probe decides")
         return Check("accuracy", "accuracy_never_measured", False, None, limit, THREE_WAYS)
     drop = None if status.accuracy_change is None else -status.accuracy_change
@@ -240,11 +241,15 @@ def harmless(status: SeedStatus, limits: GateThresholds) -> Check:
     """What the watch found in this epoch; once is enough not to go on, to take the seed out it has to last."""
     known = status.known
     probe = None if limits.max_probe_harm is None else status.probe
+    if probe is not None and not math.isfinite(probe.loss):
+        probe = None
     t = None if limits.max_harm_t is None else worst_gain_t(known)
     if probe is not None and harm_of_blend(probe, limits):
         return Check("harm", "seed_harms", False, probe.certain_harm, limits.max_probe_harm, str(probe))
     if t is not None and harm_of_slope(known, limits):
         return Check("harm", "seed_harms", False, t, limits.max_harm_t, f"{gain_in_words(known)}, of late {t:.3g}")
+    if status.watch is not None and (suspicion := status.watch.suspicion) is not None:
+        return Check("harm", "seed_harms", False, t, limits.max_harm_t, suspicion)
     if probe is None and t is None:
         return Check("harm", "harm", None, None, None, "not known: no probe, and no t of the blend gain yet")
     words = gain_in_words(known) if probe is None else str(probe)
@@ -315,7 +320,7 @@ def refused_by_probe_alone(
     """The same checks; where gradients alone would have let the seed pass, the probe's refusals say so."""
     t = status.known.blend_gain_t
     against = [check for check in checks if check.passed is False]
-    by_probe = all(check.question in ("probe_gain", "probe_harm") for check in against)
+    by_probe = all(check.question in BY_PROBE for check in against)
     if not against or not by_probe or status.probe is None or limit is None or t is None or t < limit:
         return checks
     words = f"by its gradients alone it would have passed, t of the blend gain {t:.3g}"

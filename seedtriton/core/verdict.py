@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import StateDictError
 from .evidence import SeedEvidence, collect_evidence
+from .harm import Watch
 from .lifecycle import Stage, stage_named
 from .probe import BlendProbe
 from .state import PlainState, check_state
@@ -154,6 +155,7 @@ class SeedStatus:
         progress: share of the whole training that is done, for thresholds that depend on it.
         probe: validation loss at alpha 0 and above, if it was tried; at G3 and G5 at the present alpha only.
         probe_due: epoch in which the loss is probed again after the probe refused the seed; None: nothing to wait for.
+        watch: what the looks at a seed that is felt have found; None: nobody looked.
         tensors: single gradients of the host and the seed, largest first, for refusals to name; None: not read.
     """
 
@@ -174,6 +176,7 @@ class SeedStatus:
     progress: float | None = None
     probe: BlendProbe | None = None
     probe_due: int | None = None
+    watch: Watch | None = None
     tensors: tuple[TensorReading, ...] | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from .trying import seed_module
 from .wiring import Wiring
 
 VERSION = 1
-LATER: Mapping[str, Any] = MappingProxyType({"losses": ()})
+LATER: Mapping[str, Any] = MappingProxyType({"loss": None, "losses": (), "epoch_began": 0, "epoch_steps": 0})
 
 SeedOrFactory = nn.Module | Callable[[], nn.Module]
 
@@ -31,7 +32,10 @@ def save(wiring: Wiring, position: Position) -> dict[str, Any]:
         "epoch": position.epoch,
         "step": position.step,
         "accuracy": position.accuracy,
+        "loss": position.loss,
         "losses": list(position.losses),
+        "epoch_began": position.epoch_began,
+        "epoch_steps": position.epoch_steps,
         "group_sizes": [len(group["params"]) for group in groups],
         "slots": {
             name: {
@@ -75,7 +79,8 @@ def load(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, 
             raise
         raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
     position.epoch, position.step, position.accuracy = values["epoch"], values["step"], values["accuracy"]
-    position.losses, position.loss = list(values["losses"]), None
+    position.losses, position.loss = list(values["losses"]), values["loss"]
+    position.epoch_began, position.epoch_steps = values["epoch_began"], values["epoch_steps"]
     position.lives = {life.name: life for life in lives}
 
 
@@ -87,10 +92,13 @@ def _monitor_state(wiring: Wiring) -> dict[str, Any]:
 def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
     """The seeds' lives in a saved state; StateDictError unless it fits this model and optimizer."""
     kind, accuracy, sizes = "GrowthController", values["accuracy"], values["group_sizes"]
-    whole = all(type(values[name]) is int and values[name] >= 0 for name in ("epoch", "step"))
+    counts = ("epoch", "step", "epoch_began", "epoch_steps")
+    whole = all(type(values[name]) is int and values[name] >= 0 for name in counts)
     known = accuracy is None or (type(accuracy) in (int, float) and 0.0 <= accuracy <= 1.0)
     lists = isinstance(values["lives"], list) and isinstance(sizes, list)
-    losses = isinstance(values["losses"], (list, tuple)) and all(type(x) in (int, float) for x in values["losses"])
+    told = values["losses"]
+    losses = isinstance(told, (list, tuple)) and all(type(x) in (int, float) and math.isfinite(x) for x in told)
+    losses = losses and type(values["loss"]) in (int, float, type(None))
     if not (whole and known and lists and losses and isinstance(values["monitor"], dict)):
         raise StateDictError(f"{kind}: damaged epoch, step, accuracy, losses, lives, group_sizes or monitor")
     slots = values["slots"]

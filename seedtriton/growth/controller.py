@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigurationError, WiringError
+from ..core.errors import WiringError
 from ..core.evidence import SeedEvidence
 from ..core.gates import QualityGates
 from ..core.harm import FADE
@@ -31,7 +31,7 @@ from .blending import ADD
 from .isolation import Isolation
 from .judging import Judge, trainable
 from .life import Life, Position
-from .moving import MOVING_GATES, Mover, check_loss, check_moving_gates, check_on_harm, check_rests
+from .moving import MOVING_GATES, Mover, check_moving_gates, check_on_harm, check_rests, check_told
 from .prober import Prober
 from .probing import Evaluate
 from .slot import SeedSlot
@@ -174,7 +174,7 @@ class GrowthController(Prober):
             WiringError: the slot is occupied, or the seed is unfit: no trainable parameter, another shape,
                 parameters of the host or of another seed; nothing has changed.
         """
-        place = self._mover.dormant(slot)
+        place = self._mover.dormant(slot, schedule or self.schedule)
         module = seed_module(seed)
         dormant = self._judge.status_of(slot, place, None, trainable(module))
         blending = {"blend": blend, "gate_dims": gate_dims, "channel_dim": channel_dim}
@@ -239,19 +239,19 @@ class GrowthController(Prober):
             WiringError: with ``strict``, a seed that was never measured; nothing has changed.
             Exception: what ``evaluate`` raises passes through; the epoch has been counted by then.
         """
-        if accuracy is not None and not 0.0 <= accuracy <= 1.0:
-            raise ConfigurationError(f"accuracy must be a share in [0, 1], got {accuracy}; divide percentages by 100")
-        loss = check_loss(loss)
+        accuracy, loss = check_told(accuracy, loss)
         evidence = self.monitor.read(strict=strict) if self._lives else {}
         self._position.end_epoch(accuracy, loss)
         self._mover.emit("epoch", None, accuracy=accuracy, loss=loss, progress=self.progress)
         verdicts = []
-        resting = [name for name, slot in self.slots.items() if slot.stage in RESTING]
+        for name in [name for name, slot in self.slots.items() if slot.stage in RESTING]:
+            self._mover.rest(name)
         for name, life in list(self._lives.items()):
             self._mover.end_epoch(life, evidence[name], loss)
-            if life.pruning is not None:
-                continue
-            if (harm := self._judge.watch(life)) and self._mover.act_on(harm, life, self.on_harm):
+        for life in list(self._lives.values()):
+            if life.pruning is None and (harm := self._judge.watch(life)) is not None:
+                self._mover.act_on(harm, life, self.on_harm)
+            if life.pruning is not None or life.name not in self._lives:
                 continue
             verdict = self._verdict(life)
             verdicts.append(verdict)
@@ -259,8 +259,6 @@ class GrowthController(Prober):
                 self._move(life, verdict.target, str(verdict), "gate")
             elif life.slot.stage is Stage.TRAINING:
                 self._mover.stay(life, self.gates.overshoots(verdict))
-        for name in resting:
-            self._mover.rest(name)
         return verdicts
 
     @normal_tensors()

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..core.gates import QualityGates
-from ..core.harm import Watch
+from ..core.harm import Watch, worst_gain_t
 from ..core.lifecycle import FORWARD, Stage
 from ..core.probe import BlendProbe
-from ..core.questions import ACCURACY_LOST, LOSS_RISEN, performance_kept
+from ..core.questions import ACCURACY_LOST, BY_PROBE, LOSS_RISEN, performance_kept
 from ..core.schedules import HOLD
 from ..core.tensors import NAMING, TensorReading
 from ..core.verdict import SeedStatus, Verdict
@@ -63,6 +63,7 @@ class Judge:
             alpha_target=life.alpha.target if life else 1.0,
             alpha_holds=life is None or life.alpha.mode == HOLD,
             progress=position.progress,
+            watch=life.watch if life else None,
         )
 
     def watch(self, life: Life) -> str | None:
@@ -70,7 +71,7 @@ class Judge:
 
         Probes the validation loss at the present alpha, which ``verdict`` then knows.
         """
-        if life.slot.stage not in (Stage.BLENDING, Stage.HOLDING):
+        if not life.felt:
             return None
         if self._gates.asks_probe(FORWARD[life.slot.stage]):
             life.probe = self._at_present(life)
@@ -78,8 +79,19 @@ class Judge:
             return None
         limits = self._gates.thresholds
         kept = performance_kept(self.status_of(life.name, life.slot, life), limits)
-        life.watch = life.watch.look(life.evidence, life.probe, limits, lost=kept.name in (ACCURACY_LOST, LOSS_RISEN))
+        lost = kept.name in (ACCURACY_LOST, LOSS_RISEN)
+        life.watch = life.watch.look(life.evidence, life.probe, limits, lost=lost, alone=self._first_suspect(life))
         return life.watch.harm(limits)
+
+    def _first_suspect(self, life: Life) -> bool:
+        """Whether of all seeds that are felt this one is blamed most, and none is on its way out: it is one's doing."""
+        t = None if life.evidence is None else worst_gain_t(life.evidence)
+        for other in self._position.lives.values():
+            if other is not life and other.felt and other.evidence is not None:
+                theirs = worst_gain_t(other.evidence)
+                if other.pruning is not None or (t is not None and theirs is not None and theirs < t):
+                    return False
+        return True
 
     def verdict(self, life: Life, *, now: bool = False) -> Verdict:
         """The verdict on a living seed.
@@ -120,8 +132,10 @@ class Judge:
             return verdict, status
         status = dataclasses.replace(status, probe=life.probe)
         verdict = gates.judge(target, status)
-        life.probe_refusals = 0 if verdict.passed else life.probe_refusals + 1
-        life.probe_due = epoch + min(2 ** max(0, life.probe_refusals - 1), LONGEST_WAIT)
+        alone = all(check.question in BY_PROBE for check in verdict.failed)
+        if not now:
+            life.probe_refusals = life.probe_refusals + 1 if verdict.failed and alone else 0
+            life.probe_due = epoch + min(2 ** max(0, life.probe_refusals - 1), LONGEST_WAIT)
         if verdict.passed:
             life.watch = Watch(admission_loss=life.probe.loss)
         return verdict, status

@@ -13,9 +13,8 @@ from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.evidence import SeedEvidence
 from ..core.harm import Watch
 from ..core.lifecycle import Stage
-from ..core.probe import BlendProbe
+from ..core.probe import ROUNDING, BlendProbe
 from ..core.schedules import HOLD, STEEPNESS, AlphaController, AlphaSchedule
-from ..core.series import root_mean
 from ..core.state import check_state
 from .slot import SeedSlot
 
@@ -53,16 +52,36 @@ class Life:
         Raises:
             TransitionError: the table does not allow it; nothing has changed.
         """
-        source = self.slot.stage
+        source, usual = self.slot.stage, usual_change(position.losses)
         self.slot.move(target, reason, initiator)
         if target is Stage.TRAINING:
             self.training_accuracy = position.accuracy
         elif target is Stage.BLENDING and source is Stage.TRAINING:
             # Not when it comes back from HOLDING: what is to be kept is what was before it was felt at all.
-            self.blending_accuracy, self.blending_loss = position.accuracy, position.loss
-            self.usual_change = usual_change(position.losses)
+            self.blending_accuracy, self.blending_loss = position.accuracy, finite(position.loss)
+            self.usual_change = usual
             self.alpha = AlphaController(self.schedule.start)
             self.retarget(self.schedule)
+
+    def end_epoch(self, evidence: SeedEvidence, position: Position) -> None:
+        """Count an epoch; what nobody had told when the stage began begins with the first that is told."""
+        self.slot.lifecycle.tick()
+        self.evidence = evidence
+        if self.slot.stage is Stage.TRAINING and self.training_accuracy is None:
+            self.training_accuracy = position.accuracy
+        elif self.felt:
+            if self.blending_accuracy is None:
+                self.blending_accuracy = position.accuracy
+            if self.blending_loss is None:
+                self.blending_loss = finite(position.loss)
+            if self.usual_change is None:
+                # From the losses before this one, which is to be held against them.
+                self.usual_change = usual_change(position.losses[:-1])
+
+    @property
+    def felt(self) -> bool:
+        """Whether the model puts out something of the seed, and the seed may yet be taken out."""
+        return self.slot.stage in (Stage.BLENDING, Stage.HOLDING)
 
     @property
     def bearable(self) -> bool:
@@ -74,7 +93,7 @@ class Life:
         if loss is None or self.blending_loss is None:
             return None
         rise = loss - self.blending_loss
-        if rise <= 0.0:
+        if rise <= ROUNDING * abs(self.blending_loss):
             return 0.0
         return rise / self.usual_change if self.usual_change else math.inf
 
@@ -147,9 +166,11 @@ class Life:
         told, waits = [values["blending_loss"], values["usual_change"]], [values["probe_due"], values["probe_refusals"]]
         if pruning is not None and not (isinstance(pruning, list) and [type(x) for x in pruning] == [str, str]):
             raise StateDictError(f"GrowthController: pruning must be a reason and an initiator, got {pruning!r}")
-        if values["slot"] not in slots or any(type(a) not in (int, float, type(None)) for a in accuracies):
+        known = type(values["slot"]) is str and values["slot"] in slots
+        if not known or any(type(a) not in (int, float, type(None)) for a in accuracies):
             raise StateDictError(f"GrowthController: life of slot {values['slot']!r} with accuracies {accuracies}")
-        if any(type(n) not in (int, float, type(None)) for n in told) or any(type(n) is not int for n in waits):
+        numbers = [type(n) in (int, float) and math.isfinite(n) for n in told if n is not None]
+        if not all([*numbers, (told[1] or 0) >= 0, *(type(n) is int and n >= 0 for n in waits)]):
             raise StateDictError(f"GrowthController: life of slot {values['slot']!r} with losses {told}, waits {waits}")
         return cls(
             values["slot"],
@@ -160,10 +181,17 @@ class Life:
             *accuracies,
             blending_loss=told[0],
             usual_change=told[1],
-            watch=Watch() if values["watch"] is None else Watch.from_state_dict(values["watch"]),
+            watch=_watch(values["watch"]),
             probe_due=waits[0],
             probe_refusals=waits[1],
         )
+
+
+def _watch(state: object) -> Watch:
+    try:
+        return Watch() if state is None else Watch.from_state_dict(state)
+    except ConfigurationError as error:
+        raise StateDictError(f"GrowthController: {error}") from error
 
 
 @dataclass
@@ -179,6 +207,8 @@ class Position:
     accuracy: float | None = None  # of the last epoch
     loss: float | None = None  # of the last epoch
     losses: list[float] = field(default_factory=list)  # of the last epochs in which it was told, oldest first
+    epoch_began: int = 0  # in which step
+    epoch_steps: int = 0  # of the last epoch
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
     total_epochs: int | None = None
     total_steps: int | None = None
@@ -203,6 +233,7 @@ class Position:
         """Count an epoch, with how the model does in it."""
         self.epoch += 1
         self.accuracy, self.loss = accuracy, loss
+        self.epoch_began, self.epoch_steps = self.step, self.step - self.epoch_began
         if loss is not None and math.isfinite(loss):
             self.losses = [*self.losses, loss][-LOSSES_KEPT:]
 
@@ -217,7 +248,12 @@ class Position:
 def usual_change(losses: Sequence[float]) -> float | None:
     """Root of the mean square of the changes from each of these losses to the next; None for fewer than two of them."""
     changes = [after - before for before, after in itertools.pairwise(losses)]
-    return root_mean([change * change for change in changes]) if len(changes) > 1 else None
+    return finite(math.hypot(*changes) / math.sqrt(len(changes))) if len(changes) > 1 else None
+
+
+def finite(number: float | None) -> float | None:
+    """The number; None for one that is not finite."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def require_count(name: str, count: object) -> None:

@@ -41,8 +41,10 @@ class Mover:
     ) -> None:
         self._wiring, self._position, self._rests, self._telemetry = wiring, position, rests, telemetry
 
-    def dormant(self, name: str) -> SeedSlot:
-        """The empty slot of this name; WiringError when it rests or is occupied."""
+    def dormant(self, name: str, schedule: AlphaSchedule) -> SeedSlot:
+        """The empty slot of this name; WiringError when it rests or is occupied, ConfigurationError for no target."""
+        if schedule.target == 0.0:
+            raise ConfigurationError("the target of a seed's schedule must lie in (0, 1], got 0: it would never blend")
         slot = self._wiring.slot(name)
         if slot.stage in RESTING:
             ahead = RESTING[RESTING.index(slot.stage) :]
@@ -112,20 +114,19 @@ class Mover:
         life.slot.freeze()
         self._wiring.monitor.accept()
 
-    def act_on(self, harm: str, life: Life, action: str) -> bool:
-        """What ``GrowthController(on_harm=...)`` says is done about a seed that harms; whether it is on its way out."""
+    def act_on(self, harm: str, life: Life, action: str) -> None:
+        """What ``GrowthController(on_harm=...)`` says is done about a seed that harms, and tell of it."""
         self.emit("harm", life.name, reason=harm, action=action, alpha=life.slot.alpha_value)
         if action == HALT:
             life.alpha.halt()
         elif action == FADE:
             # In two epochs at most, however slowly it came: each further one costs the host.
-            steps = min(life.schedule.steps, 2 * self._position.step // max(1, self._position.epoch))
+            steps = min(life.schedule.steps, 2 * self._position.epoch_steps)
             if steps and life.bearable and life.slot.alpha_value > 0.0:
                 ramp = dataclasses.replace(life.schedule, start=0.0, target=0.0, steps=steps)
                 self.fade(life, harm, "watch", ramp)
             else:
                 self.remove(life, harm, "watch")
-        return action == FADE
 
     def stay(self, life: Life, overshoots: bool) -> None:
         """A seed that was refused trains on, and one that goes the right way too far in a smaller trust region."""
@@ -137,15 +138,9 @@ class Mover:
 
     def end_epoch(self, life: Life, evidence: SeedEvidence, loss: float | None) -> None:
         """Count an epoch of a seed's life, with the evidence that was found in it; take out one that has faded."""
-        accuracy = self._position.accuracy
-        life.slot.lifecycle.tick()
-        life.evidence = evidence
-        if life.training_accuracy is None and life.slot.stage is Stage.TRAINING:
-            # Germinated before any accuracy was known: the first one seen is where the rise begins.
-            life.training_accuracy = accuracy
-        self.emit(
-            "epoch", life.name, accuracy=accuracy, loss=loss, alpha=life.slot.alpha_value, **evidence_fields(evidence)
-        )
+        life.end_epoch(evidence, self._position)
+        told = {"accuracy": self._position.accuracy, "loss": loss}
+        self.emit("epoch", life.name, **told, alpha=life.slot.alpha_value, **evidence_fields(evidence))
         if life.pruning is not None and life.alpha.mode == HOLD:
             self.remove(life, *life.pruning)
 
@@ -201,11 +196,20 @@ def check_on_harm(action: str) -> str:
     return action
 
 
-def check_loss(loss: object) -> float | None:
-    """A told loss as a number, also if it is not finite; ConfigurationError for what is none."""
-    if loss is None:
+def check_told(accuracy: object, loss: object) -> tuple[float | None, float | None]:
+    """What the script tells of an epoch, as numbers, a loss also if it is not finite; ConfigurationError otherwise."""
+    share, mean = _number("accuracy", accuracy), _number("loss", loss)
+    if share is not None and not 0.0 <= share <= 1.0:
+        raise ConfigurationError(f"accuracy must be a share in [0, 1], got {accuracy}; divide percentages by 100")
+    return share, mean
+
+
+def _number(name: str, told: object) -> float | None:
+    if told is None:
         return None
     try:
-        return float(loss)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"loss must be a number, got {loss!r}: give the mean") from error
+        if isinstance(told, (bool, str)):
+            raise TypeError(f"{type(told).__name__} is no number")
+        return float(told)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigurationError(f"{name} must be a number, got {told!r}: give the mean") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -147,7 +148,7 @@ def _losses(found: object) -> tuple[Tensor, Tensor]:
     pair = found if isinstance(found, tuple) and counted else (found, 1.0)
     losses, counts = _numbers(pair[0]), _numbers(pair[1])
     # A list by itself is refused: nobody could tell samples from means of batches, which want their counts.
-    if not (counted or isinstance(found, (Tensor, int, float))):
+    if not (counted or isinstance(found, (Tensor, numbers.Real)) or hasattr(found, "__array__")):
         losses = None
     if losses is None or counts is None or losses.dim() > 1 or not losses.numel():
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -156,7 +157,7 @@ def _losses(found: object) -> tuple[Tensor, Tensor]:
             f"the mean loss, got {what}"
         )
     losses = losses.reshape(-1)
-    if counted and (counts.shape != losses.shape or not bool((counts > 0).all())):
+    if counted and (counts.shape != losses.shape or not bool(((counts > 0) & counts.isfinite()).all())):
         raise ConfigurationError(
             f"evaluate(model) returned {len(losses)} batch means with the counts {counts.tolist()}: every batch needs "
             "one, above 0"

@@ -21,6 +21,7 @@ from seedtriton.core.evidence import (
     collect_evidence,
 )
 from seedtriton.core.gates import GATE_OF, QualityGates
+from seedtriton.core.harm import Watch
 from seedtriton.core.lifecycle import Stage
 from seedtriton.core.probe import FALL_ERRORS, RISE_ERRORS, BlendProbe
 from seedtriton.core.schedules import ProgressThreshold
@@ -401,6 +402,15 @@ def test_a_verdict_knows_no_unit_and_no_zero_of_the_loss(factor, offset):
         assert [check.name for check in judge(probe=written(gain, harm, error)).failed] == names
         verdict = judge(Stage.FOSSILIZED, stage=Stage.HOLDING, probe=written(gain, -gain, error))
         assert verdict.passed is (gain > 2e-3 and gain > FALL_ERRORS * error)
+
+
+def test_rounding_is_no_move_where_all_losses_are_one():
+    same = {"spread": 0.0, "errors": (0.0, 0.0), "loss": 1.0}
+    assert probed(6e-8, **same).gain == probed(-6e-8, **same).harm == 0.0
+    assert probed(1e-3, **same).gain == probed(-1e-3, **same).harm == INF
+    for bad in (None, 3.0, {0.1}):
+        with pytest.raises(ConfigurationError, match="list of numbers"):
+            probed(changes=bad)
 
 
 def test_few_losses_make_an_uncertain_error():
@@ -931,6 +941,15 @@ def test_a_seed_that_harms_goes_no_further(target, stage):
     for change in ({"errors": (0.034, 0.034)}, {"spread": 101.0}, {"errors": None, "spread": None}):
         probe = probed(**{**rises, **change})
         assert answer(judge(target, **fine, probe=probe), "harm").passed is True
+    watched = judge(target, **fine, probe=probed(), watch=Watch(blamed=1))
+    assert [check.name for check in watched.failed] == ["seed_harms"]
+    assert judge(target, **fine, probe=probed(), watch=Watch()).passed is True
+    # A loss that is not finite without the seed proves nothing for it.
+    broken = judge(target, **fine, probe=probed(loss=NAN), accuracy_change=None)
+    assert "accuracy" in failed(broken)
+    assert answer(judge(target, **fine, probe=probed(loss=NAN), blend_gain_t=None), "harm").passed is None
+    unasked = GateThresholds().without("max_probe_harm")
+    assert "accuracy" in failed(judge(target, unasked, **fine, probe=probed(), accuracy_change=None))
     unknown = judge(target, **fine, blend_gain_t=None)
     assert (answer(unknown, "harm").passed, answer(unknown, "harm").name) == (None, "harm")
 

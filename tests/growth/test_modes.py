@@ -342,7 +342,7 @@ ACTIONS = {
 def test_each_step_of_a_life_may_be_taken_under_inference_mode(actions, ready):
     model = nn.Sequential(nn.Linear(5, 7), SeedSlot(), SeedSlot(), SeedSlot(), nn.Linear(7, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    limits = GateThresholds(min_holding_epochs=None, max_accuracy_drop=None)
+    limits = GateThresholds(min_holding_epochs=None, max_accuracy_drop=None, max_harm_t=None)
     growth = GrowthController(model, optimizer, thresholds=limits, schedule=AlphaSchedule(steps=0), sinks=[])
     for name in "12":
         growth.germinate(name, Residual(7))

@@ -91,7 +91,9 @@ def test_means_of_batches_are_worth_what_their_samples_are(sizes):
         assert (found.errors, found.spread) == (pytest.approx(samples.errors, rel=1e-4), pytest.approx(samples.spread))
 
 
-@pytest.mark.parametrize("counts", [[1, 2], [1, 2, 0], [1, 2, -1], 3, [1.0, 2.0, float("nan")]], ids=str)
+@pytest.mark.parametrize(
+    "counts", [[1, 2], [1, 2, 0], [1, 2, -1], 3, [1, 2, float("nan")], [1, 2, float("inf")]], ids=str
+)
 def test_batch_means_need_a_count_each(counts):
     with pytest.raises(ConfigurationError, match="counts"):
         probe(grown(), "slot", lambda twin: ([1.0, 2.0, 3.0], counts))

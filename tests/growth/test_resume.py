@@ -106,6 +106,18 @@ def damaged(state):
     yield "lives", changed("lives", to=[]), "lives of"
     yield "life", changed("lives", 0, "alpha", "steps_done", to=-1), "steps_done"
     yield "pruning", changed("lives", 0, "pruning", to="why"), "pruning"
+    for name, value in [
+        ("losses", [math.nan]), ("losses", 1.0), ("loss", "low"), ("epoch_steps", -1), ("epoch_began", 0.5),
+    ]:  # fmt: skip
+        yield f"{name} {value}", changed(name, to=value), "damaged"
+    for name, value in [
+        ("blending_loss", math.nan), ("usual_change", -1.0), ("usual_change", math.inf), ("probe_due", -5),
+        ("probe_refusals", 1.0), ("blending_loss", True),
+    ]:  # fmt: skip
+        yield f"{name} {value}", changed("lives", 0, name, to=value), "life of slot"
+    yield "slot of a life", changed("lives", 0, "slot", to=[]), "life of slot"
+    yield "watch", changed("lives", 0, "watch", "above", to=-1), "above"
+    yield "admission", changed("lives", 0, "watch", "admission_loss", to=math.nan), "admission_loss"
     yield "monitor", changed("monitor", to=None), "monitor"
     yield "ring", changed("monitor", "ring", to=torch.zeros(2, 2)), "ring"
     yield "steps", changed("monitor", "_extra_state", "steps", to=[None]), "does not fit"
