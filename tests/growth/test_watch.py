@@ -504,7 +504,8 @@ def test_a_told_loss_may_rise_by_what_was_usual_from_epoch_to_epoch(factor, offs
 
 def test_a_rise_that_nothing_can_be_held_against_is_refused():
     for before, after, kept in [
-        ([1.0, 1.0, 1.0], 1.001, False), ([1.0, 1.0, 1.0], 1.0 + 1e-7, True), ([1.0, 1.0, 1.0], 1.0, True), ([1.0], 1.1, False), ([1.0], 0.9, True),
+        ([1.0, 1.0, 1.0], 1.001, False), ([1.0, 1.0, 1.0], 1.0 + 1e-7, True),
+        ([1.0, 1.0, 1.0], 1.0, True), ([1.0], 1.1, False), ([1.0], 0.9, True),
         ([1.0, 0.9, 0.8, float("nan")], 0.9, True), ([1.1, 0.9, 0.7], float("nan"), False),
     ]:  # fmt: skip
         verdict = told_losses(before, [after])
