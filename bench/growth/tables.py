@@ -107,7 +107,8 @@ def _lives(runs):
                 continue
             pairs = [(strategy, "no growth"), (strategy, "blending at once")]
             pairs.append(("blending at once, another seed", "blending at once"))
-            cells = ["{} of {}".format(*close_to(chosen, *pair)) for pair in pairs]
+            counts = [close_to(chosen, *pair) for pair in pairs]
+            cells = [f"{above} of {count}" if count else "-" for above, count in counts]
             ends = [sum(map(permanent, found)), sum(run["ended"]["stage"] == "PRUNED" for run in found)]
             lines.append(f"| {optimizer}, {strategy} | " + " | ".join([*cells, *map(str, ends)]) + " |")
     sabotaged = [run for run in gated if run["strategy"].startswith(SABOTAGED)]
@@ -124,7 +125,7 @@ def _lives(runs):
             out = sum(run["ended"]["stage"] == "PRUNED" for run in found)
             words = f"{out}, {min(later)} to {max(later)}" if later else str(out)
             kept = [run for run in found if permanent(run)]
-            name, above = strategy.removeprefix(SABOTAGED), close_to(runs, kept, "no growth")[0]
+            name, above = strategy.removeprefix(SABOTAGED), close_to(_of({"runs": runs}, FIRST), kept, "no growth")[0]
             # Of random labels no growth is another life, which nobody has run.
             cells = [name, len(found), felt, words, len(kept), "-" if name == "random labels" else above]
             lines.append(f"| {' | '.join(map(str, cells))} |")

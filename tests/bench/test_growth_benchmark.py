@@ -197,8 +197,13 @@ def test_single_lives_are_held_against_no_growth_chance_and_sabotage():
 
 def test_the_tables_show_them_and_leave_sabotage_out_of_the_others(quick):
     head = {**quick[1]["header"], "phases": dataclasses.asdict(growth.Phases()), "rates": {"AdamW": None}}
-    text = growth_report.markdown({"header": head, "runs": many()}, "raw.json")
+    # Lives by another optimizer are no measure of these.
+    others = [run_of(growth.NO_GROWTH, seed, final=0.1, optimizer="SGD") for seed in range(3)]
+    others.append(run_of(growth.GATED, 0, final=0.1, optimizer="SGD", ended=ended("PRUNED")))
+    head["rates"]["SGD"] = 0.02
+    text = growth_report.markdown({"header": head, "runs": [*many(), *others]}, "raw.json")
     assert f"| AdamW, {growth.GATED} | 1 of 3 | 1 of 3 | 1 of 3 | 3 | 0 |" in text
+    assert f"| SGD, {growth.GATED} | 0 of 1 | - | - | 0 | 1 |" in text
     assert "| silent once felt | 2 | 2 | 2, 3 to 4 | 0 | 0 |" in text
     assert "| gradients shuffled | 2 | 2 | 0 | 1 | 0 |" in text
     assert text.count("silent once felt") == 1
