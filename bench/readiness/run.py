@@ -26,7 +26,7 @@ from bench.machine import header
 from bench.new_tasks import ALL_TASKS, SETS, chosen
 from bench.optimizers import ADAMW, MUON, SGD
 from bench.readiness.scenarios import BROKEN, SCENARIOS, Run, Scenario
-from bench.readiness.tables import table
+from bench.readiness.tables import WAITS, refused_for, table
 from bench.tasks import Task
 from seedtriton import (
     BlendProbe,
@@ -137,7 +137,7 @@ def opinions(
     limits, gain = GateThresholds(), asked["blend_gain"].value
     certain = gain is not None and gain >= limits.min_blend_gain_t
     asked_now = fine and any(check.passed is not None for check in verdict.checks if check.question == "probe_gain")
-    waits = any(check.name == "probe_not_due" for check in verdict.checks)
+    waits = any(check.name == WAITS for check in verdict.checks)
     status = SeedStatus(seed=SLOT, stage=Stage.TRAINING, evidence=SeedEvidence(seed=SLOT, blend_gain_t=gain))
 
     def by(write: Callable[[Tensor], Any]) -> bool:
@@ -234,7 +234,7 @@ def verdicts(scenario: Scenario, rows: Sequence[dict[str, Any]]) -> dict[str, di
     for judge in JUDGES:
         passed = next((row for row in rows if row["passes"][judge]), None)
         row = passed or rows[-1]
-        named = passed is None and any(cause in row["refused_for"] for cause in scenario.causes)
+        named = passed is None and any(cause in refused_for(rows) for cause in scenario.causes)
         if scenario.kind == BROKEN:
             right = "wrong" if passed else "right"
         elif row["truth"] in (NOISE, LUCK):

@@ -1,6 +1,7 @@
 """The readiness benchmark's raw output as a table and as a picture."""
 
 JUDGES = ("original", "esper-lite", "G2 without probe", "G2, sum of losses alone", "G2")
+WAITS = "probe_not_due"
 DEAD = 1e-5  # ratios below it are all the same in the picture
 HEADS = (
     "ratio >= 0.05", "RMS ratio >= 0.10 (esper-lite)", "G2, gradients alone", "G2, mean loss alone", "G2 with probe",
@@ -149,13 +150,19 @@ def _wrong(rows, judge):
     return ", ".join(parts) or "0"
 
 
+def refused_for(epochs):
+    """Why a seed was refused at the end of these epochs; while the gate waits for a probe, why at the last one."""
+    asked = [row["refused_for"] for row in epochs if WAITS not in row["refused_for"]]
+    return asked[-1] if asked else epochs[-1]["refused_for"]
+
+
 def _says(rows):
     """How often it passed, else the planted cause if it was named, else the first reason."""
     passed = sum(row["verdicts"]["G2"]["passed"] for row in rows)
     refused = [row for row in rows if not row["verdicts"]["G2"]["passed"]]
     reasons = {}
     for row in refused:
-        names = row["epochs"][row["verdicts"]["G2"]["epoch"] - 1]["refused_for"]
+        names = refused_for(row["epochs"][: row["verdicts"]["G2"]["epoch"]])
         reason = next((name for name in names if name in row["causes"]), names[0])
         reasons[reason] = reasons.get(reason, 0) + 1
     parts = [f"passes {passed}"] if passed else []

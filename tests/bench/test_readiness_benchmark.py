@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench.readiness import run as readiness
+from bench.readiness.tables import WAITS
 from seedtriton import BlendProbe, Check, Gate, Stage, Verdict
 
 
@@ -150,6 +151,7 @@ def test_a_verdict_is_the_first_pass_or_the_refusal_at_the_end():
         (learning, [row(1, True, "within noise")], (True, 1, "either", False)),
         (learning, [row(1, False, "luck")], (False, 1, "either", False)),
         (learning, [row(1, False, "not ready")], (False, 1, "right", False)),
+        (broken, [row(1, False, "ready", ["why"]), row(2, False, "ready", [WAITS])], (False, 2, "right", True)),
         (broken, [row(1, True, "ready")], (True, 1, "wrong", False)),
         (broken, [row(1, False, "ready", ["why"])], (False, 1, "right", True)),
     ]
