@@ -12,8 +12,8 @@ from .probe import FALL_ERRORS, BlendProbe
 from .state import PlainState
 from .thresholds import GateThresholds
 
-# Below minus this the t of the blend gain blames the seed for what the model lost. It is no chance: below -2 in two
-# looks in a row came in one of eight runs of 20 epochs without any harm.
+# Below minus this the t of the blend gain blames the seed for what the model lost. Not -2: that came in two looks in a
+# row in one of eight runs of 20 epochs without any harm.
 BLAME_T = 3.0
 
 FADE, HALT, REPORT = ON_HARM = ("fade", "halt", "report")
