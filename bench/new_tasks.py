@@ -1,6 +1,7 @@
 """Tasks that no limit and no rule was tuned on: other hosts, losses and host states than those of tasks.py.
 
-Nothing here may be looked at to choose a constant of the library: then it would belong to the others. The converged
+Nothing here may be looked at to choose a constant of the library: then it would belong to the others. One was: that a
+seed which overshoots gets a narrower trust region was found on the converged regression. The converged
 hosts have trained ten times as long as usual; one of them, and the host of diabetes, has nothing left to gain by
 growing, and blends that are forced on it do harm. Which sets of tasks there are stands at the end.
 """

@@ -15,6 +15,17 @@ class Residual(nn.Module):
         return x + self.contract(torch.relu(self.expand(x)))
 
 
+class Scaled(nn.Module):
+    """Multiplies the features: towards 0 the squared output falls, away from it it rises."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def conv(inputs, outputs):
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 

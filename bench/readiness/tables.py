@@ -1,5 +1,7 @@
 """The readiness benchmark's raw output as a table and as a picture."""
 
+from bench.growth.tables import UNTUNED
+
 JUDGES = ("original", "esper-lite", "G2 without probe", "G2, sum of losses alone", "G2")
 WAITS = "probe_not_due"
 DEAD = 1e-5  # ratios below it are all the same in the picture
@@ -36,16 +38,18 @@ def markdown(record, name, fresh=None, fresh_name="", new=None, new_name=""):
     lines = [said, "", table(runs), "", _said_of_units(record["runs"]), said_of_accuracy]
     if others:
         lines += ["", *_other_optimizers(others)]
-    if fresh is not None:
+    settled = "The limits were settled by looking at runs of those random seeds."
+    if fresh is None:
+        lines += ["", settled]
+    else:
         again, others_again = _by_optimizer(fresh["runs"])
         counts = ", ".join(f"{head}: {_wrong(again, judge)}" for judge, head in zip(JUDGES, HEADS))
         for by, rest in others_again.items():
             counts += f"; of {len(rest)} by {by}, G2 with probe: {_wrong(rest, 'G2')}"
         lines += [
             "",
-            "The limits were settled by looking at runs of those random seeds. On others, with the same limits, "
-            f"{len(again)} runs by {FIRST} ([raw output](bench/results/{fresh_name})) had these wrong verdicts: "
-            f"{counts}.",
+            f"{settled} On others, with the same limits, {len(again)} runs by {FIRST} "
+            f"([raw output](bench/results/{fresh_name})) had these wrong verdicts: {counts}.",
         ]
     lucky = [_lucky_refusals(_by_optimizer(one["runs"])[0]) for one in (record, fresh) if one is not None]
     lines += [
@@ -73,7 +77,7 @@ def _untuned(record, name):
     runs, others = _by_optimizer(record["runs"])
     tasks, seeds = ({run[key] for run in runs} for key in ("task", "random_seed"))
     lines = [
-        "The same on tasks that the limits and rules were never tuned on ([what they are](bench/new_tasks.py)): "
+        f"The same {UNTUNED}: "
         f"{len(runs)} seeds, {len(tasks)} tasks, {len(seeds)} random seeds, {FIRST} "
         f"([raw output](bench/results/{name}), `python -m bench.readiness --tasks new`).",
         "",

@@ -40,13 +40,6 @@ def worst_gain_t(known: SeedEvidence) -> float | None:
     return min((t for t in (known.blend_gain_t, known.recent_gain_t) if t is not None), default=None)
 
 
-def _noise_of_loss(probe: BlendProbe) -> float:
-    """Standard error of a loss, not of a change: between two epochs the host has moved as well; ``inf``: not known."""
-    if probe.errors is None or probe.spread is None:
-        return math.inf
-    return max(probe.errors[0], probe.spread / math.sqrt(1 + (probe.degrees or 0)))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Watch(PlainState):
     """What the looks at one seed have found, as epochs in a row.
@@ -109,7 +102,8 @@ class Watch(PlainState):
             now = probe.loss + probe.changes[0]
             above = not now <= admission
             lasts = harms or (not probe.precise and probe.changes[0] > 0.0 and above)
-            lost = lost or now - admission > FALL_ERRORS * _noise_of_loss(probe)
+            # Of a loss, not of a change: since admission the host has moved as well.
+            lost = lost or now - admission > probe.noise(FALL_ERRORS, probe.loss_error)
         t = worst_gain_t(known)
         blamed = lost and alone and limits.max_harm_t is not None and t is not None and t < -BLAME_T
         return dataclasses.replace(

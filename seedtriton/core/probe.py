@@ -100,11 +100,21 @@ class BlendProbe(PlainState):
             return math.inf
         return self._largest(1.0, FALL_ERRORS) if self.precise else 0.0
 
+    @property
+    def loss_error(self) -> float:
+        """Standard error of a loss, not of a change; ``inf`` where it is not known."""
+        if self.errors is None or self.spread is None:
+            return math.inf
+        return max(self.errors[0], self.spread / math.sqrt(1 + (self.degrees or 0)))
+
+    def noise(self, errors: float, error: float) -> float:
+        """What a move must exceed to be more than so many of its standard ``error``s, which few losses know badly."""
+        return error * (errors if self.degrees is None else student(errors, self.degrees))
+
     def _largest(self, sign: float, errors: float) -> float:
         if not math.isfinite(self.loss):
             return 0.0
-        bound = errors if self.degrees is None else student(errors, self.degrees)
-        noise = [bound * error for error in self.errors or (0.0,) * len(self.alphas)]
+        noise = [self.noise(errors, error) for error in self.errors or (0.0,) * len(self.alphas)]
         moves = [sign * change for change in self.changes]
         beyond = [move for move, limit in zip(moves, noise) if math.isfinite(move) and move > limit]
         largest = max([0.0, *beyond])

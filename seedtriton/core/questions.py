@@ -45,7 +45,7 @@ def missing_name(known: SeedEvidence) -> str:
 
 
 def answer(
-    question: str, passed: bool, yes: str, no: str, value: Any = None, limit: Any = None, reason: str = ""
+    question: str, passed: bool, yes: str, no: str, value: Any, limit: Any, reason: str
 ) -> Check:
     """Yes or no, each by its name."""
     return Check(question, yes if passed else no, passed, value, limit, reason)
@@ -304,7 +304,7 @@ def modes_agree(known: SeedEvidence, probe: BlendProbe | None, limit: float | No
     t = known.blend_gain_t
     if probe is None or probe.errors is None or t is None or limit is None or not probe.finite:
         return Check("modes", "modes", None, None, None, "not known: needs a probe with its noise and a blend gain")
-    change, bound = probe.changes[0], FALL_ERRORS * probe.errors[0]
+    change, bound = probe.changes[0], probe.noise(FALL_ERRORS, probe.errors[0])
     if (t >= limit and change > bound) or (t <= -limit and change < -bound):
         reason = (
             f"t of the blend gain {t:.3g} where the seed is trained, but {probe}: batch statistics or Dropout that "

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from networks import Residual
+from networks import Residual, Scaled
 from same import same
 from torch import nn
 
@@ -26,17 +26,6 @@ ONLY_THE_PROBE = GateThresholds().without(*LIMITS - {"min_probe_gain", "max_prob
 LIFE = (Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
 ONE = AlphaSchedule(target=0.75, steps=4)
 TWO = AlphaSchedule(target=0.5, steps=0)
-
-
-class Scaled(nn.Module):
-    """Multiplies the features: towards 0 the squared output falls."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(factor))
-
-    def forward(self, x):
-        return self.factor * x
 
 
 def data():

@@ -5,8 +5,7 @@ import threading
 
 import pytest
 import torch
-from networks import Cnn, Mlp, Residual
-from torch import nn
+from networks import Cnn, Mlp, Residual, Scaled
 
 from seedtriton import AlphaSchedule, BatchMeans, ConfigurationError, GateThresholds, GrowthController, Stage
 from seedtriton.growth.probing import probe, twin_of
@@ -231,17 +230,6 @@ def controller(seed, x, **options):
     return growth
 
 
-class Scaled(nn.Module):
-    """Multiplies the features: towards 0 the squared output falls, away from it it rises."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(factor))
-
-    def forward(self, x):
-        return self.factor * x
-
-
 def names(verdict):
     return [check.name for check in verdict.failed]
 
@@ -254,6 +242,26 @@ def test_g2_refuses_a_seed_that_would_harm_and_passes_one_that_helps():
     (verdict,) = growth.end_epoch()
     assert verdict.passed
     assert growth.slots["slot"].stage is Stage.BLENDING
+
+
+def test_what_evaluate_returns_decides_which_limit_the_blend_gain_has():
+    """Means of batches know their noise; one mean does not, and leaves the gain its own limit."""
+    limits = dataclasses.replace(ONLY_THE_PROBE, min_blend_gain_t=1e9, min_probed_gain_t=0.0)
+
+    def verdict(form):
+        growth = controller(Scaled(0.5), data(), thresholds=limits)
+        for _ in range(10):
+            growth.model(torch.randn(9, 5)).square().mean().backward()
+            growth.measure()
+            growth.optimizer.step()
+            growth.optimizer.zero_grad()
+        losses = growth.evaluate
+        growth.evaluate = lambda twin: form(losses(twin))
+        return growth.end_epoch()[0]
+
+    assert verdict(lambda losses: losses).passed
+    assert verdict(lambda losses: BatchMeans(*in_batches(losses, [2] + [1] * 7))).passed
+    assert names(verdict(lambda losses: losses.mean().item())) == ["blend_gain_insignificant"]
 
 
 def test_the_loss_is_not_probed_when_the_seed_is_refused_already():

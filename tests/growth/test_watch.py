@@ -18,7 +18,7 @@ from seedtriton import (
 )
 from seedtriton.core.evidence import SeedEvidence
 from seedtriton.core.harm import Watch
-from seedtriton.growth.life import Position, usual_change
+from seedtriton.growth.life import usual_change
 
 FELT = (Stage.BLENDING, Stage.HOLDING)
 
@@ -138,6 +138,28 @@ def test_halt_stops_alpha_where_it_is_and_report_tells_only():
         # Neither takes it out, nor lets it go on.
         assert not script.of("prune_scheduled")
         assert "seed_harms" in {check.name for check in script.growth.advance("early").failed}
+
+
+@pytest.mark.parametrize("limits, acts", [
+    ({"harm_epochs": None, "lasting_harm_epochs": None}, None), ({"harm_epochs": 3}, 3), ({"max_harm_t": None}, None),
+], ids=str)  # fmt: skip
+def test_when_the_watch_acts_is_for_the_thresholds_to_say(limits, acts):
+    script = Epochs("accuracy", thresholds=GateThresholds(max_accuracy_drop=100.0, min_holding_epochs=99, **limits))
+    script.grow().until(Stage.HOLDING)
+    spoil(script)
+    script.epochs(4)
+    assert [event["reason"][:16] for event in script.of("harm")] == ([] if acts is None else [f"harm in {acts} epochs"])
+
+
+def test_harm_that_lasts_is_acted_on_below_the_loss_at_admission_too():
+    script = Epochs(None, evaluate=True, thresholds=GateThresholds(min_holding_epochs=99, lasting_harm_epochs=3))
+    script.grow().until(Stage.HOLDING)
+    noise = torch.linspace(-0.1, 0.1, 64)
+    script.growth.evaluate = lambda twin: noise + 0.1 * twin.early.alpha_value
+    script.epochs(2)
+    assert not script.of("harm")
+    script.epochs(1)
+    assert script.of("harm")[0]["reason"] == "harm in 3 epochs in a row: the validation loss is higher with it"
 
 
 def test_an_unknown_action_is_refused():
@@ -419,6 +441,11 @@ def test_a_seed_that_goes_the_right_way_too_far_trains_on_in_a_smaller_trust_reg
     assert told == [(0.2, 0.1), (0.1, 0.05), (0.05, 0.025), (0.025, 0.0125)]
     assert script.slot.isolation == TrustRegion(0.0125)
     assert script.slot.stage is Stage.TRAINING
+    # What the gradients say and the probe denies is told, and that nothing but the probe refused.
+    told = next(event for event in script.of("gate") if any(c["name"] == "blend_would_harm" for c in event["checks"]))
+    answers = {check["question"]: check for check in told["checks"]}
+    assert answers["modes"]["name"] == "training_and_evaluation_disagree"
+    assert "by its gradients alone it would have passed" in answers["probe_harm"]["reason"]
     # Once the probe has nothing against it, it is let in.
     script.growth.evaluate = lambda twin: 2.0 + torch.linspace(-1.0, 1.0, 64) - 0.5 * twin.early.alpha_value
     assert script.until(Stage.BLENDING) <= 5
@@ -470,10 +497,8 @@ def test_what_is_told_from_blending_on_begins_there(told):
     assert script.slot.stage is Stage.FOSSILIZED
 
 
-def test_losses_without_measure_leave_every_state_as_it_was():
-    position = Position()
-    for loss in (1.0, 1e200, 1.0, 1e200, 1e308, -1e308):
-        position.end_epoch(None, loss)
+def test_what_is_usual_is_known_of_losses_of_any_size():
+    """Squares of 1e200 raised, half-way into BLENDING."""
     assert usual_change([1.0, 1e200, 1.0]) == pytest.approx(1e200)
     assert usual_change([1e308, -1e308, 1e308]) is None
     assert usual_change([1.0, 2.0]) is None
