@@ -9,7 +9,7 @@ from ..core.errors import ConfigurationError
 from ..core.pairs import PairProbe
 from ..core.probe import BlendProbe
 from .life import Position
-from .probing import PROBE_AT, Evaluate, probe, probe_pair
+from .probing import PROBE_AT, Evaluate, Gather, probe, probe_pair
 from .wiring import Wiring
 
 
@@ -26,6 +26,7 @@ class Prober:
         self.model = wiring.model
         self.evaluate = evaluate
         self._wiring, self._position = wiring, position
+        self._gather: Gather | None = None  # among several ranks, what brings their losses together
 
     @overload
     def probe(
@@ -70,7 +71,7 @@ class Prober:
         self._wiring.slot(slot)
         if alphas is None:
             alphas = [share * self._target(slot) for share in PROBE_AT]
-        return probe(self.model, slot, evaluate, alphas)
+        return probe(self.model, slot, evaluate, alphas, self._gather)
 
     def probe_if_known(self, slot: str, alphas: Sequence[float] | None) -> BlendProbe | None:
         """``probe`` of one seed; None without a validation function."""
@@ -87,7 +88,7 @@ class Prober:
             alphas = tuple(map(self._target, slots))
         if len(alphas) != 2:
             raise ConfigurationError(f"a pair is probed at one alpha for each of {list(slots)}, got {alphas}")
-        return probe_pair(self.model, (slots[0], slots[1]), evaluate, (alphas[0], alphas[1]))
+        return probe_pair(self.model, (slots[0], slots[1]), evaluate, (alphas[0], alphas[1]), self._gather)
 
     def _target(self, name: str) -> float:
         life, slot = self._position.lives.get(name), self._wiring.slots[name]

@@ -1,7 +1,8 @@
 """The gate-time probe: what the validation loss would be with a seed blended in, before anything is blended.
 
 It runs on a twin of the model: the same parameters, everything else its own. Nothing that another thread, a
-compiled graph or the next training step could see is changed.
+compiled graph or the next training step could see is changed. What FSDP2 has sharded cannot be copied: it is
+tried where it stands and put back, on every rank at once, and another thread could see that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from ..core.errors import ConfigurationError
 from ..core.pairs import PairProbe
 from ..core.probe import BlendProbe
+from ..parallel.sharding import fully_sharded, interrupted
+from .restoring import restored
 from .slot import SeedSlot
 
 
@@ -33,6 +37,12 @@ class BatchMeans(NamedTuple):
     counts: Tensor | Sequence[int]
 
 
+# For each set of alphas: losses, and how many samples each of them is the mean of; float64 on the CPU, 1-D, or 0-dim
+# where nothing but the mean is known.
+Found = list[tuple[Tensor, Tensor]]
+# Makes of what this rank has found what all have. Before that it is asked after every evaluation whether all have come
+# through: with nothing found yet, or with the error of a rank that has not.
+Gather = Callable[["Found | Exception"], Found]
 Evaluate = Callable[[nn.Module], "float | Tensor | tuple[Tensor | Sequence[float], Tensor | Sequence[int]]"]
 
 # Shares of the target at which G2 looks: 0.1, where the blend begins, and the end. Between them a loss
@@ -41,7 +51,11 @@ PROBE_AT = (0.1, 0.5, 1.0)
 
 
 def probe(
-    model: nn.Module, slot: str, evaluate: Evaluate, alphas: Sequence[float] = PROBE_AT
+    model: nn.Module,
+    slot: str,
+    evaluate: Evaluate,
+    alphas: Sequence[float] = PROBE_AT,
+    gather: Gather | None = None,
 ) -> BlendProbe:
     """The validation loss at alpha 0 and at ``alphas``, the seed in its present state.
 
@@ -53,17 +67,22 @@ def probe(
             validation set is known too, and a change within it counts as none; or the mean alone, as a number.
             Runs without gradient and leaves the random state as it was.
         alphas: blend factors to try, in (0, 1].
+        gather: brings together what several ranks have found, see ``parallel.losses.gather_losses``; each calls this.
 
     Raises:
         ConfigurationError: an alpha outside (0, 1], no alpha, or losses that are none of the three.
     """
     _check_alphas(alphas)
-    found = _losses_at(model, [slot], [(alpha,) for alpha in (0.0, *alphas)], evaluate)
+    found = _found(model, [slot], [(alpha,) for alpha in (0.0, *alphas)], evaluate, gather)
     return _compare(slot, tuple(alphas), found)
 
 
 def probe_pair(
-    model: nn.Module, slots: tuple[str, str], evaluate: Evaluate, alphas: tuple[float, float]
+    model: nn.Module,
+    slots: tuple[str, str],
+    evaluate: Evaluate,
+    alphas: tuple[float, float],
+    gather: Gather | None = None,
 ) -> PairProbe:
     """The validation loss with neither seed, each alone, and both; every other slot stays as it is.
 
@@ -72,6 +91,7 @@ def probe_pair(
         slots: paths of two slots in the model, each with a seed, whatever its stage.
         evaluate: as for ``probe``; called four times.
         alphas: the blend factor of each seed where it is blended in, in (0, 1].
+        gather: as for ``probe``.
 
     Raises:
         ConfigurationError: what ``probe`` refuses, or the same slot twice.
@@ -80,7 +100,7 @@ def probe_pair(
         raise ConfigurationError(f"a pair is two different slots, got {slots[0]!r} twice; probe one seed by its name")
     _check_alphas(alphas)
     one, two = alphas
-    found = _losses_at(model, slots, [(0.0, 0.0), (one, 0.0), (0.0, two), (one, two)], evaluate)
+    found = _found(model, slots, [(0.0, 0.0), (one, 0.0), (0.0, two), (one, two)], evaluate, gather)
     apart = _compare(slots[0], (one, two, max(alphas)), found)
     # Against what both alone add up to, sample by sample: what all four losses share is in no error of it.
     neither, first, second, both = found
@@ -104,29 +124,61 @@ def _check_alphas(alphas: Sequence[float]) -> None:
         raise ConfigurationError(f"alphas to probe must lie in (0, 1], got {tuple(alphas)}")
 
 
-def _losses_at(
-    model: nn.Module, slots: Sequence[str], tried: Sequence[Sequence[float]], evaluate: Evaluate
-) -> list[tuple[Tensor, Tensor]]:
-    """Losses and counts of a twin of the model for each row of ``tried``, the alphas of these slots."""
-    twin = twin_of(model)
-    places = []
-    for slot in slots:
-        place = twin.get_submodule(slot)
-        if not isinstance(place, SeedSlot) or place.alpha is None:
-            raise ConfigurationError(f"{slot!r} is no slot with a seed: germinate one first")
-        places.append(place)
-    devices = {tensor.device for tensor in (*twin.parameters(), *twin.buffers())}
+def _found(
+    model: nn.Module,
+    slots: Sequence[str],
+    tried: Sequence[Sequence[float]],
+    evaluate: Evaluate,
+    gather: Gather | None,
+) -> Found:
+    """Losses and counts, all 1-D, for each row of ``tried``, the alphas of these slots; of all ranks, by ``gather``."""
+    found: Found = []
+    with trial_of(model) as subject:
+        places = [_place(subject, slot) for slot in slots]
+        for alphas in tried:
+            for place, alpha in zip(places, alphas):
+                place.blend_at(alpha)
+            try:
+                found.append(_losses_of(subject, evaluate))
+                _check_samples(found)
+            except Exception as error:
+                # Where one rank has left a forward pass, the others are still in it: there is nobody to be told.
+                if gather is not None and not interrupted(subject):
+                    with suppress(Exception):  # this rank has its own error to raise
+                        gather(error)
+                raise
+            if gather is not None:
+                gather([])  # the next evaluation may communicate: begin it together or not at all
+    if gather is not None:
+        found = gather(found)
+    return [(losses.reshape(-1), counts.reshape(-1)) for losses, counts in found]
+
+
+def _place(subject: nn.Module, slot: str) -> SeedSlot:
+    place = subject.get_submodule(slot)
+    if not isinstance(place, SeedSlot) or place.alpha is None:
+        raise ConfigurationError(f"{slot!r} is no slot with a seed: germinate one first")
+    return place
+
+
+def _losses_of(subject: nn.Module, evaluate: Evaluate) -> tuple[Tensor, Tensor]:
+    """What an evaluation finds that draws the same numbers every time."""
+    devices = {tensor.device for tensor in (*subject.parameters(), *subject.buffers())}
     accelerators = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
     kind = accelerators[0].type if accelerators else "cuda"
-    found = []
-    for alphas in tried:
-        for place, alpha in zip(places, alphas):
-            place.blend_at(alpha)
-        # Forked for each row: an evaluation that draws sees the same numbers every time.
-        with torch.no_grad(), torch.random.fork_rng(devices=accelerators, device_type=kind):
-            twin.eval()
-            found.append(_losses(evaluate(twin)))
-    return found
+    with torch.no_grad(), torch.random.fork_rng(devices=accelerators, device_type=kind):
+        subject.eval()
+        return _losses(evaluate(subject))
+
+
+@contextmanager
+def trial_of(model: nn.Module) -> Iterator[nn.Module]:
+    """What may be blended and run without a trace in the model: a twin, or itself, which is put back."""
+    if fully_sharded(model):
+        with restored(model):
+            yield model
+    else:
+        yield twin_of(model)
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -143,7 +195,7 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 
 def _losses(found: object) -> tuple[Tensor, Tensor]:
-    """Losses and how many samples each is the mean of, as float64 [n] on the CPU; a mean alone is one."""
+    """Losses and how many samples each is the mean of, as float64 [n] on the CPU; a mean alone is 0-dim."""
     counted = isinstance(found, tuple) and len(found) == 2
     pair = found if isinstance(found, tuple) and counted else (found, 1.0)
     losses, counts = _numbers(pair[0]), _numbers(pair[1])
@@ -156,7 +208,7 @@ def _losses(found: object) -> tuple[Tensor, Tensor]:
             "evaluate(model) must return the loss of each sample as a 1-D tensor, a pair of batch means and counts, or "
             f"the mean loss, got {what}"
         )
-    losses = losses.reshape(-1)
+    losses = losses.reshape(-1) if counted else losses
     if counted and (counts.shape != losses.shape or not bool(((counts > 0) & counts.isfinite()).all())):
         raise ConfigurationError(
             f"evaluate(model) returned {len(losses)} batch means with the counts {counts.tolist()}: every batch needs "
@@ -169,18 +221,23 @@ def _numbers(found: object) -> Tensor | None:
     if isinstance(found, (bool, str, bytes)):
         return None
     try:
+        found = found.full_tensor() if hasattr(found, "full_tensor") else found  # a DTensor
         return torch.as_tensor(found).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
         return None
 
 
-def _compare(slot: str, alphas: tuple[float, ...], found: Sequence[tuple[Tensor, Tensor]]) -> BlendProbe:
-    (base, counts), parts = found[0], len(found[0][0])
-    if any(len(losses) != parts or not torch.equal(sizes, counts) for losses, sizes in found):
+def _check_samples(found: Found) -> None:
+    base, counts = found[0]
+    if any(losses.shape != base.shape or not torch.equal(sizes, counts) for losses, sizes in found):
         raise ConfigurationError(
-            f"evaluate(model) returned {[len(losses) for losses, _ in found]} losses on calls with the same data; "
+            f"evaluate(model) returned {[losses.numel() for losses, _ in found]} losses on calls with the same data; "
             "they must be of the same samples in the same order"
         )
+
+
+def _compare(slot: str, alphas: tuple[float, ...], found: Sequence[tuple[Tensor, Tensor]]) -> BlendProbe:
+    (base, counts), parts = found[0], len(found[0][0])
     weights = counts / counts.sum()
     loss = (weights * base).sum()
     changes = [losses - base for losses, _ in found[1:]]

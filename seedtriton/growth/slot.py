@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, StateDictError, WiringError
 from ..core.lifecycle import Lifecycle, Stage
-from . import blending, slot_state
+from ..parallel import sharding
+from . import blending, freezing, slot_state
 from .isolation import (
     Isolation,
     StraightThrough,
@@ -217,7 +218,7 @@ class SeedSlot(nn.Module):
                 gate = blending.gate_for(probe, tuple(gate_dims or ()), channel_dim).to(first.device, first.dtype)
             self._place(module, gate, blend, first.device)
         self._group_norm, self._copy_input, self._handed_on = tried.group_norm, tried.writes, as_number(tried.handed_on)
-        self.preserves_shape = True if probe is not None else None
+        self.preserves_shape = True if tried.ran else None
         self.isolation, self.isolate_blending = isolation or TrustRegion(), bool(isolate_blending)
         self.random.begin(self.name or "")
         # A compiled forward pass is not looked at, but its graph is the one of the probe: a leak there is a leak
@@ -273,18 +274,11 @@ class SeedSlot(nn.Module):
         The way through it stays: the host still gets the gradient that reaches it through the seed. ``thaw()``
         undoes it for exactly the parameters that learned before.
         """
-        if self.frozen is None:
-            self.frozen = tuple(name for name, p in self.named_parameters() if p.requires_grad)
-        for name, parameter in self.named_parameters():
-            if name in self.frozen:
-                parameter.requires_grad_(False)
-                parameter.grad = None
+        self.frozen = freezing.freeze(self, self.frozen)
 
     def thaw(self) -> None:
         """Let the seed learn again after ``freeze()``."""
-        for name, parameter in self.named_parameters():
-            if name in (self.frozen or ()):
-                parameter.requires_grad_(True)
+        freezing.thaw(self, self.frozen or ())
         self.frozen = None
 
     def check_isolation_again(self) -> None:
@@ -385,7 +379,8 @@ class SeedSlot(nn.Module):
         self.preserves_shape = True
         assert self.seed is not None
         assert self.alpha is not None  # it anchors the wall before some seeds, and gets no gradient from there
-        own = [self.alpha, *(tensor for module in self.modules_of_seed() for tensor in own_tensors(module))]
+        modules = self.modules_of_seed()
+        own = [self.alpha, *chain.from_iterable(map(own_tensors, modules)), *sharding.own_unsharded(modules)]
         self.isolation_violations += int((wrote and shared) or leaks(full, own) > 0)
         self._copy_input = wrote or may_write(self.seed)
         self._group_norm = uses_group_norm(full)

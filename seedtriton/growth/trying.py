@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import ConfigurationError, WiringError
+from ..parallel.sharding import fully_sharded
 from .isolation import handed_on, leaks, uses_group_norm
 from .randomness import undisturbed
 
@@ -23,12 +24,14 @@ class Tried(NamedTuple):
         writes: it may write into its input.
         leaky: it reaches outside itself.
         handed_on: see ``isolation.handed_on``.
+        ran: it was tried, and keeps shape and dtype.
     """
 
     group_norm: bool = True
     writes: bool = True
     leaky: bool = False
     handed_on: Tensor | None = None
+    ran: bool = False
 
 
 def seed_module(seed: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -109,6 +112,7 @@ def prepare(
     Args:
         seed: the module; moved and converted, and layers that wait for their first features are finished.
         probe: features to try it on; without them nobody knows, and it is taken for one that has, and that writes.
+            What is fully_sharded is not tried: run alone, before its host, it would take itself for FSDP2's root.
         device: where it goes; to the probe unless told.
         dtype: of its floating parameters; the probe's unless told, and under autocast its own.
         name: the slot's path in the model, for errors.
@@ -126,7 +130,7 @@ def prepare(
         if dtype is None and not _autocasting(probe.device):
             dtype = probe.dtype
     seed.to(device=device, dtype=dtype)
-    tried = Tried() if probe is None else _try(seed, probe, dtype, name)
+    tried = Tried() if probe is None or fully_sharded(seed) else _try(seed, probe, dtype, name)
     if not any(p.numel() for p in seed.parameters() if p.requires_grad):
         raise WiringError("the seed has no trainable parameter: it could never learn")
     return tried
@@ -140,7 +144,7 @@ def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | 
     check_output(features, output, name)
     wrote = features._version != version or may_write(seed)
     leaky = leaks(output, own_tensors(seed)) > 0
-    return Tried(uses_group_norm(output), wrote, leaky, handed_on(probe.detach().to(output.dtype), output))
+    return Tried(uses_group_norm(output), wrote, leaky, handed_on(probe.detach().to(output.dtype), output), True)
 
 
 def _autocasting(device: torch.device) -> bool:
