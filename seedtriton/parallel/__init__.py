@@ -1,1 +1,1 @@
-"""What a training on many ranks needs: seeds that are sharded like their host, and what the ranks tell each other."""
+"""Many ranks: what keeps the seeds of a network that trains on several processes the same on all of them."""
