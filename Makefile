@@ -11,13 +11,13 @@ SANITIZED := "mixed_dtype or zero_size or nan_and_inf"
 
 LIVES := tests/growth tests/gradients/test_fuzz.py
 
-.PHONY: demo test test-unit test-lives test-rest test-kernels test-wheel test-gpu sanitize-gpu check bench bench-cpu bench-gpu clean
+.PHONY: demo test test-unit test-lives test-rest test-parallel test-kernels test-wheel test-gpu sanitize-gpu check bench bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(BIN)/python -m seedtriton demo
 
-test: test-unit test-kernels test-wheel
+test: test-unit test-parallel test-kernels test-wheel
 
 # Two processes, because two cores are what CI has: lives and training loops, and all the rest.
 test-unit: $(STAMP)
@@ -27,7 +27,11 @@ test-lives: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not gpu" $(LIVES)
 
 test-rest: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu" tests $(LIVES:%=--ignore=%)
+	$(BIN)/python -m pytest -q -m "not gpu" tests $(LIVES:%=--ignore=%) --ignore=tests/parallel
+
+# Two and four processes each, on loopback, with time limits: behind the others, for it wants both cores.
+test-parallel: $(STAMP)
+	$(BIN)/python -m pytest -q tests/parallel
 
 # The interpreter has to be on before the process starts, so it is a process of its own.
 test-kernels: $(STAMP)

@@ -445,7 +445,7 @@ def _make_tables(
 
 def _moving_signature(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], Any]:
     try:
-        return tuple(map(Tensor.data_ptr, tensors)), _signature(tensors)
+        pointers, signature = tuple(map(Tensor.data_ptr, tensors)), _signature(tensors)
     except (RuntimeError, NotImplementedError):
         # Sparse tensors and the like have no address; say which one it was.
         for index, tensor in enumerate(tensors):
@@ -453,6 +453,11 @@ def _moving_signature(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], Any]:
             if reason is not None:
                 raise Unsupported(index, reason) from None
         raise
+    if not all(pointers):  # what stands for other tensors (DTensor) gives 0, whatever signature is known
+        for index, (tensor, pointer) in enumerate(zip(tensors, pointers)):
+            if not pointer and tensor.numel():
+                raise Unsupported(index, unsupported(tensor) or "it has elements and no address")
+    return pointers, signature
 
 
 def _flat_signature(tensors: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int, ...], Any]:

@@ -11,7 +11,13 @@ from same import same
 
 from seedtriton.testing import assert_isolated
 
-EXAMPLES = sorted((pathlib.Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
+# Those of several processes are run by tests/parallel/test_examples_of_ranks.py.
+OF_RANKS = {"ddp", "fsdp2"}
+EXAMPLES = sorted(
+    path
+    for path in (pathlib.Path(__file__).resolve().parent.parent / "examples").glob("*.py")
+    if path.stem not in OF_RANKS
+)
 
 # By example, a batch for its step number i.
 BATCHES = {

@@ -188,7 +188,7 @@ def test_the_picture_in_contributing_is_the_house():
 PUBLIC = {
     "seedtriton": """
         AlphaSchedule BatchMeans BlendProbe Check ConfigurationError FlatGradients Gate GateThresholds GradientMonitor
-        GrowthController Lifecycle PairProbe ProgressThreshold QualityGates SeedEvidence SeedSlot SeedStatus
+        GrowthController Lifecycle PairProbe ProgressThreshold QualityGates Ranks SeedEvidence SeedSlot SeedStatus
         SeedtritonError Stage StateDictError StraightThrough TRANSITIONS TransitionError TrustRegion Verdict WiringError
         ops step_if_grads telemetry __version__
     """,

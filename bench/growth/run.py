@@ -34,7 +34,7 @@ from bench.tasks import TASKS, BatchStream, Task
 from seedtriton import GrowthController, Stage, StraightThrough, TrustRegion
 from seedtriton.core.evidence import GAIN_SAMPLES, t_statistic
 from seedtriton.core.schedules import AlphaSchedule
-from seedtriton.gradients.progress import Mark
+from seedtriton.gradients.marks import Mark
 from seedtriton.growth.isolation import NORM
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -145,7 +145,7 @@ class Life:
             if step in LOOKS or step == steps:
                 known = [gain for gain in gains[-GAIN_SAMPLES:] if math.isfinite(gain)]
                 values = (step, statistics.fmean(known) if known else None, t_statistic(known)[0])
-                for name, value in zip(found, (*values, mark.displacement(parameters).item())):
+                for name, value in zip(found, (*values, mark.displacement(parameters))):
                     found[name].append(value)
         return found
 

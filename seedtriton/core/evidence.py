@@ -46,15 +46,15 @@ class Sample(NamedTuple):
 
     host_sumsq: float
     seed_sumsq: float
-    host_tensors: int  # gradient tensors of the host
-    seed_tensors: int
-    host_elements: int  # their elements
-    seed_elements: int
-    live_tensors: int  # gradient tensors of the seed that are not all zero
+    host_tensors: float  # gradient tensors of the host
+    seed_tensors: float
+    host_elements: float  # their elements
+    seed_elements: float
+    live_tensors: float  # gradient tensors of the seed that are not all zero; of one that is cut, the share of parts
     gain: float  # blend gain -<dL/dout, seed - host>; NaN: not measured
     skipped: bool  # the optimizer will skip this step (loss-scale overflow)
-    seed_vanishing: int | None = None  # gradient tensors of the seed below the RMS limit, not zero; None: not counted
-    seed_exploding: int | None = None  # above the other limit, or not finite; None: not counted
+    seed_vanishing: float | None = None  # gradient tensors of the seed below the RMS limit, not zero; None: not counted
+    seed_exploding: float | None = None  # above the other limit, or not finite; None: not counted
 
     @property
     def empty(self) -> bool:
@@ -315,7 +315,7 @@ def _judge_tensors(used: Sequence[Sample]) -> tuple[float | None, float | None, 
     )
 
 
-def _total(counts: Sequence[int | None]) -> int | None:
+def _total(counts: Sequence[float | None]) -> float | None:
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 

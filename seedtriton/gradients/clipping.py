@@ -6,13 +6,19 @@ import math
 import weakref
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..core.errors import ConfigurationError
 from . import ops, reference
-from .row import SUMSQ, TOTAL_NORM, Listed, Rules, Window
+from .row import SUMMARY_HEAD, SUMSQ, TOTAL_NORM, Listed, Rules, Window
+from .spread import Ranks
+from .tensor_sums import constant
+
+if TYPE_CHECKING:
+    from .parameters import Watched
 
 Limit = float | Tensor  # of a norm
 
@@ -75,16 +81,40 @@ def checked_max_norm(max_norm: Limit) -> float:
 
 
 @torch.no_grad()
-def summary_of(gradients: Listed, window: Window, rules: Rules, *, measured: bool) -> Tensor:
-    """The summary of these gradients by these rules: from the newest row, if it is of them, or by a pass of its own."""
+def sums_for_clipping(gradients: Listed, window: Window, rules: Rules, *, measured: bool) -> Tensor:
+    """Sums of squares by column: from the newest row, if it is of these gradients, or by a pass of its own."""
     if measured:
         newest = (window.written - 1).remainder(window.ring.shape[0]).view(1)
-        return reference.summarize(window.ring.index_select(0, newest)[0, :, SUMSQ], rules)
-    segments = window.ring.shape[1]
+        return window.ring.index_select(0, newest)[0, :, SUMSQ]
+    columns = window.ring.shape[1]
     if not gradients.tensors:
-        return reference.summarize(torch.zeros(segments, dtype=torch.float64, device=window.ring.device), rules)
-    sums = ops.segmented_sumsq(gradients.tensors, gradients.segments, segments, lanes=rules.lanes)
-    return reference.summarize(sums, rules)
+        return torch.zeros(columns, dtype=torch.float64, device=window.ring.device)
+    return ops.segmented_sumsq(gradients.tensors, gradients.segments, columns, lanes=rules.lanes)
+
+
+@torch.no_grad()
+def summary_of_all(sums: Tensor, watched: Watched, ranks: Ranks, rules: Rules) -> Tensor:
+    """The summary by the norms of whole tensors, of which each rank has summed its parts. On every rank, one exchange.
+
+    Args:
+        sums: float64 [columns], of this rank.
+        watched: knows the columns.
+        ranks: who has the other parts; a rank without gradients takes part with zeros.
+        rules: by column.
+
+    Returns:
+        As ``reference.summarize``, with the coefficients of each segment in all of its columns.
+    """
+    segments = 1 + len(watched.names)
+    place = constant(watched.column_segments, torch.int64, sums.device)
+    held = sums.clone()
+    for column, (_, way) in enumerate(watched.columns):
+        held[column] /= way.copies
+    own = held.new_zeros(segments).index_add_(0, place, held)
+    total = ranks.total(own, "clip_grad_norm_()")
+    found = reference.summarize(total, rules._replace(modes=rules.modes[:segments]))
+    blocks = [block.index_select(0, place) for block in found[SUMMARY_HEAD:].view(3, segments)]
+    return torch.cat([found[:SUMMARY_HEAD], *blocks])
 
 
 def refuse_nonfinite(summary: Tensor) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .row import Listed, LossScale, Rules
+from .spread import Places
 
 
 class EarlySums:
     """What will be gone, or changed, when the sample is closed: by parameter, without its loss scale.
 
-    By parameter and not by segment, because a seed may come or go before the sample is closed. Of a parameter that is
+    By parameter and not by column, because a seed may come or go before the sample is closed. Of a parameter that is
     taken twice the first sum counts.
     """
 
@@ -48,33 +49,31 @@ class EarlySums:
     def take(
         self,
         parameters: Iterable[Tensor],
-        segment_of: Callable[[Tensor], int | None],
+        watched: Places,
         rules: Rules,
         scale: LossScale,
     ) -> None:
         """Sum the gradients of these parameters as they are now, of those that are watched and not here yet.
 
-        Those of guarded segments become zeros, as by a whole measurement: only what is summed in this call, because
-        other gradients of the segment may have been used already.
+        Those of guarded columns become zeros, as by a whole measurement: only what is summed in this call, because
+        other gradients of the column may have been used already.
         """
         own = {id(p): p for p in parameters if p not in self and p.grad is not None}
-        found = [(p, p.grad, segment) for p in own.values() if (segment := segment_of(p)) is not None]
-        gradients = [gradient for _, gradient, _ in found if gradient is not None]
+        found = [(p, column) for p in own.values() if (column := watched.column_of(p)) is not None]
+        gradients = [watched.part_of(p.grad) for p, _ in found if p.grad is not None]
         if not gradients:
             return
         # A segment for each: one launch for all.
         sums = ops.segmented_sumsq(gradients, range(len(gradients)), len(gradients), lanes=rules.lanes)
-        ops.quarantine_(Listed(gradients, [segment for _, _, segment in found]), sums, rules)
-        self.add([parameter for parameter, _, _ in found], sums, scale.gradients)
+        ops.quarantine_(Listed(gradients, [column for _, column in found]), sums, rules)
+        self.add([parameter for parameter, _ in found], sums, scale.gradients)
 
-    def listed(
-        self, segment_of: Callable[[Tensor], int | None], device: torch.device
-    ) -> tuple[Tensor, tuple[list[int], list[int]], list[int]]:
-        """Sums (float64 [n] on ``device``); elements, segments; whose, by ``id``: of what is watched still."""
+    def listed(self, watched: Places, device: torch.device) -> tuple[Tensor, tuple[list[int], list[int]], list[int]]:
+        """Sums (float64 [n] on ``device``); elements, columns; whose, by ``id``: of what is watched still."""
         sums = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(s.to(device) for s in self._sums)])
-        segments = {identity: segment_of(parameter) for identity, parameter in self._parameters.items()}
-        watched = {identity: segment for identity, segment in segments.items() if segment is not None}
-        if len(watched) < len(segments):
-            sums = sums[[index for index, identity in enumerate(segments) if identity in watched]]
-        elements = [self._parameters[identity].numel() for identity in watched]
-        return sums, (elements, list(watched.values())), list(watched)
+        columns = {identity: watched.column_of(parameter) for identity, parameter in self._parameters.items()}
+        known = {identity: column for identity, column in columns.items() if column is not None}
+        if len(known) < len(columns):
+            sums = sums[[index for index, identity in enumerate(columns) if identity in known]]
+        elements = [watched.part_of(self._parameters[identity]).numel() for identity in known]
+        return sums, (elements, list(known.values())), list(known)

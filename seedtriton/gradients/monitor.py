@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigurationError
+from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import HOST_FLOOR, RATIO_EPS
-from . import ops
+from . import ops, reference
 from .checking import check_lanes
-from .clipping import Limit, checked_max_norm, refuse_nonfinite, summary_of
+from .clipping import Limit, checked_max_norm, refuse_nonfinite, summary_of_all, sums_for_clipping
 from .early import EarlySums
 from .flat import FlatGradients, flat_place
 from .in_backward import BackwardCollector
@@ -26,7 +26,18 @@ from .loss_scale import read_scaler
 from .optimizers import each_plain
 from .parameters import Gradients, Parameters, Watched
 from .rounds import check_every
-from .row import EXPLODING_RMS, EXTRA, UNSCALED, VANISHING_RMS, Listed, LossScale, Rules
+from .row import (
+    EXPLODING_RMS,
+    EXTRA,
+    REPLACE,
+    REPLACE_USABLE,
+    UNSCALED,
+    VANISHING_RMS,
+    Listed,
+    LossScale,
+    Rules,
+)
+from .spread import Ranks
 from .step_hook import StepHook
 from .windows import Windows
 
@@ -62,7 +73,12 @@ class GradientMonitor(Windows):
             one is an error. One monitor per loss: an average of two losses' ratios means nothing.
         quarantine: ``measure()`` writes zeros over the gradients of a seed if one of them is not finite, without
             waiting, before a GradScaler, clipping or an optimizer sees them; not once the host feels the seed (its slot
-            is past TRAINING). The sample is dropped and counted. Too late for ``collect_in_backward``.
+            is past TRAINING). The sample is dropped and counted. Too late for ``collect_in_backward``. Of a tensor that
+            is cut over ranks each zeroes its part if something in that is not finite.
+        ranks: the processes that train this model together, each with a monitor like this one, see
+            ``parallel.Ranks``. ``measure()`` never communicates; construction, ``read()``, ``add_seed()`` and, where
+            parameters are cut, ``clip_grad_norm_()`` do, and are called on every rank. A seed without parameters is
+            one that others hold.
 
     Raises:
         WiringError: no parameters on a side, a parameter in two seeds, or an optimizer that cannot be watched.
@@ -85,6 +101,7 @@ class GradientMonitor(Windows):
         flat: FlatGradients | Literal["auto"] | None = None,
         tag: str | None = None,
         quarantine: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         """Look the parameters up and lay out an empty ring on their device."""
         if type(window) is not int or window < 1:
@@ -98,7 +115,9 @@ class GradientMonitor(Windows):
             raise ConfigurationError(f"tag must be a string or None, got {tag!r}")
         _check_rms(vanishing_rms, exploding_rms)
         check_lanes(lanes)
-        super().__init__(Watched(host, seeds, alphas or {}), window, eps, host_floor, vanishing_rms, exploding_rms)
+        watched = Watched(host, seeds, alphas or {}, ranks)
+        watched.exchange("GradientMonitor()")
+        super().__init__(watched, window, eps, host_floor, vanishing_rms, exploding_rms)
         self.lanes, self.tag, self._flat = lanes, tag, flat
         self.max_norm, self._apart, self.quarantine = math.inf, False, quarantine
         self.watch(optimizers)
@@ -240,9 +259,14 @@ class GradientMonitor(Windows):
             A handle; ``handle.remove()`` ends it.
 
         Raises:
-            WiringError: a parameter is no leaf. Later, in backward: a hook that was registered before has freed the
-                gradient; in ``clip_grad_norm_``: there is nothing left to clip.
+            WiringError: a parameter is no leaf, or there are ranks. Later, in backward: a hook that was registered
+                before has freed the gradient; in ``clip_grad_norm_``: there is nothing left to clip.
         """
+        if self._watched.ranks is not None:
+            raise WiringError(
+                "between ranks a gradient is complete only after backward: call measure() there, without "
+                "collect_in_backward()"
+            )
         return self._watched.collect_in_backward(self.lanes)
 
     def _take(self, parameters: Iterable[Tensor] | None, scale: LossScale, early: EarlySums) -> None:
@@ -251,7 +275,7 @@ class GradientMonitor(Windows):
         if self._watched.collecting is not None:
             self._watched.collecting.take(early, scale.gains)
         wanted = self._watched.tracked if parameters is None else parameters
-        early.take(wanted, self._watched.segment_of, self._rules(), scale)
+        early.take(wanted, self._watched, self._rules(), scale)
 
     def _measure(
         self,
@@ -267,6 +291,8 @@ class GradientMonitor(Windows):
         if given is None and isinstance(self._flat, FlatGradients):
             self._flat.restore()
         replace = self._rounds.enter(scaler)
+        if replace == REPLACE_USABLE and self._watched.ranks is not None:
+            replace = REPLACE  # what one rank holds may be finite where another's is not, and they have to count alike
         if replace:
             self._correct_gains(anew=given is not None)
         collecting = self._watched.collecting
@@ -276,7 +302,7 @@ class GradientMonitor(Windows):
         if early:
             if early.device != self.ring.device:
                 self.to(early.device)
-            sums, listed, owners = early.listed(self._watched.segment_of, self.ring.device)
+            sums, listed, owners = early.listed(self._watched, self.ring.device)
             window, entries = self._window(replace), self._watched.entries_of(owners)
             ops.record_sums_(sums, listed, gains, window, self._rules(), scale._replace(gradients=None), entries)
             self._measured.forget()
@@ -350,10 +376,15 @@ class GradientMonitor(Windows):
         measured = reuse and self._measured.are(gradients.tensors)
         self.max_norm, self._apart = max_norm, apart
         rules = self._rules()
+        ranks = self._watched.ranks
         # A measurement that did not know this limit has the sums; the next one has the coefficients in its own pass.
         summary = self.summary
-        if not measured or rules != known:
-            summary = summary_of(gradients, self._window(), rules, measured=measured)
+        if ranks is not None and not ranks.replicated:
+            sums = sums_for_clipping(gradients, self._window(), rules, measured=measured)
+            summary = summary_of_all(sums, self._watched, ranks, rules)
+        elif not measured or rules != known:
+            sums = sums_for_clipping(gradients, self._window(), rules, measured=measured)
+            summary = reference.summarize(sums, rules)
         if error_if_nonfinite:
             refuse_nonfinite(summary)
         total = ops.clip_(gradients, summary, partial(self._watched.name_of_gradient, None))

@@ -16,7 +16,8 @@ Named = Mapping[int, Mapping[str, Tensor]]
 SHOWN = 3  # parameters that a sentence names
 
 
-def _is_shard(value: Any) -> bool:
+def is_shard(value: Any) -> bool:
+    """Whether it is a DTensor, of which each rank holds a part."""
     return hasattr(value, "placements") and hasattr(value, "device_mesh")
 
 
@@ -62,7 +63,7 @@ class Snapshot:
         # A scripted module has other containers, and cannot be changed. What fully_shard keeps (DTensor) is another
         # object whenever it is gathered, and the same one again after backward.
         self._dicts: list[dict[str, Any]] = [
-            held for pair in both for held in pair if isinstance(held, dict) and not any(map(_is_shard, held.values()))
+            held for pair in both for held in pair if isinstance(held, dict) and not any(map(is_shard, held.values()))
         ]
         self._held = self._now()
         self._count = _registrations.count

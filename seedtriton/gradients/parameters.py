@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
 from .in_backward import BackwardCollector
-from .noticing import Snapshot, inactive_adapter, some, unheld
+from .noticing import Snapshot, inactive_adapter, is_shard, some, unheld
 from .row import APART, GUARDED, Listed
 from .slope import Alpha
+from .spread import Column, Ranks, columns_of
 
 logger = logging.getLogger("seedtriton")
 
@@ -114,6 +115,9 @@ class Watched:
         tracked: every parameter once, the host's first; those that need no gradient too, empty ones not.
         segments: the segment of each.
         segment_by_id: the same by ``id``.
+        columns: of the ring's rows: one for each segment, and on many ranks others behind them, see ``spread``.
+        column_segments: the segment of each column.
+        chosen: the column of each parameter; ``segments`` itself where this is the only process.
         of_seed: the parameters of every seed, empty ones too.
         gains: the blend factors, each with the segment of its seed.
 
@@ -125,17 +129,24 @@ class Watched:
     tracked: list[Tensor]
     segments: tuple[int, ...]
     segment_by_id: dict[int, int]
+    columns: tuple[Column, ...]
+    column_segments: tuple[int, ...]
+    chosen: tuple[int, ...]
     of_seed: dict[str, list[Tensor]]
     gains: list[tuple[int, Alpha]]
     _snapshot: Snapshot
 
-    def __init__(self, host: Parameters, seeds: Mapping[str, Parameters], alphas: Mapping[str, Any]) -> None:
+    def __init__(
+        self, host: Parameters, seeds: Mapping[str, Parameters], alphas: Mapping[str, Any], ranks: Ranks | None = None
+    ) -> None:
         unknown = sorted(set(alphas) - set(seeds))
         if unknown:
             raise ConfigurationError(f"alphas for unknown seeds {unknown}; seeds are {sorted(seeds)}")
         self._host = ParameterSource(host)
         self._seeds = {name: ParameterSource(seed) for name, seed in seeds.items()}
         self._alphas = {name: Alpha.of(alpha) for name, alpha in alphas.items()}
+        self.ranks = ranks
+        self._told_ranks: list[Tensor] | None = None  # ``tracked`` when they were
         self._handles: list[Any] = []
         self._warned = False
         self._had = 0  # gradients at the last look; another number may mean that something was frozen
@@ -153,9 +164,9 @@ class Watched:
             raise ConfigurationError(f"no seed is called {name!r}; seeds are {list(self._seeds)}")
         return name
 
-    def segment_of(self, parameter: Tensor) -> int | None:
-        """Its segment; None for a parameter that is not watched."""
-        return self.segment_by_id.get(id(parameter))
+    def column_of(self, parameter: Tensor) -> int | None:
+        """Its column; None for a parameter that is not watched."""
+        return self._column_by_id.get(id(parameter))
 
     @property
     def collecting(self) -> BackwardCollector | None:
@@ -164,7 +175,7 @@ class Watched:
 
     def collect_in_backward(self, lanes: torch.dtype) -> BackwardCollector:
         """Put a hook on every parameter, and on those that ``refresh()`` finds later."""
-        collector = BackwardCollector(self.segment_of, lanes)
+        collector = BackwardCollector(self.column_of, lanes)
         collector.watch(self.tracked, self.name_of)
         if self._collector is not None:
             self._collector.remove()
@@ -199,7 +210,7 @@ class Watched:
         for segment, (name, source) in enumerate(self._seeds.items(), start=1):
             named[segment] = _listed(source, f"seed {name!r}")
             found[name] = list(named[segment].values())
-            if not sum(parameter.numel() for parameter in found[name]):
+            if self.ranks is None and not sum(parameter.numel() for parameter in found[name]):
                 raise WiringError(f"seed {name!r} has no parameters: there is nothing to measure")
             for parameter in found[name]:
                 other = owner.setdefault(id(parameter), name)
@@ -217,6 +228,7 @@ class Watched:
         filled = [(p, segment) for p, segment in pairs if p.numel()]
         self.tracked, self.segments = [p for p, _ in filled], tuple(segment for _, segment in filled)
         self.segment_by_id = {id(p): segment for p, segment in filled}
+        self.spread_out()
         self._entry_by_id = {identity: entry for entry, identity in enumerate(self.segment_by_id)}
         self._empty = {id(p) for p, _ in pairs} - self.segment_by_id.keys()
         self.gains = [
@@ -229,6 +241,41 @@ class Watched:
             self.collecting.watch(self.tracked, self.name_of)
         self._snapshot = Snapshot((m for s in (self._host, *self._seeds.values()) for m in s.modules()), named)
         self.stale = self._loaded = self.unsettled = False
+
+    def spread_out(self) -> None:
+        """Choose the columns, by what is known of who holds what."""
+        ways = None
+        if self.ranks is not None:
+            ways = self.ranks.ways(list(zip(self.paths(), self.tracked)))
+        elif any(map(is_shard, self.tracked)):
+            cut = next(name for name, p in zip(self.paths(), self.tracked) if is_shard(p))
+            raise WiringError(
+                f"parameter {cut!r} is a DTensor, of which each rank holds a part: say between which ranks, "
+                "GradientMonitor(..., ranks=seedtriton.Ranks())"
+            )
+        self.columns, self.column_segments, self.chosen = columns_of((None, *self._seeds), self.segments, ways)
+        self._column_by_id = dict(zip(self.segment_by_id, self.chosen))
+
+    @property
+    def unexchanged(self) -> bool:
+        """Whether the ranks have not been told of the parameters as they are now."""
+        return self.ranks is not None and self._told_ranks is not self.tracked
+
+    def exchange(self, call: str) -> None:
+        """Tell every rank what this one holds, and choose the columns by that. On every rank."""
+        if self.ranks is not None:
+            self.ranks.exchange(list(zip(self.paths(), self.tracked)), call)
+            self._told_ranks = self.tracked
+            self.spread_out()
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """What of a parameter or gradient this rank holds."""
+        return tensor if self.ranks is None else self.ranks.local(tensor)
+
+    def copies_of(self, parameters: Sequence[Tensor]) -> list[int]:
+        """How many ranks hold each of these; 1 of one that is not watched."""
+        columns = map(self.column_of, parameters)
+        return [1 if column is None else self.columns[column].way.copies for column in columns]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy watches copied parameters, which are known by other ids."""
@@ -287,10 +334,15 @@ class Watched:
         gradients = [gradient for gradient in found if gradient is not None]
         if given is None and len(gradients) != self._had and not torch.compiler.is_compiling():
             self._had, self.unsettled = len(gradients), True
+        if self.ranks is not None:
+            # A rank may hold no element of a tensor: what it is of is then measured by the others.
+            parts = [None if gradient is None else self.ranks.local(gradient) for gradient in found]
+            found = [part if part is not None and part.numel() else None for part in parts]
+            gradients = [part for part in found if part is not None]
         if len(gradients) == len(found):
-            return Listed(gradients, self.segments)
+            return Listed(gradients, self.chosen)
         entries = [entry for entry, gradient in enumerate(found) if gradient is not None]
-        return Listed(gradients, [self.segments[entry] for entry in entries], entries)
+        return Listed(gradients, [self.chosen[entry] for entry in entries], entries)
 
     def entries_of(self, identities: Sequence[int]) -> list[int]:
         """The places in ``tracked`` of parameters by their ``id``."""
@@ -310,12 +362,13 @@ class Watched:
         for segment, alpha in self.gains:
             slope = alpha.gradient() if given is None else given.get(id(alpha.holder.alpha))
             if slope is not None:
+                slope = self.part_of(slope)
                 gains.append(slope if given is None else slope.clone())
                 segments.append(segment)
         return Listed(gains, segments)
 
     def modes(self, *, apart: bool, guarded: bool) -> tuple[int, ...]:
-        """How each segment is clipped, see ``Rules``: a seed is apart and guarded only while the host does not feel it.
+        """How each column is clipped, see ``Rules``: a seed is apart and guarded only while the host does not feel it.
 
         A seed without a blend factor, or with a bare tensor for one, is never felt.
         """
@@ -323,7 +376,8 @@ class Watched:
             return ()
         mode = APART * apart + GUARDED * guarded
         holders = (self._alphas.get(name) for name in self._seeds)
-        return (0, *(mode * bool(getattr(alpha and alpha.holder, "behind", True)) for alpha in holders))
+        modes = (0, *(mode * bool(getattr(alpha and alpha.holder, "behind", True)) for alpha in holders))
+        return modes if len(modes) == len(self.columns) else tuple(modes[segment] for segment in self.column_segments)
 
     def warn_of_nothing(self) -> None:
         """Say once that there was no gradient at all, and where the call belongs."""
@@ -391,7 +445,7 @@ class Watched:
         owners = [*self.tracked, *(alpha.holder.alpha for _, alpha in self.gains)]
         for parameter in owners:
             held = parameter.grad if given is None else given.get(id(parameter))
-            if held is gradient:
+            if held is not None and self.part_of(held) is gradient:
                 return f"the gradient of {self.name_of(parameter)}"
         return "a gradient"
 

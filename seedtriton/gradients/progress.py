@@ -1,4 +1,4 @@
-"""How far training has come: optimizer steps taken, and how far a seed's weights have moved since a mark."""
+"""How far training has come: optimizer steps taken, and what is known of each seed by them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import StateDictError
 from ..core.evidence import Sample
-from ..core.state import check_state
-from . import ops
+from .marks import MOVED, Mark, displacement_of, moving_of
 from .optimizers import names_of
 
-# Root mean square below which weights count as this large, when their relative change is computed: a
-# layer that starts at zero would otherwise have moved infinitely far after one step.
-WEIGHT_FLOOR = 1e-3
-
+if TYPE_CHECKING:
+    from .parameters import Watched
+    from .spread import Ranks
 
 class _Counted:
     """One optimizer, and how often it has stepped."""
@@ -167,14 +164,55 @@ class Known(NamedTuple):
     """What a read brings from the device for one seed.
 
     Attributes:
-        displacement: None where it could not be had.
+        moved: ``Mark.moved`` of it.
         skipped: by optimizer the calls of ``step()`` that were skipped, so far.
         skipped_then: the same at the seed's mark.
     """
 
-    displacement: float | None
+    moved: Sequence[float]
     skipped: Sequence[float]
     skipped_then: Sequence[float]
+
+
+class SeedFacts(NamedTuple):
+    """What one process knows of a seed beside its window; NaN: it knows nothing of this.
+
+    Attributes:
+        moved: sum of squares of what its weights have moved by since its mark.
+        begun: of the weights then.
+        elements: how many there are.
+        parameters: tensors that learn.
+        frozen: 1 if none learns, else 0.
+        in_optimizer: 1 if all that learn are in an optimizer, else 0.
+        steps: of its optimizers since its mark.
+        idle: measurements since their last step.
+        taken: steps of all optimizers so far.
+    """
+
+    moved: float
+    begun: float
+    elements: float
+    parameters: float
+    frozen: float
+    in_optimizer: float
+    steps: float
+    idle: float
+    taken: float
+
+    @classmethod
+    def merged(cls, found: Sequence[SeedFacts]) -> SeedFacts:
+        """What all ranks know together: sums of what each holds a part of, else the worst that any of them says."""
+        columns = [[value for value in column if not math.isnan(value)] for column in zip(*found)]
+        worst = (max, max, min, min, max, min)
+        # Weights of which one rank cannot say how far they have moved have moved by nobody knows what.
+        summed = [sum(column) for column in list(zip(*found))[:3]]
+        merged = [*summed, *(choose(column, default=math.nan) for choose, column in zip(worst, columns[3:]))]
+        return cls._make(merged)
+
+    @property
+    def displacement(self) -> float | None:
+        """See ``displacement_of``."""
+        return displacement_of(self.moved, self.begun, self.elements)
 
 
 class Progress:
@@ -188,39 +226,50 @@ class Progress:
         """Begin the window of a seed here: steps so far do not count."""
         self.marks[name] = Mark.of(parameters, self.steps.total, self.steps.by_optimizer(), self.steps.skipped())
 
-    def packed(self, parameters: Mapping[str, Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+    def packed(self, watched: Watched, device: torch.device) -> list[Tensor]:
         """What ``unpacked`` reads, float64: skipped steps, then of each seed how far it has moved, and those then."""
         optimizers = len(self.steps.by_optimizer())
         parts = [_filled(self.steps.skipped(), optimizers, device)]
-        for name, found in parameters.items():
+        for name, found in watched.of_seed.items():
             mark = self.marks[name]
-            parts += [mark.displacement(found).view(1), _filled(mark.skipped, optimizers, device)]
+            parts += [mark.moved(found, watched), _filled(mark.skipped, optimizers, device)]
         return parts
 
     @staticmethod
     def unpacked(numbers: Sequence[float], names: Sequence[str]) -> dict[str, Known]:
         """The numbers of ``packed`` for these seeds, on the host."""
-        optimizers = (len(numbers) - len(names)) // (1 + len(names))
+        optimizers = (len(numbers) - MOVED * len(names)) // (1 + len(names))
         skipped, rest = numbers[:optimizers], numbers[optimizers:]
         known = {}
         for index, name in enumerate(names):
-            moved, *then = rest[index * (1 + optimizers) : (index + 1) * (1 + optimizers)]
-            known[name] = Known(moved if math.isfinite(moved) else None, skipped, then)
+            of_seed = rest[index * (MOVED + optimizers) : (index + 1) * (MOVED + optimizers)]
+            known[name] = Known(of_seed[:MOVED], skipped, of_seed[MOVED:])
         return known
 
-    def facts(
-        self, name: str, parameters: Sequence[Tensor], samples: Sequence[Sample], first: int, known: Known
-    ) -> dict[str, Any]:
-        """What ``collect_evidence`` is told of weights, optimizers and steps; ``first`` numbers the first sample."""
-        steps, mark, holders = self.steps, self.marks[name], self.steps.holders(parameters)
+    def facts(self, name: str, parameters: Sequence[Tensor], known: Known) -> SeedFacts:
+        """What this process knows of a seed's weights, optimizers and steps; of one that it does not hold, nothing."""
+        steps, holders = self.steps, self.steps.holders(parameters)
         missed = [now - then for now, then in zip(known.skipped, known.skipped_then)]
-        taken = steps.total - int(sum(known.skipped))
+        if not parameters:
+            return SeedFacts._make([0.0, 0.0, 0.0, *[math.nan] * 6])
+        frozen = not any(parameter.requires_grad for parameter in parameters)
+        learning = sum(p.requires_grad and p.numel() > 0 for p in parameters)
+        told = steps.hold(parameters), steps.since(self.marks[name], holders, missed), steps.idle(holders)
+        taken = steps.total - int(sum(known.skipped)) if steps.optimizers() else None
+        numbers = (math.nan if number is None else float(number) for number in (*told, taken))
+        return SeedFacts._make([*known.moved, float(learning), float(frozen), *numbers])
+
+    def told(self, name: str, facts: SeedFacts, samples: Sequence[Sample], first: int) -> dict[str, Any]:
+        """What ``collect_evidence`` is told of them; ``first`` numbers the first of the samples."""
+        taken, optimizer_steps, idle = map(_whole, (facts.taken, facts.steps, facts.idle))
         return {
-            "age": mark.age(samples, first, taken) if steps.optimizers() else None,
-            "in_optimizer": steps.hold(parameters),
-            "optimizer_steps": steps.since(mark, holders, missed),
-            "idle": steps.idle(holders),
-            "displacement": known.displacement,
+            "parameters": _whole(facts.parameters) or 0,
+            "frozen": facts.frozen == 1.0,
+            "age": None if taken is None else self.marks[name].age(samples, first, taken),
+            "in_optimizer": None if math.isnan(facts.in_optimizer) else facts.in_optimizer == 1.0,
+            "optimizer_steps": optimizer_steps,
+            "idle": idle,
+            "displacement": facts.displacement,
         }
 
     def state_dict(self, names: Iterable[str]) -> dict[str, Any]:
@@ -230,6 +279,32 @@ class Progress:
             "waited": self.steps.waited(),
             "marks": {name: self.marks[name].state_dict() for name in names},
         }
+
+    @staticmethod
+    def gathered(state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+        """``state_dict`` with whole weights in its marks. On every rank."""
+        marks = {
+            name: {**mark, "weights": [ranks.whole(weight) for weight in mark["weights"]]}
+            for name, mark in state["marks"].items()
+        }
+        return {**state, "marks": marks}
+
+    @staticmethod
+    def scattered(state: Any, parameters: Mapping[str, Sequence[Tensor]], ranks: Ranks) -> Any:
+        """The other way: the weights as the parameters are cut. What does not fit stays as it is, to be refused."""
+        marks = state.get("marks") if isinstance(state, Mapping) else None
+        if not isinstance(marks, Mapping):
+            return state
+        cut = {}
+        for name, mark in marks.items():
+            moving = moving_of(parameters.get(name, ()))
+            weights = mark.get("weights") if isinstance(mark, Mapping) else None
+            shapes = [tuple(getattr(w, "shape", ())) for w in weights] if isinstance(weights, list) else None
+            if isinstance(weights, list) and shapes == [tuple(p.shape) for p in moving]:
+                cut[name] = {**mark, "weights": [ranks.cut(w, p) for w, p in zip(weights, moving)]}
+            else:
+                cut[name] = mark
+        return {**state, "marks": cut}
 
     def later(self) -> dict[str, Any]:
         """What states of 0.1 do not hold, with what its absence means: that nobody waits."""
@@ -255,90 +330,8 @@ class Progress:
             self.marks[name] = Mark.from_state_dict(mark, parameters[name])
 
 
-class Mark:
-    """Where a seed's window began: its weights then, and the steps taken by then."""
-
-    VERSION = 1
-
-    def __init__(
-        self, weights: list[Tensor], steps: int, by_optimizer: list[int], skipped: Sequence[Tensor | None] = ()
-    ) -> None:
-        self.weights = weights
-        self.by_optimizer = by_optimizer
-        self.skipped = skipped  # of those steps the skipped ones, on the device
-        self.newest = -1  # number of the newest usable sample that a read has seen
-        self.steps_then = steps
-
-    @classmethod
-    def of(
-        cls,
-        parameters: Sequence[Tensor],
-        steps: int,
-        by_optimizer: Sequence[int] = (),
-        skipped: Sequence[Tensor | None] = (),
-    ) -> Mark:
-        return cls([_values(p).clone() for p in _moving(parameters)], steps, list(by_optimizer), list(skipped))
-
-    def displacement(self, parameters: Sequence[Tensor]) -> Tensor:
-        """``|w - w0| / max(|w0|, WEIGHT_FLOOR sqrt(n))``, float64 0-dim; NaN where ``unknown`` says why."""
-        device = parameters[0].device
-        if self.unknown(parameters):
-            return torch.full((), math.nan, dtype=torch.float64, device="cpu" if device.type == "meta" else device)
-        values = [_values(p) for p in _moving(parameters)]
-        weights = [w.to(v.device) for v, w in zip(values, self.weights)]
-        apart = [v.to(_wide(v)) - w.to(_wide(v)) for v, w in zip(values, weights)]
-        ones = [0] * len(apart)
-        moved = ops.segmented_sumsq(apart, ones, 1)[0].sqrt()
-        size = ops.segmented_sumsq(weights, ones, 1)[0].sqrt()
-        floor = WEIGHT_FLOOR * math.sqrt(sum(w.numel() for w in weights))
-        return moved / size.clamp(min=floor)
-
-    def unknown(self, parameters: Sequence[Tensor]) -> list[str]:
-        """Why nobody can say how far the weights have moved, in words; empty when it can be said."""
-        moving = _moving(parameters)
-        if not moving:
-            dtypes = sorted({str(p.dtype) for p in parameters})
-            return [f"how far its weights have moved is not known: they are quantised ({', '.join(dtypes)})"]
-        if any(tensor.is_meta for tensor in (*moving, *self.weights)):
-            return ["how far its weights have moved is not known: they are or were on 'meta', without values"]
-        if [p.shape for p in moving] != [w.shape for w in self.weights]:
-            return ["how far its weights have moved is not known: they have other shapes than when its window began"]
-        return []
-
-    def age(self, samples: Sequence[Sample], first: int, steps: int) -> int:
-        """Optimizer steps since the last read that found a usable sample it had not seen."""
-        usable = [first + i for i, sample in enumerate(samples) if sample.usable and not sample.empty]
-        newest = max(usable, default=-1)
-        if newest > self.newest:
-            self.newest, self.steps_then = newest, steps
-        return steps - self.steps_then
-
-    @classmethod
-    def check_state(cls, state: object, kind: str, parameters: Sequence[Tensor]) -> None:
-        """Raise StateDictError, naming ``kind``, unless ``state`` is a mark of such parameters."""
-        values = check_state(state, kind, cls.VERSION, ("weights", "by_optimizer", "newest", "steps_then"))
-        wanted = [tuple(p.shape) for p in _moving(parameters)]
-        if [tuple(getattr(w, "shape", ())) for w in values["weights"]] != wanted:
-            raise StateDictError(f"{kind}: the saved weights do not have the shapes {wanted}")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "version": self.VERSION,
-            "weights": self.weights,
-            "by_optimizer": [
-                steps - (0 if missed is None else int(missed))
-                for steps, missed in zip_longest(self.by_optimizer, self.skipped[: len(self.by_optimizer)])
-            ],
-            "newest": self.newest,
-            "steps_then": self.steps_then,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], parameters: Sequence[Tensor]) -> Mark:
-        weights = [w.to(p.device, copy=True) for w, p in zip(state["weights"], _moving(parameters))]
-        mark = cls(weights, state["steps_then"], list(state["by_optimizer"]))
-        mark.newest = state["newest"]
-        return mark
+def _whole(number: float) -> int | None:
+    return None if math.isnan(number) else int(number)
 
 
 def _filled(skipped: Sequence[Tensor | None], length: int, device: torch.device) -> Tensor:
@@ -348,23 +341,3 @@ def _filled(skipped: Sequence[Tensor | None], length: int, device: torch.device)
         if missed is not None:
             place.copy_(missed)
     return filled
-
-
-def _moving(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Those that training can move: a frozen int8 weight has no place in a norm."""
-    return [p for p in parameters if p.is_floating_point() or p.is_complex()]
-
-
-def _values(parameter: Tensor) -> Tensor:
-    """The numbers that a quantised tensor (torchao's kind, which says it is floating point) stands for; itself else."""
-    if type(parameter) in (Tensor, nn.Parameter) or hasattr(parameter, "placements"):
-        return parameter.detach()
-    try:
-        return parameter.dequantize().detach()
-    except (NotImplementedError, RuntimeError, TypeError):  # some other subclass
-        return parameter.detach()
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    # Weights that moved by less than a bf16 ulp did not move; their difference must not be rounded again.
-    return torch.promote_types(tensor.dtype, torch.float32)

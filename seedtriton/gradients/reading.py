@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.evidence import Sample, SeedEvidence, collect_evidence
-from .progress import Progress
+from .progress import Progress, SeedFacts
 from .row import ELEMENTS, EXPLODING, EXTRA, LIVE, QUANTITIES, SUMSQ, TENSORS, VANISHING
 
 
@@ -33,12 +33,29 @@ def pack(ring: Tensor, count: Tensor, since: Tensor, progress: Sequence[Tensor])
     return torch.cat([part.to(ring.device) for part in parts])
 
 
+class Unpacked(NamedTuple):
+    """What was packed.
+
+    Attributes:
+        written: samples ever.
+        since: the first that counts, of each segment.
+        facts: of each seed, by name.
+        rows: of the ring, flat.
+    """
+
+    written: int
+    since: Sequence[int]
+    facts: Mapping[str, SeedFacts]
+    rows: Sequence[float]
+
+
 @dataclass(frozen=True)
 class Reader:
     """How a packed ring is read.
 
     Attributes:
         window: rows of the ring.
+        columns: of each row.
         eps: added to the host's norm in the ratio.
         host_floor: host norm below which the ratio is undefined.
         vanishing: whether vanishing tensors were counted.
@@ -46,15 +63,16 @@ class Reader:
     """
 
     window: int
+    columns: int
     eps: float
     host_floor: float
     vanishing: bool
     exploding: bool
 
-    def evidence(
+    def unpacked(
         self, packed: Sequence[float], seeds: Mapping[str, Sequence[Tensor]], progress: Progress
-    ) -> dict[str, SeedEvidence]:
-        """The evidence of every seed, by name.
+    ) -> Unpacked:
+        """What this process has measured, and knows of every seed.
 
         Args:
             packed: the numbers of ``pack``, on the host.
@@ -62,26 +80,21 @@ class Reader:
             progress: steps taken and marks.
         """
         segments = 1 + len(seeds)
-        count = int(packed[0])
-        since = [int(value) for value in packed[1 : 1 + segments]]
-        ring = len(packed) - self.window * segments * QUANTITIES
+        ring = len(packed) - self.window * self.columns * QUANTITIES
         known = progress.unpacked(packed[1 + segments : ring], list(seeds))
-        rows = packed[ring:]
+        facts = {name: progress.facts(name, parameters, known[name]) for name, parameters in seeds.items()}
+        return Unpacked(int(packed[0]), [int(value) for value in packed[1 : 1 + segments]], facts, packed[ring:])
+
+    def evidence(self, found: Unpacked, progress: Progress) -> dict[str, SeedEvidence]:
+        """The evidence of every seed, by name; the rows have a column for each segment and no others."""
+        count, since, facts, rows = found
+        segments = len(since)
         evidence = {}
-        for index, (name, parameters) in enumerate(seeds.items()):
-            first = max(since[index + 1], count - self.window)
-            samples = [
-                self._sample(rows, number % self.window, index + 1, segments) for number in range(first, count)
-            ]
-            evidence[name] = collect_evidence(
-                name,
-                samples,
-                parameters=sum(p.requires_grad and p.numel() > 0 for p in parameters),
-                eps=self.eps,
-                host_floor=self.host_floor,
-                frozen=not any(parameter.requires_grad for parameter in parameters),
-                **progress.facts(name, parameters, samples, first, known[name]),
-            )
+        for index, name in enumerate(facts, start=1):
+            first = max(since[index], count - self.window)
+            samples = [self._sample(rows, number % self.window, index, segments) for number in range(first, count)]
+            told = progress.told(name, facts[name], samples, first)
+            evidence[name] = collect_evidence(name, samples, eps=self.eps, host_floor=self.host_floor, **told)
         return evidence
 
     def _sample(self, rows: Sequence[float], row: int, segment: int, segments: int) -> Sample:
@@ -90,16 +103,21 @@ class Reader:
         return Sample(
             host_sumsq=rows[host + SUMSQ],
             seed_sumsq=rows[seed + SUMSQ],
-            host_tensors=int(rows[host + TENSORS]),
-            seed_tensors=int(rows[seed + TENSORS]),
-            host_elements=int(rows[host + ELEMENTS]),
-            seed_elements=int(rows[seed + ELEMENTS]),
-            live_tensors=int(rows[seed + LIVE]),
+            host_tensors=_count(rows[host + TENSORS]),
+            seed_tensors=_count(rows[seed + TENSORS]),
+            host_elements=_count(rows[host + ELEMENTS]),
+            seed_elements=_count(rows[seed + ELEMENTS]),
+            live_tensors=_count(rows[seed + LIVE]),
             gain=rows[seed + EXTRA],
             skipped=rows[host + EXTRA] != 0.0,
-            seed_vanishing=int(rows[seed + VANISHING]) if self.vanishing else None,
-            seed_exploding=int(rows[seed + EXPLODING]) if self.exploding else None,
+            seed_vanishing=_count(rows[seed + VANISHING]) if self.vanishing else None,
+            seed_exploding=_count(rows[seed + EXPLODING]) if self.exploding else None,
         )
+
+
+def _count(number: float) -> float:
+    """A count as an int, if it is one: of a tensor that is cut, parts are live or not."""
+    return int(number) if number.is_integer() else number
 
 
 class Transit:

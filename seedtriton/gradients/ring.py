@@ -1,4 +1,4 @@
-"""The window on the device: the buffers that a measurement writes and a read copies, with one column per segment."""
+"""The window on the device: the buffers that a measurement writes and a read copies, a column per segment or more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateDictError
-from .row import APPEND, QUANTITIES, SUMMARY_HEAD, Window
+from .row import APPEND, EXTRA, QUANTITIES, SUMMARY_HEAD, Window
+from .spread import Column
 from .tensors import TensorNotes
 
 
@@ -17,10 +18,10 @@ class Ring(nn.Module):
     """Rows of samples, how many there were, and where the window of each segment begins.
 
     Attributes:
-        ring: float64 [window, segments, QUANTITIES].
+        ring: float64 [window, columns, QUANTITIES], see ``spread``.
         count: int64 0-dim, samples ever written.
         since: int64 [segments], the number of the first sample that counts for the segment.
-        summary: float64 [SUMMARY_HEAD + 3 * segments], of the newest sample; not saved.
+        summary: float64 [SUMMARY_HEAD + 3 * columns], of the newest sample; not saved.
 
     What is known of each tensor lies beside them, and is not saved either.
     """
@@ -30,10 +31,14 @@ class Ring(nn.Module):
     since: Tensor
     summary: Tensor
 
-    def __init__(self, window: int, segments: int, tracked: list[Tensor], device: torch.device) -> None:
+    def __init__(
+        self, window: int, columns: tuple[Column, ...], tracked: list[Tensor], device: torch.device
+    ) -> None:
         """Lay out an empty ring, and an empty table for the parameters ``tracked``."""
         super().__init__()
-        ring = torch.zeros(window, segments, QUANTITIES, dtype=torch.float64, device=device)
+        self._columns = columns
+        segments = len(_owners(columns))
+        ring = torch.zeros(window, len(columns), QUANTITIES, dtype=torch.float64, device=device)
         self.register_buffer("ring", ring)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("since", torch.zeros(segments, dtype=torch.int64, device=device))
@@ -46,16 +51,23 @@ class Ring(nn.Module):
         ring, count, summary = map(self._buffers.__getitem__, ("ring", "count", "summary"))
         return Window(ring, count, summary, self._noted.table, replace)  # type: ignore[arg-type]
 
-    def _add_column(self) -> None:
-        """A segment behind the others; samples so far do not count for it."""
-        self.ring = torch.cat([self.ring, torch.zeros_like(self.ring[:, :1])], dim=1)
-        self.since = torch.cat([self.since, self.count.view(1)])
-        self._resize_summary()
-
-    def _remove_column(self, segment: int) -> None:
-        keep = [index for index in range(self.ring.shape[1]) if index != segment]
-        self.ring = self.ring[:, keep].contiguous()
-        self.since = self.since[keep].contiguous()
+    @torch.no_grad()
+    def _lay_out(self, columns: tuple[Column, ...]) -> None:
+        """From now on these columns; what is in those that were there stays, and of a new segment no sample counts."""
+        before, self._columns = self._columns, columns
+        if columns == before:
+            return
+        ring = self.ring.new_zeros(self.ring.shape[0], len(columns), QUANTITIES)
+        for place, column in enumerate(columns):
+            if column in before:
+                ring[:, place] = self.ring[:, before.index(column)]
+        # The first columns are those of the segments.
+        owners, known = _owners(columns), {owner: place for place, owner in enumerate(_owners(before))}
+        for place, owner in enumerate(owners):
+            if owner in known:
+                ring[:, place, EXTRA] = self.ring[:, known[owner], EXTRA]
+        since = [self.since[known[owner]] if owner in known else self.count for owner in owners]
+        self.ring, self.since = ring, torch.stack(since)
         self._resize_summary()
 
     def _begin_window(self, segment: int) -> None:
@@ -76,6 +88,10 @@ class Ring(nn.Module):
             if buffer is not None and device.type != "meta":
                 self._buffers[name] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
         return self
+
+
+def _owners(columns: tuple[Column, ...]) -> list[str | None]:
+    return list(dict.fromkeys(column.owner for column in columns))
 
 
 def check_entries(ring: Ring, state_dict: Mapping[str, Any], prefix: str, kind: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,40 +81,73 @@ def _empty(size: int, count: Tensor) -> TensorTable:
     return TensorTable(sumsq, last, first, torch.zeros(2, dtype=torch.int64, device=count.device))
 
 
+class Noted(NamedTuple):
+    """What is known of one parameter's gradient; see ``core.tensors.read_tensor``."""
+
+    name: str
+    shape: tuple[int, ...]
+    segment: int
+    sumsq: float
+    last: int
+    first: int | None
+    sample: int
+    trained: bool
+
+    @classmethod
+    def merged(cls, found: Sequence[Noted]) -> Noted:
+        """What ranks that hold parts of one tensor know together."""
+        firsts = [noted.first for noted in found if noted.first is not None]
+        return found[0]._replace(
+            sumsq=sum(noted.sumsq for noted in found),
+            last=max(noted.last for noted in found),
+            first=min(firsts, default=None),
+            trained=any(noted.trained for noted in found),
+        )
+
+
 @torch.no_grad()
-def read_tensors(
-    noted: TensorNotes,
-    watched: Watched,
-    count: Tensor,
-    summary: Tensor,
-    limits: tuple[float | None, float | None],
-) -> list[TensorReading]:
-    """The readings of all tensors, largest first, by one copy.
+def noted_of(
+    noted: TensorNotes, watched: Watched, count: Tensor, summary: Tensor, *, shared: bool = False
+) -> list[Noted]:
+    """What is noted of all tensors, by one copy.
 
     Args:
         noted: follows ``watched``.
         watched: who they are.
         count: of the ring.
         summary: of the newest sample.
-        limits: root mean squares below which a tensor vanishes and above which it explodes; None: not asked.
+        shared: sums are this rank's share of those of one process; otherwise they are of all that it holds.
     """
     settle_(noted.table, count)
     parts = [count.view(1), summary[GRAD_SCALE : GRAD_SCALE + 1], *noted.table.columns]
     sample, scale, *columns = torch.cat([part.double() for part in parts]).tolist()
     size, square = len(watched.tracked), scale**2 or 1.0  # before the first sample nothing is there to be divided
     sumsq, last, first = columns[:size], columns[size : 2 * size], columns[2 * size :]
-    readings = [
-        read_tensor(
+    copies = watched.copies_of(watched.tracked) if shared else [1] * size
+    return [
+        Noted(
             name,
             tuple(parameter.shape),
             segment,
-            sumsq=sumsq[entry] / square,
-            last=int(last[entry]),
-            first=int(first[entry]) or None,
-            sample=int(sample),
-            trained=parameter.requires_grad,
-            limits=limits,
+            sumsq[entry] / square / copies[entry],
+            int(last[entry]),
+            int(first[entry]) or None,
+            int(sample),
+            parameter.requires_grad,
         )
         for entry, (name, parameter, segment) in enumerate(zip(watched.paths(), watched.tracked, watched.segments))
     ]
+
+
+def readings_of(found: Iterable[Noted], limits: tuple[float | None, float | None]) -> list[TensorReading]:
+    """The readings of these, largest first.
+
+    Args:
+        found: of each tensor, one or more.
+        limits: root mean squares below which a tensor vanishes and above which it explodes; None: not asked.
+    """
+    by_name: dict[tuple[str, int], list[Noted]] = {}
+    for noted in found:
+        by_name.setdefault((noted.name, noted.segment), []).append(noted)
+    readings = [read_tensor(**Noted.merged(parts)._asdict(), limits=limits) for parts in by_name.values()]
     return sorted(readings, key=TensorReading.largest_first)

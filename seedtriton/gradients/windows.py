@@ -14,14 +14,16 @@ from ..core.errors import StateDictError, WiringError
 from ..core.evidence import NEVER_MEASURED, NO_GRADIENT, SeedEvidence
 from ..core.state import check_state
 from ..core.tensors import TensorReading
+from .agreeing import agree
 from .clipping import MeasuredGradients
 from .parameters import Parameters, Watched
 from .progress import Progress
-from .reading import Latest, Reader, Transit, pack
+from .reading import Latest, Reader, Transit, Unpacked, pack
 from .ring import Ring, check_entries
 from .rounds import Rounds
-from .row import APPEND, Window
-from .tensors import read_tensors
+from .row import APPEND, QUANTITIES, Window
+from .spread import Ranks, fold, laid_back, unfold
+from .tensors import Noted, noted_of, readings_of
 
 logger = logging.getLogger("seedtriton")
 
@@ -53,7 +55,7 @@ class Windows(Ring):
         """Lay out an empty ring on the device of the parameters."""
         device = watched.tracked[0].device
         device = torch.device("cpu") if device.type == "meta" else device
-        super().__init__(window, 1 + len(watched.names), watched.tracked, device)
+        super().__init__(window, watched.columns, watched.tracked, device)
         self.window, self.eps, self.host_floor = window, eps, host_floor
         self.vanishing_rms, self.exploding_rms = vanishing_rms, exploding_rms
         self._watched, self._progress, self._measured = watched, Progress(), MeasuredGradients()
@@ -61,6 +63,7 @@ class Windows(Ring):
         self._begun_lately = False
         self._changes: dict[str, str] = {}  # by seed, what changed when its window began anew
         self._said: set[str] = set()
+        self._agreed = Latest({}, None)  # and after how many steps
         self._transit: Transit | None = None
         self._arrived: Transit | None = None
         for name, parameters in watched.of_seed.items():
@@ -72,29 +75,68 @@ class Windows(Ring):
         """Names of the seeds, in the order of their segments."""
         return self._watched.names
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that train the model together; None: this one is alone."""
+        return self._watched.ranks
+
     def read(self, *, strict: bool = False) -> dict[str, SeedEvidence]:
         """What the window says of every seed. Copies to the host once, and waits for that copy.
+
+        With ``ranks``: what all of them say together; to be called on every rank, at the cost of two exchanges.
 
         Args:
             strict: raise when a seed has no measurement at all, instead of saying so in its evidence.
 
         Raises:
-            WiringError: with ``strict``, a seed that was never measured.
+            WiringError: with ``strict``, a seed that was never measured; of many ranks also what ``agreeing.agree``
+                refuses.
         """
-        evidence = self._unpack(self._pack())
+        return self.read_together("read()", {}, (), strict=strict)[0]
+
+    def read_together(
+        self, call: str, facts: Mapping[str, object], told: Sequence[float], *, strict: bool = False
+    ) -> tuple[dict[str, SeedEvidence], list[list[float]]]:
+        """The same, and what every rank told beside; of one process that is what was told.
+
+        Args:
+            call: what the ranks are in, for errors.
+            facts: what has to be the same on each of them, by what to call it.
+            told: what need not be.
+            strict: as ``read``'s.
+
+        Raises:
+            WiringError: as from ``read``.
+        """
+        ranks, everybody = self._watched.ranks, [list(told)]
+        if ranks is None and not self.seeds:
+            return {}, everybody
+        found = self._found(self._pack())
+        if ranks is not None:
+            found, everybody = agree(ranks, self._watched, self.ring, found, call, facts, told)
+        evidence = self._evidence(found)
         missing = [name for name, known in evidence.items() if known.status == NEVER_MEASURED]
         if strict and missing:
             raise WiringError(
                 f"seeds {missing} were never measured: call measure() after backward() and before optimizer.step()"
             )
-        return evidence
+        if ranks is not None:
+            self._agreed = Latest(evidence, self._progress.steps.total)
+        return evidence, everybody
+
+    def now(self) -> dict[str, SeedEvidence]:
+        """What can be said of every seed without asking another rank: by many of them, what they last agreed on."""
+        return self.read() if self._watched.ranks is None else self._agreed.evidence
 
     def latest(self) -> Latest:
-        """The newest evidence that has already arrived on the host, and its age. Never waits.
+        """The newest evidence that has already arrived on the host, and its age. Never waits, and asks no other rank.
 
         Each call sends the ring on its way (a pinned, asynchronous copy on a GPU), unless an earlier copy is
-        still under way. On a CPU it arrives at once.
+        still under way. On a CPU it arrives at once. With ``ranks`` it is what they last agreed on, in ``read``.
         """
+        if self._watched.ranks is not None:
+            evidence, then = self._agreed
+            return Latest(evidence, None if then is None else self._progress.steps.total - then)
         if self._transit is None:
             self._transit = Transit(self._pack(), self.seeds, self._progress.steps.total)
         if self._transit.arrived():
@@ -104,15 +146,17 @@ class Windows(Ring):
             return Latest({}, None)
         steps = self._progress.steps
         age = steps.total - arrived.steps if steps.optimizers() else None
-        return Latest(self._unpack(arrived.buffer), age)
+        return Latest(self._evidence(self._found(arrived.buffer)), age)
 
-    def tensors(self, seed: str | None = None) -> list[TensorReading]:
+    def tensors(self, seed: str | None = None, *, together: bool = False) -> list[TensorReading]:
         """What the last sample says of the gradient of every parameter, largest norm first; those without one are last.
 
         The measurement has noted it by the way. Copies to the host once, and waits for that copy.
 
         Args:
             seed: of the host and this seed only.
+            together: with ``ranks``, of whole tensors, to be called on every rank; otherwise a norm is of what this
+                rank holds.
 
         Raises:
             ConfigurationError: no seed has this name.
@@ -120,8 +164,12 @@ class Windows(Ring):
         self._refresh_if_stale()
         segment = None if seed is None else 1 + self.seeds.index(self._watched.known(seed))
         self._follow()
-        limits = self.vanishing_rms, self.exploding_rms
-        readings = read_tensors(self._noted, self._watched, self.count, self.summary, limits)
+        ranks = self._watched.ranks if together else None
+        found = noted_of(self._noted, self._watched, self.count, self.summary, shared=ranks is not None)
+        if ranks is not None:
+            parts = ranks.objects([tuple(noted) for noted in found], "tensors()")
+            found = [Noted(*noted) for theirs in parts for noted in theirs]
+        readings = readings_of(found, (self.vanishing_rms, self.exploding_rms))
         return [reading for reading in readings if segment is None or reading.segment in (0, segment)]
 
     def _window(self, replace: int = APPEND) -> Window:
@@ -129,9 +177,11 @@ class Windows(Ring):
         return super()._window(replace)
 
     def _follow(self) -> None:
-        """Give every parameter that is watched now an entry in the table of tensors."""
+        """Give every parameter that is watched now an entry in the table of tensors, and every column a place."""
         if not torch.compiler.is_compiling():
             self._noted.follow(self._watched.tracked, self.count)
+            if self._columns is not self._watched.columns:
+                self._lay_out(self._watched.columns)
 
     def _begin_window(self, segment: int) -> None:
         super()._begin_window(segment)
@@ -151,12 +201,18 @@ class Windows(Ring):
 
     def _pack(self) -> Tensor:
         self._refresh_if_stale(closely=True)
-        return pack(self.ring, self.count, self.since, self._progress.packed(self._watched.of_seed, self.ring.device))
+        self._follow()
+        return pack(self.ring, self.count, self.since, self._progress.packed(self._watched, self.ring.device))
 
-    def _unpack(self, packed: Tensor) -> dict[str, SeedEvidence]:
+    def _reader(self) -> Reader:
         counted = self.vanishing_rms is not None, self.exploding_rms is not None
-        reader = Reader(self.window, self.eps, self.host_floor, *counted)
-        evidence = reader.evidence(packed.tolist(), self._watched.of_seed, self._progress)
+        return Reader(self.window, self.ring.shape[1], self.eps, self.host_floor, *counted)
+
+    def _found(self, packed: Tensor) -> Unpacked:
+        return self._reader().unpacked(packed.tolist(), self._watched.of_seed, self._progress)
+
+    def _evidence(self, found: Unpacked) -> dict[str, SeedEvidence]:
+        evidence = self._reader().evidence(found, self._progress)
         piles = self._watched.piling_up(self._progress.steps.optimizers()) if evidence else None
         return {name: self._explained(known, piles) for name, known in evidence.items()}
 
@@ -169,6 +225,8 @@ class Windows(Ring):
             if words not in self._said:
                 self._said.add(words)
                 logger.warning("seed %r: %s", known.seed, words)
+        if self._watched.ranks is not None:
+            return known  # on every rank the same; these words are of one
         if known.displacement is None:
             said += self._progress.marks[known.seed].unknown(self._watched.of_seed[known.seed])
         if known.seed in self._changes:
@@ -197,8 +255,8 @@ class Windows(Ring):
             WiringError: no parameters, or parameters of another seed; nothing has changed.
         """
         self._watched.add(name, seed, alpha)
+        self._watched.exchange("germinate()")
         self._forget_not_finite((name,))
-        self._add_column()
         self._rounds.close()
         self._mark_stepped()
         self._progress.begin(name, self._watched.of_seed[name])
@@ -209,12 +267,10 @@ class Windows(Ring):
         Raises:
             ConfigurationError: no seed has this name.
         """
-        segment = 1 + self.seeds.index(self._watched.known(name))
-        self._watched.remove(name)
+        self._watched.remove(self._watched.known(name))
         self._changes.pop(name, None)
         self._follow()
         del self._progress.marks[name]
-        self._remove_column(segment)
         self._rounds.close()
         self._mark_stepped()
 
@@ -274,6 +330,34 @@ class Windows(Ring):
         # What was measured before the load belongs to no row of this window.
         self._rounds.close()
         self._mark_stepped()
+
+    def whole_state(self) -> dict[str, Any]:
+        """What ``state_dict()`` would be of one process that has done all; with ``ranks``, on every rank."""
+        state, ranks = self.state_dict(), self._watched.ranks
+        if ranks is not None:
+            self._refresh_if_stale(closely=True)
+            self._follow()
+            folded = fold(self.ring, self._watched.columns, self._watched.column_segments)
+            state["ring"] = unfold(ranks.total(folded, "state_dict()"))
+            state["_extra_state"] = self._progress.gathered(state["_extra_state"], ranks)
+        return state
+
+    def load_whole_state(self, state: Mapping[str, Any]) -> None:
+        """Take over ``whole_state``, whatever ranks it was of; on every rank.
+
+        Raises:
+            StateDictError: it does not fit these seeds and optimizers; nothing has changed.
+        """
+        ranks = self._watched.ranks
+        if ranks is not None:
+            self._follow()
+            ring = state.get("ring")
+            if not isinstance(ring, Tensor) or ring.shape[1:] != (len(self.since), QUANTITIES):
+                raise StateDictError(f"GradientMonitor: entry 'ring' is no window of {len(self.seeds)} seeds")
+            columns = self._watched.columns
+            state = {**state, "ring": laid_back(ring, columns, mine=ranks.rank == 0)}
+            state["_extra_state"] = self._progress.scattered(state.get("_extra_state"), self._watched.of_seed, ranks)
+        self.load_state_dict(state)
 
     def at_each_step(self, call: Callable[[], None]) -> None:
         """Call ``call`` once per optimizer step that is measured, or passed over: at its first measurement."""

@@ -14,6 +14,7 @@ from ..core.lifecycle import RESTING, Lifecycle, Stage, stage_named
 from ..core.state import check_state
 from .life import Life, Position
 from .schedulers import own_value
+from .together import taken, told_of
 from .trying import seed_module
 from .wiring import Wiring
 
@@ -25,8 +26,13 @@ SeedOrFactory = nn.Module | Callable[[], nn.Module]
 
 def save(wiring: Wiring, position: Position) -> dict[str, Any]:
     """Plain values and tensors, see ``GrowthController.state_dict``."""
+    wiring.come_together()
+    taken(wiring.told_by_all(told_of(None, None, wiring.slots), "state_dict()"), wiring.slots)
     names = {id(p): name for slot in wiring.slots.values() for name, p in slot.named_parameters()}
     groups = wiring.optimizer.param_groups
+    # Ranks differ in one thing alone, the mark of a random state of each; the first one's is saved.
+    own = {name: slot.lifecycle_state() for name, slot in wiring.slots.items()}
+    states = wiring.told_by_all(own, "state_dict()")[0]
     return {
         "version": VERSION,
         "epoch": position.epoch,
@@ -39,7 +45,7 @@ def save(wiring: Wiring, position: Position) -> dict[str, Any]:
         "group_sizes": [len(group["params"]) for group in groups],
         "slots": {
             name: {
-                "slot": slot.lifecycle_state(),
+                "slot": states[name],
                 "groups": [[i, [names[id(p)] for p in groups[i]["params"]]] for i in wiring.groups.of(slot)],
             }
             for name, slot in wiring.slots.items()
@@ -86,7 +92,7 @@ def load(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, 
 
 def _monitor_state(wiring: Wiring) -> dict[str, Any]:
     # Copies: the buffers go on changing.
-    return {key: own_value(value) for key, value in wiring.monitor.state_dict().items()}
+    return {key: own_value(value) for key, value in wiring.monitor.whole_state().items()}
 
 
 def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
@@ -138,14 +144,16 @@ def _restore(
         if module is not None:
             wiring.refuse_shared(name, module)
         wiring.slots[name].load_lifecycle_state(entry["slot"], module, device=device)
+        if module is not None:
+            wiring.join(name)
     groups = [(index, name, names) for name, entry in values["slots"].items() for index, names in entry["groups"]]
     if groups:
         wiring.groups.refuse_unknown_scheduler()
     for index, name, names in sorted(groups):
         wiring.groups.insert(wiring.slots[name], index, names)
     for life in lives:
-        wiring.monitor.add_seed(life.name, life.slot.modules_of_seed(), alpha=life.slot)
-    wiring.monitor.load_state_dict(values["monitor"])
+        wiring.watch(life.name)
+    wiring.monitor.load_whole_state(values["monitor"])
 
 
 def _undo(wiring: Wiring, slots: Mapping[str, dict[str, Any]], monitor: Mapping[str, Any]) -> None:
@@ -153,12 +161,14 @@ def _undo(wiring: Wiring, slots: Mapping[str, dict[str, Any]], monitor: Mapping[
     for slot in wiring.slots.values():
         if slot.seed is not None:
             wiring.groups.remove(slot)
+    for name in slots:
+        wiring.leave(name)
     for name, state in slots.items():
         wiring.slots[name].vacate()
         wiring.slots[name].load_lifecycle_state(state)
     for name in wiring.monitor.seeds:
         wiring.monitor.remove_seed(name)
-    wiring.monitor.load_state_dict(monitor)
+    wiring.monitor.load_whole_state(monitor)
 
 
 def _saved_stage(entry: Mapping[str, Any]) -> Stage:

@@ -7,8 +7,9 @@ nothing that the script does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from ..gradients.clipping import Limit
 from ..gradients.monitor import WINDOW, GradientMonitor
 from ..gradients.parameters import Gradients
 from ..report.events import Event
-from ..report.sinks import LogSink, Sink, Telemetry
+from ..report.sinks import Sink, Telemetry
 from . import checkpoint
 from .blending import ADD
 from .isolation import Isolation
@@ -35,16 +36,19 @@ from .moving import MOVING_GATES, Mover, check_moving_gates, check_on_harm, chec
 from .prober import Prober
 from .probing import Evaluate
 from .slot import SeedSlot
+from .together import sinks_of, taken, told_of
 from .trying import normal_tensors, seed_module
-from .wiring import Wiring, slots_of, unwrap
+from .wiring import Wiring, ranks_of, slots_of, unwrap
+
+if TYPE_CHECKING:
+    from ..parallel.ranks import Ranks
 
 
 class GrowthController(Prober):
     """Grows a model while it trains: ``germinate``, then ``measure`` per step and ``end_epoch`` per epoch.
 
     Args:
-        model: contains one ``SeedSlot`` or more; DDP and compiled wrappers are looked through (DDP does not
-            reduce a seed that is germinated behind it).
+        model: contains one ``SeedSlot`` or more; DDP and compiled wrappers are looked through.
         optimizer: what trains the host; a seed gets a parameter group of its own in it. Wrappers (accelerate, Trainer,
             Lightning, schedule-free, Lookahead) are looked through.
         thresholds: limits of the gates.
@@ -68,7 +72,9 @@ class GrowthController(Prober):
             does to it, two passes.
         on_harm: about a seed that is felt and harms, see ``core.harm``: "fade" fades it out, frozen, and prunes it,
             "halt" stops alpha where it is, "report" tells of it.
-        sinks: take every event; a log at level INFO unless told.
+        sinks: take every event; a log at level INFO unless told. Of many ranks the first alone tells.
+        ranks: the processes that train the model together: all of them unless told; None: each for itself. Then
+            construction, ``germinate``, ``end_epoch``, ``advance``, ``prune`` and ``state_dict`` are called on all.
 
     Raises:
         WiringError: the model has no slot, an optimizer that cannot be watched, a scheduler of another optimizer.
@@ -99,10 +105,11 @@ class GrowthController(Prober):
         evaluate: Evaluate | None = None,
         on_harm: str = FADE,
         sinks: Iterable[Sink | Callable[[Event], None]] | None = None,
+        ranks: Ranks | Literal["auto"] | None = "auto",
     ) -> None:
         """Find the slots and wire monitor and gates to them."""
-        model = unwrap(model)
-        self.slots: Mapping[str, SeedSlot] = slots_of(model)
+        ranks = ranks_of(ranks)
+        self.slots: Mapping[str, SeedSlot] = slots_of(unwrap(model), ranks)
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
         check_rests(self.rests)
         position = Position(total_epochs=total_epochs, total_steps=total_steps)
@@ -110,14 +117,15 @@ class GrowthController(Prober):
         self.on_harm = check_on_harm(on_harm)
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
-        wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag)
+        wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag, ranks)
         super().__init__(wiring, position, evaluate)
         self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
-        self.telemetry = Telemetry([LogSink()] if sinks is None else sinks)
+        self.telemetry = Telemetry(sinks_of(sinks, wiring.ranks))
         self.monitor.at_each_step(self._position.take_step)
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
-        self._judge = Judge(self.gates, self._position, self.probe_if_known, self.monitor.tensors)
+        tensors = partial(self.monitor.tensors, together=True)
+        self._judge = Judge(self.gates, self._position, self.probe_if_known, tensors)
 
     @property
     def epoch(self) -> int:
@@ -187,7 +195,7 @@ class GrowthController(Prober):
         self._mover.emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
         verdict = self._verdict(life)
         if verdict.passed and verdict.gate in self.auto_advance:
-            self._move(life, Stage.TRAINING, str(verdict), "gate")
+            self._mover.move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
 
     def add_scheduler(self, scheduler: Any) -> None:
@@ -239,8 +247,9 @@ class GrowthController(Prober):
             WiringError: with ``strict``, a seed that was never measured; nothing has changed.
             Exception: what ``evaluate`` raises passes through; the epoch has been counted by then.
         """
-        accuracy, loss = check_told(accuracy, loss)
-        evidence = self.monitor.read(strict=strict) if self._lives else {}
+        told = told_of(*check_told(accuracy, loss), self.slots)
+        evidence, everybody = self._wiring.read("end_epoch()", self._position, told, strict=strict)
+        accuracy, loss = taken(everybody, self.slots)
         self._position.end_epoch(accuracy, loss)
         self._mover.emit("epoch", None, accuracy=accuracy, loss=loss, progress=self.progress)
         verdicts = []
@@ -256,9 +265,10 @@ class GrowthController(Prober):
             verdict = self._verdict(life)
             verdicts.append(verdict)
             if verdict.passed and verdict.gate in self.auto_advance:
-                self._move(life, verdict.target, str(verdict), "gate")
+                self._mover.move(life, verdict.target, str(verdict), "gate")
             elif life.slot.stage is Stage.TRAINING:
                 self._mover.stay(life, self.gates.overshoots(verdict))
+        self._position.verdicts = list(map(str, verdicts))
         return verdicts
 
     @normal_tensors()
@@ -272,10 +282,10 @@ class GrowthController(Prober):
         life = self._mover.living(slot)
         if life.pruning is not None:
             raise WiringError(f"the seed in {slot!r} is being pruned ({life.pruning[0]}); set_alpha_target() keeps it")
-        life.evidence = self.monitor.read()[slot]
+        life.evidence = self._wiring.read("advance()", self._position)[0][slot]
         verdict = self._verdict(life, now=True)
         if verdict.passed:
-            self._move(life, verdict.target, str(verdict), "script")
+            self._mover.move(life, verdict.target, str(verdict), "script")
         return verdict
 
     def set_alpha_target(
@@ -343,8 +353,8 @@ class GrowthController(Prober):
             self._mover.fade(life, reason, initiator, ramp)
 
     def evidence(self) -> dict[str, SeedEvidence]:
-        """What the monitor says of every living seed now; copies to the host once."""
-        return self.monitor.read()
+        """What is known of every living seed: now, by a copy to the host; of many ranks, what they last agreed on."""
+        return self.monitor.now()
 
     def state_dict(self) -> dict[str, Any]:
         """Where every seed is in its life: plain values and tensors, for ``torch.load(weights_only=True)``.
@@ -384,6 +394,3 @@ class GrowthController(Prober):
         verdict = self._judge.verdict(life, now=now)
         self._mover.emit_gate(life, verdict)
         return verdict
-
-    def _move(self, life: Life, target: Stage, reason: str, initiator: str) -> None:
-        self._mover.move(life, target, reason, initiator)

@@ -210,6 +210,7 @@ class Position:
     epoch_began: int = 0  # in which step
     epoch_steps: int = 0  # of the last epoch
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
+    verdicts: list[str] = field(default_factory=list)  # of the last epoch, in words
     total_epochs: int | None = None
     total_steps: int | None = None
 

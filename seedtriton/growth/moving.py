@@ -82,8 +82,15 @@ class Mover:
             monitor.reset(life.name)
 
     def remove(self, life: Life, reason: str, initiator: str) -> None:
-        """Take a seed out of the optimizer, its slot and the monitor."""
+        """Take a seed out of the optimizer, its slot and the monitor.
+
+        Raises:
+            WiringError: others wait for it in every step, see ``Wiring.refuse_leaving``; nothing has changed.
+        """
+        self._wiring.refuse_leaving(life.name)
+        self._wiring.settle()
         self._wiring.monitor.refresh()
+        self._wiring.leave(life.name)
         self._wiring.groups.remove(life.slot)
         del self._position.lives[life.name]
         self.move(life, Stage.PRUNED, reason, initiator)
@@ -105,7 +112,12 @@ class Mover:
             self.move(life, Stage.BLENDING, f"alpha target {ramp.target:.3g}", "script")
 
     def fade(self, life: Life, reason: str, initiator: str, ramp: AlphaSchedule) -> None:
-        """Send alpha to 0 with the seed frozen; it is taken out at the end of the epoch in which it arrives."""
+        """Send alpha to 0 with the seed frozen; it is taken out at the end of the epoch in which it arrives.
+
+        Raises:
+            WiringError: as from ``remove``.
+        """
+        self._wiring.refuse_leaving(life.name)
         life.fade(reason, initiator, ramp)
         how = {"steps": ramp.steps, "curve": ramp.curve, "steepness": ramp.steepness}
         self.emit("prune_scheduled", life.name, reason=reason, initiator=initiator, **how)
@@ -115,7 +127,15 @@ class Mover:
         self._wiring.monitor.accept()
 
     def act_on(self, harm: str, life: Life, action: str) -> None:
-        """What ``GrowthController(on_harm=...)`` says is done about a seed that harms, and tell of it."""
+        """What ``GrowthController(on_harm=...)`` says is done about a seed that harms, and tell of it.
+
+        One that cannot be faded out is halted.
+        """
+        if action == FADE:
+            try:
+                self._wiring.refuse_leaving(life.name)
+            except WiringError as error:
+                harm, action = f"{harm} ({error})", HALT
         self.emit("harm", life.name, reason=harm, action=action, alpha=life.slot.alpha_value)
         if action == HALT:
             life.alpha.halt()

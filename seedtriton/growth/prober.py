@@ -26,7 +26,7 @@ class Prober:
         self.model = wiring.model
         self.evaluate = evaluate
         self._wiring, self._position = wiring, position
-        self._gather: Gather | None = None  # among several ranks, what brings their losses together
+        self._gather: Gather | None = None if wiring.joining is None else wiring.joining.gather
 
     @overload
     def probe(

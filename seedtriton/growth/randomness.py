@@ -39,6 +39,8 @@ class SeedRandom:
             nothing, so that the host's state does not tell them apart.
         spent: mark of a host's state at which a backward pass has reached the seed.
         draws: whether it was seen to draw; None before anybody looked.
+        member: number of this process among those that train one model, which have the same key and draw other
+            numbers; not saved.
     """
 
     KEYS = ("key", "tick", "spent", "draws")
@@ -49,6 +51,7 @@ class SeedRandom:
         self.tick = 0
         self.spent: int | None = None
         self.draws: bool | None = None
+        self.member = 0
 
     def begin(self, name: str) -> None:
         """Take a key from the slot's name and from the CPU's generator, which stays where it is."""
@@ -116,7 +119,7 @@ class SeedRandom:
                     self.tick += 1
                     self.spent = None
                 learned = partial(setattr, self, "spent", mark)
-        number = zlib.crc32(b"%d %d" % (self.key, self.tick), mark)
+        number = zlib.crc32(b"%d %d" % (self.key, self.tick), (mark + self.member) % 2**32)
         for generator in generators:
             generator.manual_seed(number)
         return learned

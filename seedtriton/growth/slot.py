@@ -127,6 +127,10 @@ class SeedSlot(nn.Module):
         self._handed_on = found = as_number(self._handed_on)
         return found
 
+    def agree(self, violations: int, preserves_shape: bool | None, handed_on: float | None) -> None:
+        """Take over what all ranks that train this model have seen together."""
+        self.isolation_violations, self.preserves_shape, self._handed_on = violations, preserves_shape, handed_on
+
     def modules_of_seed(self) -> list[nn.Module]:
         """Everything that trains, is measured and goes as the seed: it, and its gate network if it has one."""
         return [module for module in (self.seed, self.gate) if module is not None]

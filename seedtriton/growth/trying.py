@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import ConfigurationError, WiringError
+from ..gradients.noticing import is_shard
 from ..parallel.sharding import fully_sharded
 from .isolation import handed_on, leaks, uses_group_norm
 from .randomness import undisturbed
@@ -77,6 +78,11 @@ def check_features(features: object, name: str | None) -> None:
         kind = "a nested tensor" if features.is_nested else f"a tensor of layout {features.layout}"
         raise WiringError(
             f"{slot_named(name)} takes a dense tensor while it holds a seed, got {kind}; pad it, or use to_dense()"
+        )
+    if is_shard(features):
+        raise WiringError(
+            f"{slot_named(name)} was given a DTensor, {features.placements}, of which each rank holds a part "  # type: ignore[attr-defined]
+            "(sequence parallel): put the slot where features are whole, behind a layer with output_layouts=Replicate()"
         )
     if not features.is_floating_point():
         way = "torch.view_as_real(features)" if features.is_complex() else "features.float()"

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
+from ..core.evidence import SeedEvidence
 from ..gradients.monitor import GradientMonitor
 from .groups import SeedGroups
+from .life import Position
 from .slot import SeedSlot
+from .together import facts_of
+
+_T = TypeVar("_T")
+
+if TYPE_CHECKING:
+    from ..parallel.joining import Joining
+    from ..parallel.ranks import Ranks
 
 
 class Wiring:
@@ -24,6 +34,10 @@ class Wiring:
         window: samples that the monitor keeps.
         quarantine: see ``GradientMonitor``, as ``tag``.
         tag: the loss whose gradients count.
+        ranks: the processes that train the model together, if there are others.
+
+    Attributes:
+        joining: how seeds join the model on all of them; None: this process is alone.
     """
 
     def __init__(
@@ -35,12 +49,16 @@ class Wiring:
         window: int,
         quarantine: bool,
         tag: str | None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model, self.slots = model, slots
+        wrapped, self.model, self.slots, self.ranks = model, unwrap(model), slots, ranks
+        own = {id(module) for module in self.model.modules()}
+        self._elsewhere = {name for name, slot in slots.items() if id(slot) not in own}
         self.groups = SeedGroups(optimizer, schedulers)
         self.optimizer = self.groups.optimizer
+        self.joining = None if ranks is None else _joining(ranks, self.model, wrapped, self.optimizer, slots)
         self.monitor = GradientMonitor(
-            model, {}, window=window, optimizers=self.optimizer, quarantine=quarantine, tag=tag
+            self.model, {}, window=window, optimizers=self.optimizer, quarantine=quarantine, tag=tag, ranks=ranks
         )
 
     def slot(self, name: str) -> SeedSlot:
@@ -69,6 +87,7 @@ class Wiring:
             WiringError: the seed is unfit, or the optimizer has an unknown scheduler; nothing has changed.
         """
         place = self.slots[name]
+        self.settle()
         self.monitor.refresh()  # what has changed until now is none of the seed's
         self.refuse_shared(name, module)
         if group is not None:
@@ -77,15 +96,70 @@ class Wiring:
         place.germinate(module, **self._device_and_dtype(how["probe"]), **how)
         groups = len(self.optimizer.param_groups)
         try:
-            if group is not None:
+            self.join(name, getattr(how["probe"], "dtype", None))
+            if group is not None and name not in self._elsewhere:
                 self.groups.add(dict(place.named_parameters()), group)
-            self.monitor.add_seed(name, place.modules_of_seed(), alpha=place)
+            self.watch(name)
         except Exception:
             if len(self.optimizer.param_groups) > groups:
                 self.groups.remove(place)
+            self.leave(name)
             place.vacate()
             place.lifecycle.load_state_dict(before)
             raise
+
+    def watch(self, name: str) -> None:
+        """Have the monitor measure the seed in this slot; one in the model of another rank is measured there."""
+        place = self.slots[name]
+        here = name not in self._elsewhere
+        self.monitor.add_seed(name, place.modules_of_seed() if here else (), alpha=place if here else None)
+
+    def join(self, name: str, returns: torch.dtype | None = None) -> None:
+        """Make the seed in this slot the same on all ranks, and like its host there; alone, nothing.
+
+        Args:
+            name: the slot.
+            returns: dtype of the features there, if it is known.
+        """
+        if self.joining is not None and self.ranks is not None:
+            place = self.slots[name]
+            self.joining.enter(name, place.modules_of_seed(), returns)
+            # One key for all, which is saved, and other numbers on each: they have other samples.
+            place.random.key = self.told_by_all(place.random.key, "germinate()")[0]
+            place.random.member = self.ranks.rank
+
+    def leave(self, name: str) -> None:
+        """The seed in this slot is gone; nothing where it never joined."""
+        if self.joining is not None:
+            self.joining.leave(name)
+
+    def refuse_leaving(self, name: str) -> None:
+        """WiringError for a seed that others wait for in every step, so that it can be neither taken out nor frozen."""
+        if self.joining is not None:
+            self.joining.refuse_leaving(name)
+
+    def settle(self) -> None:
+        """Between two steps: have the parameters in place that optimizer and monitor hold."""
+        if self.joining is not None:
+            self.joining.settle()
+
+    def come_together(self) -> None:
+        """The same, and have what ranks keep apart within an epoch the same on all of them. On every rank."""
+        if self.joining is not None:
+            self.joining.settle()
+            self.joining.check()
+            self.joining.sync_buffers()
+
+    def read(
+        self, call: str, position: Position, told: Sequence[float] = (), *, strict: bool = False
+    ) -> tuple[dict[str, SeedEvidence], list[list[float]]]:
+        """The evidence of every living seed, and what every rank has told; see ``GradientMonitor.read_together``."""
+        self.come_together()
+        return self.monitor.read_together(call, facts_of(position, self.slots), told, strict=strict)
+
+    def told_by_all(self, told: _T, call: str) -> list[_T]:
+        """What every rank tells in ``call``, plain values; alone, what this one does."""
+        return [told] if self.ranks is None else self.ranks.objects(told, call)
 
     def _device_and_dtype(self, probe: object) -> dict[str, Any]:
         """The probe's; but a dtype that no parameter of the model has is autocast's, and no seed should have it."""
@@ -108,6 +182,36 @@ class Wiring:
             )
 
 
+def ranks_of(told: Ranks | Literal["auto"] | None) -> Ranks | None:
+    """Those that were told, or "auto": all processes, if torch.distributed is initialised with more than one.
+
+    Raises:
+        ConfigurationError: neither of them.
+    """
+    if told == "auto":
+        distributed = torch.distributed
+        many = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        return _all_ranks() if many else None
+    if told is not None and not (hasattr(told, "headers") and hasattr(told, "total")):
+        raise ConfigurationError(f'ranks must be seedtriton.Ranks(...), "auto" or None, got {told!r}')
+    return told
+
+
+def _all_ranks() -> Ranks:
+    # Inside, so that one process alone imports nothing of it.
+    from ..parallel.ranks import Ranks
+
+    return Ranks()
+
+
+def _joining(
+    ranks: Ranks, model: nn.Module, wrapped: nn.Module, optimizer: Any, slots: Mapping[str, SeedSlot]
+) -> Joining:
+    from ..parallel.joining import Joining
+
+    return Joining(ranks, model, wrapped, [optimizer], slots)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and the data-parallel wrappers, so that slots keep their names."""
     while True:
@@ -119,9 +223,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def slots_of(model: nn.Module) -> dict[str, SeedSlot]:
-    """The slots of a model by their path in it, which they are told; WiringError when there is none."""
-    slots = {name: module for name, module in model.named_modules() if isinstance(module, SeedSlot)}
+def slots_of(model: nn.Module, ranks: Ranks | None = None) -> dict[str, SeedSlot]:
+    """The slots of a model by their path in it, which they are told; WiringError when there is none.
+
+    Of many ranks, those in any rank's model, in the same order on each: one that is elsewhere has a stand-in here,
+    whose seed lives the same life and computes nothing.
+    """
+    own = {name: module for name, module in model.named_modules() if isinstance(module, SeedSlot)}
+    found = [list(own)] if ranks is None else ranks.objects(list(own), "GrowthController()")
+    names = dict.fromkeys(name for theirs in found for name in theirs)
+    slots = {name: own.get(name) or SeedSlot() for name in names}
     if not slots:
         raise WiringError("the model has no SeedSlot: put one where a seed may grow, x = self.slot(x)")
     for name, slot in slots.items():

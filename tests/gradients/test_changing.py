@@ -12,6 +12,7 @@ from seedtriton import GradientMonitor, GrowthController, SeedSlot, Stage, Wirin
 from seedtriton.core.evidence import IDLE_LIMIT, MEASURED, NEVER_MEASURED, NO_GRADIENT
 from seedtriton.core.gates import QualityGates
 from seedtriton.core.verdict import SeedStatus
+from seedtriton.gradients.spread import Way
 
 
 class Model(nn.Module):
@@ -439,7 +440,7 @@ def test_a_seed_that_is_widened_is_told_as_what_it_is():
 def test_a_fade_freezes_a_seed_without_a_word(caplog):
     model, optimizer, growth = life()
     epoch(model, optimizer, growth)
-    growth._move(growth._lives["slot"], Stage.BLENDING, "test", "test")
+    growth._mover.move(growth._lives["slot"], Stage.BLENDING, "test", "test")
     epoch(model, optimizer, growth, 5)
     growth.prune("slot", steps=50)
     epoch(model, optimizer, growth, 5)
@@ -606,8 +607,36 @@ class Shard(torch.nn.Parameter):
     placements = device_mesh = None
 
 
-def test_a_shard_that_is_gathered_is_no_change():
+class OneRank:
+    """Holds all of everything, as the only one."""
+
+    rank, world, replicated = 0, 1, False
+
+    def local(self, tensor):
+        return tensor
+
+    def ways(self, named):
+        return [Way() for _ in named]
+
+    def exchange(self, named, call):
+        pass
+
+    def headers(self, call, facts, flag):
+        return flag
+
+    def total(self, numbers, call):
+        return numbers
+
+
+def test_a_shard_without_ranks_is_refused():
     model, monitor = watched()
+    model.seed[0]._parameters["weight"] = Shard(torch.eye(6))
+    with pytest.raises(WiringError, match=r"'seed\.0\.weight' is a DTensor, .* ranks=seedtriton.Ranks\(\)"):
+        monitor.refresh()
+
+
+def test_a_shard_that_is_gathered_is_no_change():
+    model, monitor = watched(ranks=OneRank())
     model.seed[0]._parameters["weight"] = shard = Shard(torch.eye(6))
     monitor.refresh()
     step(model, monitor, 2)

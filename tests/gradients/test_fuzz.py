@@ -141,7 +141,7 @@ BROKEN = {
         patched(
             progress.StepCounter, "hold",
             lambda held, steps, *_: [s.get("exp_avg", torch.zeros(1)).neg_() for o in steps.optimizers()
-                                     for s in o.state.values()] and held,
+                                     for s in o.state.values()] != held,
         ),
         "differs from the twin's",
     ),

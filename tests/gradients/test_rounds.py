@@ -329,7 +329,7 @@ def grown(**options):
 @pytest.mark.parametrize("micro, every, attached", [(1, 1, 0), (3, 1, 0), (1, 5, 0), (2, 3, 0), (1, 1, 1), (2, 1, 1)])
 def test_alpha_moves_once_per_optimizer_step(micro, every, attached):
     model, optimizer, growth = grown()
-    growth._move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
+    growth._mover.move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
     if attached:
         growth.monitor.attach(optimizer)
     for number in range(1, 13):
@@ -382,7 +382,7 @@ def test_the_slope_of_a_dropped_batch_is_in_no_gain_whatever_the_stage(stage, se
         growth = GrowthController(model, optimizer, sinks=[], schedule=AlphaSchedule(steps=10))
         growth.germinate("slot", nn.Linear(6, 6), probe=probe)
         if stage is Stage.BLENDING:
-            growth._move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
+            growth._mover.move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
             model.slot.set_alpha(0.4)
         for batch in torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(1)):
             if dropped:

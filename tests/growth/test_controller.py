@@ -632,7 +632,7 @@ def test_clipping_uses_the_measurement_and_clips_a_seed_with_the_host_only_once_
     script = Script()
     script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
     if felt:
-        script.growth._move(script.growth._lives["early"], Stage.BLENDING, "forced", "script")
+        script.growth._mover.move(script.growth._lives["early"], Stage.BLENDING, "forced", "script")
         script.model.early.set_alpha(0.5)
     twin = copy.deepcopy(script.model)
     for model in (script.model, twin):

@@ -63,7 +63,7 @@ def by_hand(model, x, one, two, three):
 def brought_to(growth, slot, stage, alpha):
     for target in LIFE:
         if growth.slots[slot].stage < stage and growth.slots[slot].stage < target:
-            growth._move(growth._lives[slot], target, "forced", "script")
+            growth._mover.move(growth._lives[slot], target, "forced", "script")
     growth.slots[slot].set_alpha(alpha)
 
 

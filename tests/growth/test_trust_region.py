@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bench.optimizers import Muon
 from bench.tasks import TASKS, convolution, digits_cnn
 from seedtriton import ConfigurationError, SeedSlot, Stage, StateDictError, StraightThrough, TrustRegion
-from seedtriton.gradients.progress import Mark
+from seedtriton.gradients.marks import Mark
 from seedtriton.growth.isolation import NORM, RULES, behind, radius, towards
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -279,7 +279,7 @@ def displacement(isolation, warm, batches):
     plant(model, optimizer, seed, isolation)
     mark = Mark.of(list(seed.parameters()), 0)
     learn(model, optimizer, batches)
-    return mark.displacement(list(seed.parameters())).item()
+    return mark.displacement(list(seed.parameters()))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -263,7 +263,7 @@ def test_an_epoch_is_counted_for_every_seed_when_the_validation_fails():
 
     script.growth.evaluate = fail
     for life in script.growth._lives.values():
-        script.growth._move(life, Stage.BLENDING, "now", "script")
+        script.growth._mover.move(life, Stage.BLENDING, "now", "script")
     with pytest.raises(RuntimeError, match="no data"):
         script.epoch()
     assert [slot.lifecycle.epochs_in_stage for slot in script.growth.slots.values()] == [1, 1]
@@ -513,7 +513,7 @@ def told_losses(before, after):
     told = iter([*before, *after])
     script.growth.end_epoch, end = (lambda accuracy: end(loss=next(told))), script.growth.end_epoch
     script.epochs(len(before))
-    script.growth._move(script.growth._lives["early"], Stage.BLENDING, "now", "script")
+    script.growth._mover.move(script.growth._lives["early"], Stage.BLENDING, "now", "script")
     return [script.epoch()[0] for _ in after][-1]
 
 

@@ -1,0 +1,123 @@
+"""What ranks decide together, whatever each was told; and what is said when they cannot."""
+
+import pytest
+import torch
+from parallel.harness import batches, block, host, loss_of, mine, spawn, values
+from parallel.test_ranks import germinate, grow, learn
+from torch.nn.parallel import DistributedDataParallel
+
+from seedtriton import AlphaSchedule, GateThresholds, GrowthController, Stage
+
+# So that a few steps are a whole life.
+EASY = GateThresholds(
+    min_training_improvement=None, min_training_epochs=1, min_samples=4, min_blend_gain_t=None, max_loss_rise=None,
+    max_sample_age=None, min_contribution=None,
+)  # fmt: skip
+
+
+def lives(rank, world, epochs=8):
+    """A life in which every rank is told something else, and only some are told a loss."""
+    model = DistributedDataParallel(host())
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    events = []
+    growth = GrowthController(
+        model, optimizer, thresholds=EASY, sinks=[events.append], schedule=AlphaSchedule(steps=12)
+    )
+    germinate(growth, block(rank=rank))
+    seen = []
+    for epoch in range(epochs):
+        learn(model, growth, optimizer, (rank, world), skip=epoch)
+        accuracy = 0.5 + 0.1 * rank + 0.01 * epoch
+        verdicts = growth.end_epoch(accuracy=accuracy, loss=1.0 if rank else None)
+        slot = growth.slots["slot"]
+        seen.append(([str(v) for v in verdicts], slot.stage.name, slot.alpha_value, growth._position.accuracy,
+                     growth._position.loss, slot.handed_on))  # fmt: skip
+    return {"seen": seen, "events": len(events)}
+
+
+def test_verdicts_stages_and_alpha_are_the_same_whatever_each_rank_was_told():
+    for world in (2, 4):
+        found = values(lives, world)
+        assert all(one["seen"] == found[0]["seen"] for one in found)
+        assert [stage for _, stage, *_ in found[0]["seen"]][-1] == "FOSSILIZED"
+        last = found[0]["seen"][-1]
+        assert last[3] == pytest.approx(0.5 + 0.1 * (world - 1) / 2 + 0.07)
+        assert last[4] == 1.0
+        assert found[0]["events"] > 0
+        assert all(one["events"] == 0 for one in found[1:])
+
+
+def disagreeing(rank, world, how):
+    model = DistributedDataParallel(host())
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    growth = grow(model, optimizer)
+    germinate(growth, block(rank=rank))
+    for index, batch in enumerate(batches(3)):
+        loss_of(model, mine(batch, rank, world)).backward()
+        if not (how == "a measurement" and rank == 1 and index == 1):
+            growth.measure()
+        optimizer.step()
+        optimizer.zero_grad()
+    if how == "another call" and rank == 1:
+        growth.advance("slot")
+    elif how == "a stage" and rank == 1:
+        growth.slots["slot"].move(Stage.BLENDING)
+        growth.end_epoch()
+    elif how == "weights":
+        with torch.no_grad():
+            growth.slots["slot"].seed.expand.weight.add_(0.1 * rank)
+        growth.end_epoch()
+    else:
+        growth.end_epoch()
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("a measurement", r"disagree about .*(the samples measured: rank 0 3, rank 1 2|the steps: rank 0 3, rank 1 2)"),
+        ("another call", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 advance\(\)"),
+        ("a stage", r"the stages of the slots: rank 0 \['TRAINING'\], rank 1 \['BLENDING'\]"),
+        ("weights", r"the weights of seed 'slot' are not the same on every rank"),
+    ],
+)
+def test_where_ranks_disagree_all_of_them_say_the_same(how, words):
+    found = spawn(disagreeing, 2, how=how)
+    assert [one.error is not None for one in found] == [True, True]
+    assert found[0].error == found[1].error
+    assert found[0].error.startswith("WiringError")
+    import re
+
+    assert re.search(words, found[0].error), found[0].error
+
+
+def absent(rank, world, late=0.0):
+    import time
+
+    model = DistributedDataParallel(host())
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    growth = grow(model, optimizer)
+    germinate(growth, block(rank=rank))
+    learn(model, growth, optimizer, (rank, world), steps=2)
+    if rank == 0:
+        growth.evidence()  # asks nobody
+        repr(growth)
+        growth.monitor.latest()
+    if rank == 1 and not late:
+        time.sleep(6)
+        return None
+    if rank == 1:
+        time.sleep(late)
+    begun = time.monotonic()
+    growth.end_epoch()
+    return time.monotonic() - begun, growth.evidence()["slot"].samples
+
+
+def test_a_rank_that_does_not_come_ends_in_an_error_after_the_timeout():
+    [error, _] = spawn(absent, 2, timeout=2, limit=15)
+    assert "WiringError: end_epoch() on rank 0: not every rank came within 0:00:02" in error.error
+    assert "not under `if rank == 0`" in error.error
+
+
+def test_a_rank_that_is_late_is_waited_for():
+    found = values(absent, 2, late=3.0)
+    assert [samples for _, samples in found] == [2, 2]
