@@ -26,7 +26,6 @@ PROMISES = {
 }
 PENDING = {
     "slope_frozen": "where nothing of a seed learns, no gradient of it can tell",
-    "slope_replaced": "the old parameter keeps its gradient, which looks as if nothing was cleared",
     "slope_flat": "views of one buffer count their writes together, and zeros look like cleared gradients",
     "clip_unscaled": "unscale_() raises no version counter: the norm is measure(scaler)'s, whatever is still scaled",
 }
@@ -115,7 +114,7 @@ class Plan:
             "every": self.every > 1,
             "slope_cleared": slopes and (dropped or (self.attached and skipping)),
             "slope_frozen": slopes and "freeze seed" in self.kinds and (dropped or (self.attached and skipping)),
-            "slope_replaced": slopes and dropped and "nothing" in replaced,
+            "slope_replaced": slopes and "nothing" in replaced and (dropped or (self.attached and skipping)),
             "slope_flat": slopes and self.kind == "bare" and not self.alpha and self.flat != "none" and (
                 self.accumulate > 1 or self.measuring == "micro" or "measured skip" in self.kinds
             ),
@@ -243,7 +242,7 @@ def _spared(plan, promise):
         "collect_lying": ("host cleared",),
     }
     plan = plan.without(*gone.get(promise, ()))
-    if promise in ("slope_cleared", "collect_dropped") and plan.attached:
+    if promise in ("slope_cleared", "slope_replaced", "collect_dropped") and plan.attached:
         plan = replace(plan, overflows=(), poisons=())
     if promise == "replaces_row" and plan.measuring in ("micro", "twice"):
         return replace(plan, measuring="once")

@@ -223,7 +223,7 @@ class Watched:
             (segment, self._alphas[name]) for segment, name in enumerate(self._seeds, start=1) if name in self._alphas
         ]
         for segment, alpha in self.gains:
-            alpha.watch(found[self.names[segment - 1]])
+            alpha.watch(self._seeds[self.names[segment - 1]].parameters)
         self._hook_loads()
         if self.collecting is not None:
             self.collecting.watch(self.tracked, self.name_of)

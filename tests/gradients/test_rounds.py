@@ -42,6 +42,15 @@ class Loop:
         self.optimizer.zero_grad(set_to_none)
         self.true_gain = 0.0
 
+    def replace(self, name):
+        """Another parameter of the seed in place of one, which keeps a gradient that nobody clears."""
+        old = getattr(self.seed, name)
+        old.grad = torch.full_like(old, 3.0)
+        setattr(self.seed, name, nn.Parameter(old.detach() * 0.5))
+        group = self.optimizer.param_groups[0]
+        group["params"] = [*self.host.parameters(), *self.seed.parameters()]
+        return old
+
     def norms(self):
         return [
             float(sum(p.grad.double().square().sum() for p in part.parameters())) for part in (self.host, self.seed)
@@ -287,6 +296,37 @@ def test_what_is_frozen_is_noticed_between_two_micro_batches_without_a_sample_mo
         loop.clear()
         assert int(loop.monitor.count) == step
     assert loop.monitor.read()["a"].samples == 2  # the step in which it was frozen, and the one after it
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_dropped_batch_leaves_nothing_behind_where_a_replaced_parameter_keeps_its_gradient(name, set_to_none):
+    loop = Loop()
+    loop.backward().monitor.measure()
+    loop.step(set_to_none)
+    old = loop.replace(name)
+    loop.backward(37.0)  # and never measured, so that nobody has noticed
+    loop.clear(set_to_none)
+    loop.backward().monitor.measure()
+    loop.step(set_to_none)
+    assert old.grad.eq(3.0).all()
+    loop.check()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_where_a_replaced_parameter_keeps_its_gradient_every_micro_batch_counts(name):
+    """Of a seed without a gradient of its own, as by hand at alpha = 0: to be zero is not to be cleared."""
+    loop = Loop()
+    loop.backward().monitor.measure()
+    loop.step()
+    old = loop.replace(name)
+    for p in loop.seed.parameters():
+        p.register_hook(torch.zeros_like)
+    for _ in range(3):
+        loop.backward().monitor.measure()
+    loop.step()
+    assert old.grad.eq(3.0).all()
+    loop.check()
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["measured", "read"])
