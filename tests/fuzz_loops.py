@@ -100,6 +100,8 @@ class Truth:
             self.collected[id(p)] = p.grad.clone()
             for index, optimizer in enumerate(self.twin.optimizers):
                 self.taken[index] += optimizer.param_groups[0]["params"][0] is p
+        elif what == "quarantined":  # its gradients are cleared, and so is their slope: the step uses neither
+            self.slopes[p] = []
         else:
             self.aside = what == "aside"
 

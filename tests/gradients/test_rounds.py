@@ -298,6 +298,23 @@ def test_what_is_frozen_is_noticed_between_two_micro_batches_without_a_sample_mo
     assert loop.monitor.read()["a"].samples == 2  # the step in which it was frozen, and the one after it
 
 
+@pytest.mark.parametrize("later", [0, 1, 2])
+def test_the_slope_of_a_micro_batch_that_quarantine_has_cleared_is_in_no_gain(later):
+    loop, scaler = Loop(quarantine=True), torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.zeros(()))
+    loop.backward().monitor.measure(scaler)
+    loop.backward()
+    loop.seed.weight.grad[0, 0] = math.nan
+    loop.monitor.measure(scaler)
+    assert not any(p.grad.any() for p in loop.seed.parameters())
+    loop.true_gain = 0.0
+    for _ in range(later):
+        loop.backward().monitor.measure(scaler)
+    loop.monitor.measure(scaler)
+    loop.step()
+    loop.check()
+
+
 @BOTH
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_dropped_batch_leaves_nothing_behind_where_a_replaced_parameter_keeps_its_gradient(name, set_to_none):
