@@ -159,10 +159,13 @@ class Truth:
         found = self.finite(optimizer)
         if self.plan.attached and (found or getattr(optimizer, "_step_supports_amp_scaling", False)):
             row = self.measure(optimizer)
+            # One that unscales by itself has its hooks called, and is told to skip: what is finite is not used either.
+            row.skipped = row.skipped or not found
             if self.part:
                 before = self.part["row"]
                 row.numbers = [[a + b for a, b in zip(*pair)] for pair in zip(before.numbers, row.numbers)]
                 row.gains, row.exact = before.gains | row.gains, before.exact and row.exact
+                row.skipped = before.skipped or row.skipped
             self.part = {"row": row}
         self.taken[twin.optimizers.index(optimizer)] += found
 
