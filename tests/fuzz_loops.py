@@ -147,7 +147,9 @@ class Truth:
         return Row(self.step, numbers, gains, exact, unscaled and not all(map(self.finite, twin.optimizers)))
 
     def add(self, row):
-        if self.open and self.plan.known:
+        # Without a scaler nobody says whether a step was left out in between: what is not finite stays.
+        usable = self.plan.scaler != "none" or not self.open or all(map(self.rows[-1].usable, range(len(row.numbers))))
+        if self.open and self.plan.known and usable:
             self.rows[-1] = row
         else:
             self.rows.append(row)

@@ -26,7 +26,7 @@ from .loss_scale import read_scaler
 from .optimizers import each_plain
 from .parameters import Gradients, Parameters, Watched
 from .rounds import check_every
-from .row import EXPLODING_RMS, EXTRA, UNSCALED, VANISHING_RMS, Listed, LossScale, Rules
+from .row import EXPLODING_RMS, EXTRA, UNSCALED, VANISHING_RMS, Listed, LossScale, Rules, kept_of
 from .step_hook import StepHook
 from .windows import Windows
 
@@ -356,6 +356,8 @@ class GradientMonitor(Windows):
             summary = summary_of(gradients, self._window(), rules, measured=measured)
         if error_if_nonfinite:
             refuse_nonfinite(summary)
+        if self.quarantine and not measured:
+            self._watched.keep_gains(kept_of(summary))
         total = ops.clip_(gradients, summary, partial(self._watched.name_of_gradient, None))
         self._mark_stepped()
         return total

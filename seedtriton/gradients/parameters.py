@@ -335,6 +335,11 @@ class Watched:
                 "such samples count as empty"
             )
 
+    def keep_gains(self, kept: Tensor) -> None:
+        """Forget the slopes of seeds in quarantine, before they are measured; ``kept`` is ``row.kept_of``'s."""
+        for segment, alpha in self.gains:
+            alpha.keep(kept[segment])
+
     def gains_taken(self, *, held: bool) -> None:
         """Every slope was measured and is zero; ``held``: as part of a step that is still to come."""
         for _, alpha in self.gains:

@@ -77,6 +77,16 @@ class Alpha:
             self._stale = None
         return slope
 
+    @torch.no_grad()
+    def keep(self, kept: Tensor) -> None:
+        """Zeros were written over the gradients unless ``kept`` (0-dim) is above 0: then no gain so far is theirs."""
+        slope = self.gradient()
+        if slope is not None:
+            slope.masked_fill_(kept.to(slope.device) <= 0, 0.0)
+        if self._held:
+            still = (kept > 0).float()
+            self.correction = still if self.correction is None else self.correction * still
+
     def taken(self, *, held: bool) -> None:
         """The slope was measured and set to zero; ``held``: as part of a step that is still to come."""
         self._added, self._held, self._stale, self.correction = False, held, None, None

@@ -315,6 +315,26 @@ def test_the_slope_of_a_micro_batch_that_quarantine_has_cleared_is_in_no_gain(la
     loop.check()
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["attached", "measured before and after"])
+def test_the_slope_of_what_clipping_puts_in_quarantine_is_in_no_gain(before):
+    loop = Loop(quarantine=True)
+    if not before:
+        loop.monitor.attach(loop.optimizer)
+    for step in range(4):
+        if before:
+            loop.backward().monitor.measure()
+        loop.backward()
+        if step % 2:
+            loop.seed.weight.grad[0, 0] = math.nan
+            loop.true_gain = 0.0
+        loop.monitor.clip_grad_norm_(1e9, apart=True)
+        if before:
+            loop.monitor.measure()
+        loop.step()
+    assert [seed for _, seed, _ in loop.rows][1::2] == [0.0, 0.0]
+    loop.check()
+
+
 @BOTH
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_dropped_batch_leaves_nothing_behind_where_a_replaced_parameter_keeps_its_gradient(name, set_to_none):
