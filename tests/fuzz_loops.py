@@ -60,7 +60,7 @@ class Truth:
         self.slopes = {name: [] for name in self.twin.names}
         self.since = dict.fromkeys(self.twin.names, 0)
         self.loose = {}  # by seed: its window began anew, at this row or a later one, once that was noticed
-        self.frozen = dict.fromkeys(self.twin.names, frozenset())
+        self.frozen = dict.fromkeys(self.twin.names, frozenset(self.twin.frozen))  # at the last look: some are born so
         self.history = []  # steps taken, after each step
         self.taken, self.marks = Counter(), {name: Counter() for name in self.twin.names}
         self.advanced = {}  # by name, steps tried and taken when blending began
