@@ -60,7 +60,7 @@ class Truth:
         self.slopes = {name: [] for name in self.twin.names}
         self.since = dict.fromkeys(self.twin.names, 0)
         self.loose = {}  # by seed: its window began anew, at this row or a later one, once that was noticed
-        self.frozen = dict.fromkeys(self.twin.names, frozenset(self.twin.frozen))  # at the last look: some are born so
+        self.frozen = {name: self.frozen_for(name) for name in self.twin.names}  # at the last look: some are born so
         self.history = []  # steps taken, after each step
         self.taken, self.marks = Counter(), {name: Counter() for name in self.twin.names}
         self.advanced = {}  # by name, steps tried and taken when blending began
@@ -190,8 +190,12 @@ class Truth:
     def begin(self, name):
         self.since[name] = len(self.rows)
         self.loose.pop(name, None)
-        self.frozen[name] = frozenset(self.twin.frozen)
+        self.frozen[name] = self.frozen_for(name)
         self.marks[name] = Counter(self.taken)
+
+    def frozen_for(self, name):
+        """What is frozen of this seed and of the host: another seed's own is nothing to it."""
+        return frozenset(path for path in self.twin.frozen if path[0] == name or path[0] not in self.twin.names)
 
     def change(self, path):
         """Something was replaced, frozen or thawed in a seed, or in the host of all."""
@@ -203,8 +207,8 @@ class Truth:
         earliest = self.loose.pop(name, None)
         if earliest is None:
             return True
-        stayed = self.frozen[name] == self.twin.frozen or not self.plan.anew
-        self.frozen[name] = frozenset(self.twin.frozen)
+        stayed = self.frozen[name] == self.frozen_for(name) or not self.plan.anew
+        self.frozen[name] = self.frozen_for(name)
         before, begun = self.since[name], len(self.rows) - count
         whole = len(self.rows) - max(before, len(self.rows) - self.plan.window)
         if stayed and count == whole and self.steps_of(name) == steps:
