@@ -141,9 +141,12 @@ def clear_segment(  # type: ignore[no-untyped-def]
 # next, so that 256 segments fit into 64 registers on sm_100.
 @triton.jit(noinline=True)
 def _open_row(  # type: ignore[no-untyped-def]
-    places, num_segments, SEGMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr
+    places, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr
 ):
-    """Count the row and say where it goes; a row that it replaces leaves its gains there, else they are NaN."""
+    """Count the row and say where it goes; a row that it replaces leaves its gains there, else they are NaN.
+
+    So they are of a segment that was not finite.
+    """
     segment = tl.arange(0, SEGMENTS)
     inside = segment < num_segments
     # Addresses that stay are read here: as arguments they would take registers from the start.
@@ -154,7 +157,8 @@ def _open_row(  # type: ignore[no-untyped-def]
     row = tl.load(fixed).to(tl.pointer_type(tl.float64))
     row += (before % tl.load(fixed + 2)) * num_segments * QUANTITIES
     cell = row + segment * QUANTITIES + EXTRA
-    extra = tl.load(cell, mask=inside & replaced, other=float("nan"))
+    sumsq = tl.load(row + segment * QUANTITIES + SUMSQ, mask=inside & replaced, other=float("inf"))
+    extra = tl.load(cell, mask=sumsq < float("inf"), other=float("nan"))
     # Everybody has read the count and the row before anybody writes.
     tl.debug_barrier()
     tl.store(samples_cell, before + 1)
@@ -299,7 +303,7 @@ def finish(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """By the last program: the count, the row of the ring and the summary; or the sums alone."""
     if EPILOGUE:
-        row = _open_row(places, num_segments, SEGMENTS, EXTRA, QUANTITIES)
+        row = _open_row(places, num_segments, SEGMENTS, SUMSQ, EXTRA, QUANTITIES)
         # Different threads may read in one step what others have written in the step before; so below.
         tl.debug_barrier()
         _write_gains(row, places, num_segments, gain_scale, found_inf, SEGMENTS, EXTRA, QUANTITIES)

@@ -60,7 +60,7 @@ class Truth:
         self.slopes = {name: [] for name in self.twin.names}
         self.since = dict.fromkeys(self.twin.names, 0)
         self.loose = {}  # by seed: its window began anew, at this row or a later one, once that was noticed
-        self.frozen = dict.fromkeys(self.twin.names, frozenset())
+        self.frozen = {name: self.frozen_for(name) for name in self.twin.names}  # at the last look: some are born so
         self.history = []  # steps taken, after each step
         self.taken, self.marks = Counter(), {name: Counter() for name in self.twin.names}
         self.advanced = {}  # by name, steps tried and taken when blending began
@@ -100,6 +100,8 @@ class Truth:
             self.collected[id(p)] = p.grad.clone()
             for index, optimizer in enumerate(self.twin.optimizers):
                 self.taken[index] += optimizer.param_groups[0]["params"][0] is p
+        elif what == "quarantined":  # its gradients are cleared, and so is their slope: the step uses neither
+            self.slopes[p] = []
         else:
             self.aside = what == "aside"
 
@@ -145,7 +147,9 @@ class Truth:
         return Row(self.step, numbers, gains, exact, unscaled and not all(map(self.finite, twin.optimizers)))
 
     def add(self, row):
-        if self.open and self.plan.known:
+        # Without a scaler nobody says whether a step was left out in between: what is not finite stays.
+        usable = self.plan.scaler != "none" or not self.open or all(map(self.rows[-1].usable, range(len(row.numbers))))
+        if self.open and self.plan.known and usable:
             self.rows[-1] = row
         else:
             self.rows.append(row)
@@ -157,10 +161,13 @@ class Truth:
         found = self.finite(optimizer)
         if self.plan.attached and (found or getattr(optimizer, "_step_supports_amp_scaling", False)):
             row = self.measure(optimizer)
+            # One that unscales by itself has its hooks called, and is told to skip: what is finite is not used either.
+            row.skipped = row.skipped or not found
             if self.part:
                 before = self.part["row"]
                 row.numbers = [[a + b for a, b in zip(*pair)] for pair in zip(before.numbers, row.numbers)]
                 row.gains, row.exact = before.gains | row.gains, before.exact and row.exact
+                row.skipped = before.skipped or row.skipped
             self.part = {"row": row}
         self.taken[twin.optimizers.index(optimizer)] += found
 
@@ -183,8 +190,12 @@ class Truth:
     def begin(self, name):
         self.since[name] = len(self.rows)
         self.loose.pop(name, None)
-        self.frozen[name] = frozenset(self.twin.frozen)
+        self.frozen[name] = self.frozen_for(name)
         self.marks[name] = Counter(self.taken)
+
+    def frozen_for(self, name):
+        """What is frozen of this seed and of the host: another seed's own is nothing to it."""
+        return frozenset(path for path in self.twin.frozen if path[0] == name or path[0] not in self.twin.names)
 
     def change(self, path):
         """Something was replaced, frozen or thawed in a seed, or in the host of all."""
@@ -196,8 +207,8 @@ class Truth:
         earliest = self.loose.pop(name, None)
         if earliest is None:
             return True
-        stayed = self.frozen[name] == self.twin.frozen or not self.plan.anew
-        self.frozen[name] = frozenset(self.twin.frozen)
+        stayed = self.frozen[name] == self.frozen_for(name) or not self.plan.anew
+        self.frozen[name] = self.frozen_for(name)
         before, begun = self.since[name], len(self.rows) - count
         whole = len(self.rows) - max(before, len(self.rows) - self.plan.window)
         if stayed and count == whole and self.steps_of(name) == steps:

@@ -19,6 +19,7 @@ PROMISES = {
     "collect_lying": "collect_in_backward() measures what backward left alone where it lies, as without it",
     "fused_skips": "a step that a fused optimizer skipped is no step",
     "flat_finds": "FlatGradients zeroes and finds what was unfrozen, without refresh()",
+    "quarantine_once": "a step with a seed in quarantine is one sample of the others, with a scaler and without",
     "clip_unscaled": "clipping after measure(scaler) and unscale_() is of gradients that unscale_() left as they were",
     "replaced_noticed": "read() notices parameters that were replaced, without refresh()",
     "replaced_measured": "measure() does, when the old one keeps a gradient",
@@ -26,8 +27,8 @@ PROMISES = {
 }
 PENDING = {
     "slope_frozen": "where nothing of a seed learns, no gradient of it can tell",
-    "slope_replaced": "the old parameter keeps its gradient, which looks as if nothing was cleared",
     "slope_flat": "views of one buffer count their writes together, and zeros look like cleared gradients",
+    "quarantine_once": "without a scaler a row that is not finite stays, and what is measured behind it makes another",
     "clip_unscaled": "unscale_() raises no version counter: the norm is measure(scaler)'s, whatever is still scaled",
 }
 
@@ -115,11 +116,14 @@ class Plan:
             "every": self.every > 1,
             "slope_cleared": slopes and (dropped or (self.attached and skipping)),
             "slope_frozen": slopes and "freeze seed" in self.kinds and (dropped or (self.attached and skipping)),
-            "slope_replaced": slopes and dropped and "nothing" in replaced,
+            "slope_replaced": slopes and "nothing" in replaced and (dropped or (self.attached and skipping)),
             "slope_flat": slopes and self.kind == "bare" and not self.alpha and self.flat != "none" and (
                 self.accumulate > 1 or self.measuring == "micro" or "measured skip" in self.kinds
             ),
             "clip_unscaled": self.unheld and self.scaler == "before" and self.clip in ("together", "apart"),
+            "quarantine_once": self.quarantine and self.poisons and self.seeds == 2 and self.scaler == "none" and (
+                self.known and self.measuring in ("micro", "twice")
+            ),
             "slope_kept": slopes and (
                 "host cleared" in self.kinds or (self.accumulate > 1 and "freeze seed" in self.kinds)
             ),
@@ -243,7 +247,7 @@ def _spared(plan, promise):
         "collect_lying": ("host cleared",),
     }
     plan = plan.without(*gone.get(promise, ()))
-    if promise in ("slope_cleared", "collect_dropped") and plan.attached:
+    if promise in ("slope_cleared", "slope_replaced", "collect_dropped") and plan.attached:
         plan = replace(plan, overflows=(), poisons=())
     if promise == "replaces_row" and plan.measuring in ("micro", "twice"):
         return replace(plan, measuring="once")
@@ -259,6 +263,7 @@ def _spared(plan, promise):
         "collect_lying": {"measuring": "collect", "accumulate": 1, "zero": "none", "flat": "none"},
         "fused_skips": {"overflows": (), "poisons": ()},
         "clip_unscaled": {"unheld": False},
+        "quarantine_once": {"poisons": ()},
         "slope_flat": {"flat": "none"},
         "flat_finds": {"flat_refreshed": True},
         "changed_anew": {"anew": False},
@@ -325,7 +330,7 @@ def _measured(p):
 
 def _scaled(p):
     if p.scaler == "none":
-        p = replace(p, overflows=(), poisons=())
+        p = replace(p, overflows=())
     else:  # a scaler stops at an optimizer without a gradient
         p = replace(p if len(p.optimizers) == 1 else p.without("freeze seed"), known=True)
     if p.scaler == "fused":
@@ -334,6 +339,8 @@ def _scaled(p):
             p = replace(p, poisons=(), overflows=() if p.quarantine else p.overflows)
     if p.every > 1:  # quarantine is part of measuring
         p = replace(p, overflows=(), poisons=()) if p.kind == "controller" else replace(p, quarantine=False)
+    if p.scaler == "none" and not (p.quarantine and "advance" not in p.kinds):  # it would end the training
+        p = replace(p, poisons=())
     if len(p.optimizers) == 1:
         return p.without("host cleared")
     if p.attached:

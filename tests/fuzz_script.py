@@ -340,6 +340,7 @@ class Script:
             gradients = [g for p in parameters if (g := self.gradient(p)) is not None]
             if self.behind(name) and not all(bool(g.isfinite().all()) for g in gradients):
                 self.quarantined |= {name}
+                self.heard("quarantined", name)
                 for gradient in gradients:
                     gradient.zero_()
 

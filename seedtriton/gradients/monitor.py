@@ -36,6 +36,7 @@ from .row import (
     Listed,
     LossScale,
     Rules,
+    kept_of,
 )
 from .spread import Ranks
 from .step_hook import StepHook
@@ -387,6 +388,8 @@ class GradientMonitor(Windows):
             summary = reference.summarize(sums, rules)
         if error_if_nonfinite:
             refuse_nonfinite(summary)
+        if self.quarantine and not measured:
+            self._watched.keep_gains(kept_of(summary))
         total = ops.clip_(gradients, summary, partial(self._watched.name_of_gradient, None))
         self._mark_stepped()
         return total

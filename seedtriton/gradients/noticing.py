@@ -48,6 +48,11 @@ class _Registrations:
 _registrations = _Registrations()
 
 
+def registered() -> int:
+    """How often any module of the process was given a parameter or a child; the same number: none was replaced so."""
+    return _registrations.count
+
+
 class Snapshot:
     """The parameters of some modules as they were.
 

@@ -235,7 +235,7 @@ class Watched:
             (segment, self._alphas[name]) for segment, name in enumerate(self._seeds, start=1) if name in self._alphas
         ]
         for segment, alpha in self.gains:
-            alpha.watch(found[self.names[segment - 1]])
+            alpha.watch(self._seeds[self.names[segment - 1]].parameters)
         self._hook_loads()
         if self.collecting is not None:
             self.collecting.watch(self.tracked, self.name_of)
@@ -388,6 +388,11 @@ class Watched:
                 "zero_grad(set_to_none=True), and loops with torch.autograd.grad pass measure(gradients=...); "
                 "such samples count as empty"
             )
+
+    def keep_gains(self, kept: Tensor) -> None:
+        """Forget the slopes of seeds in quarantine, before they are measured; ``kept`` is ``row.kept_of``'s."""
+        for segment, alpha in self.gains:
+            alpha.keep(kept[segment])
 
     def gains_taken(self, *, held: bool) -> None:
         """Every slope was measured and is zero; ``held``: as part of a step that is still to come."""

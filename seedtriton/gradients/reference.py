@@ -378,7 +378,8 @@ def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: L
     if replace:
         newest = ring.index_select(0, (count - 1).remainder(ring.shape[0]).view(1))[0]
         replaced = _is_replaced(newest, count, replace)
-        before = newest[1:, EXTRA].masked_fill(replaced.logical_not(), math.nan)
+        kept = newest[1:, SUMSQ].isfinite().logical_and_(replaced)
+        before = newest[1:, EXTRA].masked_fill(kept.logical_not(), math.nan)
         told = constant(tuple(index in slope_segments for index in range(1, len(row))), torch.bool, device)
         added = row[1:, EXTRA] + before.nan_to_num(0.0, math.inf, -math.inf)
         row[1:, EXTRA] = torch.where(told, added, before)

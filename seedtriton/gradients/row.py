@@ -121,7 +121,8 @@ class Window(NamedTuple):
         summary: float64 [SUMMARY_HEAD + 3 * segments], overwritten.
         table: entries of what is listed are overwritten.
         replace: APPEND, REPLACE or REPLACE_USABLE: what becomes of the newest row, which is of the same optimizer step.
-            A blend gain is added to the one in the row that is replaced, because measuring took it away.
+            A blend gain is added to the one in the row that is replaced, because measuring took it away; not where the
+            seed's gradients were not finite there: quarantine has written zeros over them.
     """
 
     ring: Tensor

@@ -7,7 +7,7 @@ before a backward pass adds to a slope, the seed's own gradients are looked at: 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigurationError
+from .noticing import registered
 
 # Gradients of the seed that are looked at, its smallest; one alone may be zero for reasons of its own. None of the
 # host: what lies behind the slot has its gradient of the same backward pass already.
@@ -33,7 +34,9 @@ class Alpha:
     def __init__(self, holder: Any) -> None:
         self.holder = holder
         self.correction: Tensor | float | None = None
+        self._look_up: Callable[[], Iterable[Tensor]] = tuple
         self._ordered: list[Tensor] = []
+        self._registered = 0  # when they were looked up
         self._hooked: Tensor | None = None
         self._added = False  # a backward pass has added to the slope since it was taken
         self._held = False  # taken, and the step has not come yet: the next measurement adds to it
@@ -51,12 +54,17 @@ class Alpha:
             )
         return cls(alpha)
 
-    def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Take the parameters whose gradients tell whether the slope was cleared: the seed's."""
-        before, self._ordered = self._ordered, sorted((p for p in parameters if p.numel()), key=Tensor.numel)
+    def watch(self, look_up: Callable[[], Iterable[Tensor]]) -> None:
+        """Take what returns the parameters whose gradients tell whether the slope was cleared: the seed's."""
+        self._look_up = look_up
+        self._order()
+        self._hook()
+
+    def _order(self) -> None:
+        self._registered = registered()
+        before, self._ordered = self._ordered, sorted((p for p in self._look_up() if p.numel()), key=Tensor.numel)
         if self._held and not {id(p) for p in before} <= {id(p) for p in self._ordered}:
             self.correction = 0.0  # what was measured in this step is the gain of another seed
-        self._hook()
 
     def gradient(self) -> Tensor | None:
         """The slope so far, None if there is none; what is stale of it is taken out."""
@@ -68,6 +76,16 @@ class Alpha:
                 slope.sub_(self._stale.to(slope.device))
             self._stale = None
         return slope
+
+    @torch.no_grad()
+    def keep(self, kept: Tensor) -> None:
+        """Zeros were written over the gradients unless ``kept`` (0-dim) is above 0: then no gain so far is theirs."""
+        slope = self.gradient()
+        if slope is not None:
+            slope.masked_fill_(kept.to(slope.device) <= 0, 0.0)
+        if self._held:
+            still = (kept > 0).float()
+            self.correction = still if self.correction is None else self.correction * still
 
     def taken(self, *, held: bool) -> None:
         """The slope was measured and set to zero; ``held``: as part of a step that is still to come."""
@@ -90,6 +108,8 @@ class Alpha:
 
         It is left in ``alpha.grad``, which is the user's to look at, until it is measured.
         """
+        if self._registered != registered():
+            self._order()  # one that was replaced may keep its gradient, which nobody clears
         # Which of them learn is asked each time: one that is frozen has no gradient, and nothing was cleared for that.
         witnesses = list(islice((p for p in self._ordered if p.requires_grad), WITNESSES))
         gradients = [p.grad for p in witnesses if p.grad is not None]

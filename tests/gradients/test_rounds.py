@@ -42,6 +42,15 @@ class Loop:
         self.optimizer.zero_grad(set_to_none)
         self.true_gain = 0.0
 
+    def replace(self, name):
+        """Another parameter of the seed in place of one, which keeps a gradient that nobody clears."""
+        old = getattr(self.seed, name)
+        old.grad = torch.full_like(old, 3.0)
+        setattr(self.seed, name, nn.Parameter(old.detach() * 0.5))
+        group = self.optimizer.param_groups[0]
+        group["params"] = [*self.host.parameters(), *self.seed.parameters()]
+        return old
+
     def norms(self):
         return [
             float(sum(p.grad.double().square().sum() for p in part.parameters())) for part in (self.host, self.seed)
@@ -287,6 +296,74 @@ def test_what_is_frozen_is_noticed_between_two_micro_batches_without_a_sample_mo
         loop.clear()
         assert int(loop.monitor.count) == step
     assert loop.monitor.read()["a"].samples == 2  # the step in which it was frozen, and the one after it
+
+
+@pytest.mark.parametrize("later", [0, 1, 2])
+def test_the_slope_of_a_micro_batch_that_quarantine_has_cleared_is_in_no_gain(later):
+    loop, scaler = Loop(quarantine=True), torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.zeros(()))
+    loop.backward().monitor.measure(scaler)
+    loop.backward()
+    loop.seed.weight.grad[0, 0] = math.nan
+    loop.monitor.measure(scaler)
+    assert not any(p.grad.any() for p in loop.seed.parameters())
+    loop.true_gain = 0.0
+    for _ in range(later):
+        loop.backward().monitor.measure(scaler)
+    loop.monitor.measure(scaler)
+    loop.step()
+    loop.check()
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["attached", "measured before and after"])
+def test_the_slope_of_what_clipping_puts_in_quarantine_is_in_no_gain(before):
+    loop = Loop(quarantine=True)
+    if not before:
+        loop.monitor.attach(loop.optimizer)
+    for step in range(4):
+        if before:
+            loop.backward().monitor.measure()
+        loop.backward()
+        if step % 2:
+            loop.seed.weight.grad[0, 0] = math.nan
+            loop.true_gain = 0.0
+        loop.monitor.clip_grad_norm_(1e9, apart=True)
+        if before:
+            loop.monitor.measure()
+        loop.step()
+    assert [seed for _, seed, _ in loop.rows][1::2] == [0.0, 0.0]
+    loop.check()
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_dropped_batch_leaves_nothing_behind_where_a_replaced_parameter_keeps_its_gradient(name, set_to_none):
+    loop = Loop()
+    loop.backward().monitor.measure()
+    loop.step(set_to_none)
+    old = loop.replace(name)
+    loop.backward(37.0)  # and never measured, so that nobody has noticed
+    loop.clear(set_to_none)
+    loop.backward().monitor.measure()
+    loop.step(set_to_none)
+    assert old.grad.eq(3.0).all()
+    loop.check()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_where_a_replaced_parameter_keeps_its_gradient_every_micro_batch_counts(name):
+    """Of a seed without a gradient of its own, as by hand at alpha = 0: to be zero is not to be cleared."""
+    loop = Loop()
+    loop.backward().monitor.measure()
+    loop.step()
+    old = loop.replace(name)
+    for p in loop.seed.parameters():
+        p.register_hook(torch.zeros_like)
+    for _ in range(3):
+        loop.backward().monitor.measure()
+    loop.step()
+    assert old.grad.eq(3.0).all()
+    loop.check()
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["measured", "read"])

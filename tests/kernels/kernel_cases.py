@@ -494,6 +494,19 @@ def test_the_newest_row_is_replaced_and_its_gains_are_added_to(replace, stale, c
     assert row[3, SUMSQ].item() == pytest.approx(truth(new[1:], [0], 1).item())
 
 
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_the_gain_of_a_segment_that_was_not_finite_is_not_added_to(bad, device):
+    sample = Sample(3, device)
+    for seed, gains in ((bad, (1.0, 2.0)), (1.0, (4.0, 8.0))):
+        gradients = [torch.full((5,), value, device=device) for value in (1.0, seed, 1.0)]
+        sample.record(
+            gradients, [0, 1, 2], [torch.tensor(gain, device=device) for gain in gains], [1, 2], replace=REPLACE
+        )
+    sample.assert_same()
+    assert sample.ours[1].item() == 1
+    assert sample.ring[0, 1:, EXTRA].tolist() == [-4.0, -10.0]
+
+
 def test_a_gain_that_is_not_a_number_makes_the_sum_of_its_step_one(device):
     sample = Sample(3, device)
     for values in ((0.5, 1.0), (NAN, 1.0)):
