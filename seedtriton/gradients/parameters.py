@@ -235,7 +235,7 @@ class Watched:
             (segment, self._alphas[name]) for segment, name in enumerate(self._seeds, start=1) if name in self._alphas
         ]
         for segment, alpha in self.gains:
-            alpha.watch(self._seeds[self.names[segment - 1]].parameters)
+            alpha.watch(self._seeds[self.names[segment - 1]].parameters, self)
         self._hook_loads()
         if self.collecting is not None:
             self.collecting.watch(self.tracked, self.name_of)
@@ -271,6 +271,10 @@ class Watched:
     def part_of(self, tensor: Tensor) -> Tensor:
         """What of a parameter or gradient this rank holds."""
         return tensor if self.ranks is None else self.ranks.local(tensor)
+
+    def waits(self, parameter: Tensor) -> bool:
+        """Whether its gradient is not there yet because ranks add it up later."""
+        return self.ranks is not None and self.ranks.waits(parameter, self._host.modules())
 
     def copies_of(self, parameters: Sequence[Tensor]) -> list[int]:
         """How many ranks hold each of these; 1 of one that is not watched."""
@@ -392,7 +396,8 @@ class Watched:
     def keep_gains(self, kept: Tensor) -> None:
         """Forget the slopes of seeds in quarantine, before they are measured; ``kept`` is ``row.kept_of``'s."""
         for segment, alpha in self.gains:
-            alpha.keep(kept[segment])
+            columns = [column for column, owner in enumerate(self.column_segments) if owner == segment]
+            alpha.keep(kept[columns].amin())
 
     def gains_taken(self, *, held: bool) -> None:
         """Every slope was measured and is zero; ``held``: as part of a step that is still to come."""

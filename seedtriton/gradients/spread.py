@@ -7,11 +7,11 @@ each is of a part: a column is of one such way, so that sums over the ranks come
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .row import ELEMENTS, EXPLODING, EXTRA, LIVE, QUANTITIES, SUMSQ, TENSORS, VANISHING
 
@@ -49,6 +49,10 @@ class Places(Protocol):
         """What of a parameter or gradient this rank holds."""
         ...
 
+    def waits(self, parameter: Tensor) -> bool:
+        """Whether its gradient is not there yet because ranks add it up later."""
+        ...
+
     def copies_of(self, parameters: Sequence[Tensor]) -> list[int]:
         """How many ranks hold each of these; 1 of one that is not watched."""
         ...
@@ -63,6 +67,10 @@ class Ranks(Protocol):
 
     def local(self, tensor: Tensor) -> Tensor:
         """Give the part of a tensor that this rank holds; itself where it is not cut."""
+        ...
+
+    def waits(self, parameter: Tensor, modules: Iterable[nn.Module]) -> bool:
+        """Whether its gradient is not there yet because these modules have the ranks add it up later."""
         ...
 
     def ways(self, named: Sequence[tuple[str, Tensor]]) -> list[Way]:

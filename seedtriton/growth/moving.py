@@ -90,10 +90,10 @@ class Mover:
         self._wiring.refuse_leaving(life.name)
         self._wiring.settle()
         self._wiring.monitor.refresh()
-        self._wiring.leave(life.name)
         self._wiring.groups.remove(life.slot)
         del self._position.lives[life.name]
         self.move(life, Stage.PRUNED, reason, initiator)
+        self._wiring.leave(life.name)
         # Once the slot is empty: while the seed is in the model, what is left of it would count as host.
         self._wiring.monitor.remove_seed(life.name)
 

@@ -76,9 +76,13 @@ class Joining:
         self._average()
 
     def leave(self, name: str) -> None:
-        """A seed is gone."""
+        """A seed is gone, and its slot is empty."""
         if self._joined.pop(name, None) is not None:
             self._average()
+        # It broadcasts buffers before a forward pass, alpha among them, if there were any when it last looked.
+        look = getattr(self._ddp, "_assign_modules_buffers", None)
+        if look is not None:
+            look()
 
     def refuse_leaving(self, name: str) -> None:
         """WiringError for a seed that DDP waits for: it can be neither taken out nor frozen."""

@@ -6,17 +6,18 @@ a timeout with a sentence, and never half of somebody else's reduction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
 from ..gradients.noticing import is_shard
 from ..gradients.spread import Way, number_of
+from .sharding import unreduced
 
 SHOWN = 8  # ranks in an error
 HEADER = 32  # numbers that each rank tells in a header, float64
@@ -98,6 +99,10 @@ class Ranks:
         refuse_partial(tensor, "a gradient or parameter")
         part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
         return part
+
+    def waits(self, parameter: Tensor, modules: Iterable[nn.Module]) -> bool:
+        """Whether FSDP2 accumulates its gradient without adding it up over the ranks yet."""
+        return is_shard(parameter) and any(parameter is held for held in unreduced(modules))
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All of a tensor that may be cut. On every rank that holds it."""

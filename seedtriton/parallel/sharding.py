@@ -98,6 +98,18 @@ def own_unsharded(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [tensor for tensor in held if tensor is not None]
 
 
+def unreduced(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The sharded parameters of what is fully_sharded among ``modules`` whose gradients wait for their reduction."""
+    kinds = _loaded("torch.distributed.fsdp", "FSDPModule")
+    for group in (group for part in modules if kinds and isinstance(part, kinds) for group in _groups(part)):
+        waiting = getattr(group, "_partial_reduce_output", None) is not None
+        for held in group.fsdp_params:
+            own = getattr(held, "_unsharded_param", None)
+            kept = own is not None and own.grad is not None
+            if waiting or kept or getattr(held, "unsharded_accumulated_grad", None) is not None:
+                yield held.sharded_param
+
+
 def forget_unreduced(module: nn.Module) -> None:
     """Drop gradients of frozen parameters that wait for their reduction, in what is fully_sharded inside ``module``.
 

@@ -166,6 +166,38 @@ def test_under_fsdp2_a_seed_is_measured_as_by_one_process(world, how, shape, wan
     assert (found["collectives"], found["leaks"]) == (2, 0)
 
 
+def accumulating(rank, world, micro, held=False):
+    """Micro-batches that FSDP2 adds up over the ranks in the last one alone; one batch in between is thrown away."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = host()
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    growth = grow(model, optimizer)
+    germinate(growth, block(rank=rank))
+    for step, batch in enumerate(batches(STEPS)):
+        own = mine(batch, rank, world)
+        if step == 3:
+            loss_of(model, own).backward()
+            optimizer.zero_grad()
+        for index in range(micro):
+            model.set_requires_gradient_sync(index + 1 == micro)
+            growth.slots["slot"].seed.set_requires_gradient_sync(index + 1 == micro)
+            (loss_of(model, mine(own, index, micro)) / micro).backward()
+            if held:
+                growth.measure()
+        if not held:
+            growth.measure()
+        optimizer.step()
+        optimizer.zero_grad()
+    return told(growth)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["measured once", "measured each time"])
+def test_a_gain_is_of_all_micro_batches_that_fsdp2_accumulates(held, want):
+    near(equal(values(accumulating, 2, micro=2, held=held)), want)
+
+
 def test_clipping_under_fsdp2_is_that_of_one_process(clipped):
     for shape in (None, (2, 2)):
         found = equal(values(under_fsdp, 4 if shape else 2, clip=CLIP, shape=shape))
