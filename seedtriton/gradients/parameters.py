@@ -244,15 +244,9 @@ class Watched:
 
     def spread_out(self) -> None:
         """Choose the columns, by what is known of who holds what."""
-        ways = None
-        if self.ranks is not None:
-            ways = self.ranks.ways(list(zip(self.paths(), self.tracked)))
-        elif any(map(is_shard, self.tracked)):
-            cut = next(name for name, p in zip(self.paths(), self.tracked) if is_shard(p))
-            raise WiringError(
-                f"parameter {cut!r} is a DTensor, of which each rank holds a part: say between which ranks, "
-                "GradientMonitor(..., ranks=seedtriton.Ranks())"
-            )
+        ways = None if self.ranks is None else self.ranks.ways(list(zip(self.paths(), self.tracked)))
+        if ways is None and any(map(is_shard, self.tracked)):
+            _refuse_cut(next(name for name, p in zip(self.paths(), self.tracked) if is_shard(p)))
         self.columns, self.column_segments, self.chosen = columns_of((None, *self._seeds), self.segments, ways)
         self._column_by_id = dict(zip(self.segment_by_id, self.chosen))
 
@@ -458,6 +452,13 @@ class Watched:
             if held is not None and self.part_of(held) is gradient:
                 return f"the gradient of {self.name_of(parameter)}"
         return "a gradient"
+
+
+def _refuse_cut(name: str) -> None:
+    raise WiringError(
+        f"parameter {name!r} is a DTensor, of which each rank holds a part: say between which ranks, "
+        "GradientMonitor(..., ranks=seedtriton.Ranks())"
+    )
 
 
 def _listed(source: ParameterSource, owner: str) -> dict[str, Tensor]:
