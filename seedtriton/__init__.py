@@ -36,6 +36,7 @@ from .growth import GrowthController as GrowthController
 from .growth import SeedSlot as SeedSlot
 from .growth import StraightThrough as StraightThrough
 from .growth import TrustRegion as TrustRegion
+from .growth import restore_slots as restore_slots
 from .parallel import Ranks as Ranks
 
 __version__ = "0.1.0"

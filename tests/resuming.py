@@ -23,6 +23,9 @@ class Seed(nn.Module):
         return x + self.contract(self.drop(torch.relu(self.expand(x))))
 
 
+SEEDS_BY_SLOT = {"early": Seed, "late": Seed}
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -41,6 +44,10 @@ class Run:
         teacher = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
         self.x = torch.randn(STEPS, 16, 8)
         self.y = teacher(self.x).argmax(dim=-1)
+        self.equip(**growth)
+
+    def equip(self, **growth):
+        """An optimizer of what the model has now, its schedule, and a controller."""
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.99)
         self.log = []
@@ -87,7 +94,7 @@ class Run:
         }
 
     def load(self, saved):
-        self.growth.load_state_dict(saved["growth"], seeds={"early": Seed, "late": Seed})
+        self.growth.load_state_dict(saved["growth"], seeds=SEEDS_BY_SLOT)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])

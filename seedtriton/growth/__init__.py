@@ -1,5 +1,6 @@
 """What acts: the slot in the model, how a seed trains behind the host, and its life from germination to the end."""
 
+from .checkpoint import restore_slots as restore_slots
 from .controller import GrowthController as GrowthController
 from .isolation import StraightThrough as StraightThrough
 from .isolation import TrustRegion as TrustRegion

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from ..core.errors import ConfigurationError, SeedtritonError, StateDictError, WiringError
-from ..core.lifecycle import RESTING, Lifecycle, Stage, stage_named
+from ..core.lifecycle import RESTING, Stage, stage_named
 from ..core.state import check_state
+from . import digest
 from .life import Life, Position
 from .schedulers import own_value
+from .slot import SeedSlot
+from .slot_state import SavedSlot
 from .together import taken, told_of
 from .trying import seed_module
-from .wiring import Wiring
+from .wiring import Wiring, refuse_shared, slots_of, unwrap
 
 VERSION = 1
 LATER: Mapping[str, Any] = MappingProxyType({"loss": None, "losses": (), "epoch_began": 0, "epoch_steps": 0})
@@ -33,6 +36,7 @@ def save(wiring: Wiring, position: Position) -> dict[str, Any]:
     # Ranks differ in one thing alone, the mark of a random state of each; the first one's is saved.
     own = {name: slot.lifecycle_state() for name, slot in wiring.slots.items()}
     states = wiring.told_by_all(own, "state_dict()")[0]
+    to_come = {} if position.unchecked is None else position.unchecked.saved
     return {
         "version": VERSION,
         "epoch": position.epoch,
@@ -46,6 +50,7 @@ def save(wiring: Wiring, position: Position) -> dict[str, Any]:
         "slots": {
             name: {
                 "slot": states[name],
+                "digest": to_come.get(name) or (None if slot.seed is None else digest.digest_of(slot)),
                 "groups": [[i, [names[id(p)] for p in groups[i]["params"]]] for i in wiring.groups.of(slot)],
             }
             for name, slot in wiring.slots.items()
@@ -55,35 +60,73 @@ def save(wiring: Wiring, position: Position) -> dict[str, Any]:
     }
 
 
-def load(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, SeedOrFactory]) -> None:
-    """Put seeds into the empty slots as ``state`` says, see ``GrowthController.load_state_dict``.
+def restore_slots(model: nn.Module, state: object, seeds: Mapping[str, SeedOrFactory]) -> None:
+    """Put seeds into the empty slots of a model, as a saved growth state says: before anybody loads its weights.
+
+    For scripts in which somebody else loads them, and makes the optimizer. ``GrowthController.load_state_dict`` with
+    the same state then finds the seeds in their slots, and does the rest::
+
+        restore_slots(model, saved["growth"], {"block2": make_seed})
+        model.load_state_dict(...)                                    # or from_pretrained, or whatever a client does
+        growth = GrowthController(model, optimizer)
+        growth.load_state_dict(saved["growth"])
+
+    Args:
+        model: with its slots; DDP and compiled wrappers are looked through.
+        state: what ``GrowthController.state_dict`` returned.
+        seeds: by slot, a module like the one that was there, or a factory; not used for slots that had none.
+
+    Raises:
+        StateDictError: another version, a damaged state, or one of another model.
+        WiringError: the slots are not empty, or a seed is unfit.
+        ConfigurationError: a slot's seed is missing. In each case nothing has changed.
+    """
+    model = unwrap(model)
+    slots = slots_of(model)
+    occupied = [name for name, slot in slots.items() if slot.stage is not Stage.DORMANT]
+    if occupied:
+        raise WiringError(f"slots {occupied} are not empty: restore into a freshly built model")
+    values = _read(state)
+    check_slots(values, slots)
+    modules = _modules(values, seeds, slots)
+    before = {name: slot.lifecycle_state() for name, slot in slots.items()}
+    try:
+        _fill(model, slots, values, modules)
+    except Exception as error:
+        _empty(slots, before, modules)
+        if isinstance(error, SeedtritonError):
+            raise
+        raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
+
+
+def load(
+    wiring: Wiring, position: Position, state: object, seeds: Mapping[str, SeedOrFactory], check_weights: bool
+) -> None:
+    """Put seeds into the slots as ``state`` says, see ``GrowthController.load_state_dict``.
 
     Raises:
         StateDictError: another version, a damaged state, or one of another model or optimizer.
-        WiringError: the slots are not empty, or a seed is unfit.
+        WiringError: the slots are neither empty nor as ``restore_slots`` left them, or a seed is unfit.
         ConfigurationError: a slot's seed is missing, or an impossible value. In each case nothing has changed.
     """
+    values = _read(state)
+    check_slots(values, wiring.slots)
     occupied = [name for name, slot in wiring.slots.items() if slot.stage is not Stage.DORMANT]
-    if occupied:
+    restored = all(slot.stage is _saved_stage(values["slots"][name]) for name, slot in wiring.slots.items())
+    if position.lives or (occupied and not restored):
         raise WiringError(f"slots {occupied} are not empty: load into a freshly built model and controller")
-    keys = ("epoch", "step", "accuracy", "group_sizes", "slots", "lives", "monitor")
-    values = check_state(state, "GrowthController", VERSION, (*keys, *LATER), LATER)
     lives = _check(values, wiring)
-    unknown = sorted(set(seeds) - set(wiring.slots))
-    missing = [name for name, entry in values["slots"].items() if _holds_seed(entry) and name not in seeds]
-    if unknown or missing:
-        raise ConfigurationError(
-            f"load_state_dict needs a module or factory in seeds= for slots {missing}; unknown slots: {unknown}"
-        )
-    modules = {name: seed_module(seeds[name]) for name, entry in values["slots"].items() if _holds_seed(entry)}
+    modules = {} if occupied else _modules(values, seeds, wiring.slots)
     before = {name: slot.lifecycle_state() for name, slot in wiring.slots.items()}, _monitor_state(wiring)
     try:
         _restore(wiring, values, lives, modules)
     except Exception as error:
-        _undo(wiring, *before)
+        _undo(wiring, *before, modules)
         if isinstance(error, SeedtritonError):
             raise
         raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
+    saved = {name: entry["digest"] for name, entry in values["slots"].items() if entry.get("digest")}
+    position.unchecked = digest.Unchecked(saved, wiring.slots) if check_weights and saved else None
     position.epoch, position.step, position.accuracy = values["epoch"], values["step"], values["accuracy"]
     position.losses, position.loss = list(values["losses"]), values["loss"]
     position.epoch_began, position.epoch_steps = values["epoch_began"], values["epoch_steps"]
@@ -93,6 +136,20 @@ def load(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, 
 def _monitor_state(wiring: Wiring) -> dict[str, Any]:
     # Copies: the buffers go on changing.
     return {key: own_value(value) for key, value in wiring.monitor.whole_state().items()}
+
+
+def check_slots(values: Mapping[str, Any], own: Mapping[str, SeedSlot]) -> None:
+    """StateDictError unless a saved state is whole as far as its slots go, and they are these."""
+    kind, slots = "GrowthController", values["slots"]
+    if not isinstance(slots, dict) or slots.keys() != own.keys():
+        found = sorted(map(str, slots)) if isinstance(slots, dict) else slots
+        raise StateDictError(f"{kind}: the state is of slots {found}, the model has {sorted(own)}")
+    for name, entry in slots.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("slot"), dict):
+            raise StateDictError(f"{kind}: damaged entry of slot {name!r}: {entry!r}")
+        SavedSlot.read(entry["slot"])
+        if entry.get("digest") is not None:
+            digest.checked(entry["digest"], name)
 
 
 def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
@@ -108,12 +165,8 @@ def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
     if not (whole and known and lists and losses and isinstance(values["monitor"], dict)):
         raise StateDictError(f"{kind}: damaged epoch, step, accuracy, losses, lives, group_sizes or monitor")
     slots = values["slots"]
-    if not isinstance(slots, dict) or slots.keys() != wiring.slots.keys():
-        found = sorted(slots) if isinstance(slots, dict) else slots
-        raise StateDictError(f"{kind}: the state is of slots {found}, the model has {sorted(wiring.slots)}")
     for name, entry in slots.items():
         try:
-            Lifecycle().load_state_dict(entry["slot"]["lifecycle"])
             groups = [(index, len(list(map(str, names)))) for index, names in entry["groups"]]
             fits = all(0 <= index < len(sizes) and sizes[index] == size for index, size in groups)
         except (KeyError, TypeError, ValueError) as error:
@@ -122,7 +175,7 @@ def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
             raise StateDictError(f"{kind}: slot {name!r} has optimizer groups {groups}, sizes are {sizes}")
     of_seeds = [index for entry in slots.values() for index, _ in entry["groups"]]
     saved = [size for index, size in enumerate(sizes) if index not in of_seeds]
-    own = [len(group["params"]) for group in wiring.optimizer.param_groups]
+    own = wiring.groups.sizes_without(wiring.slots.values())
     if saved != own or len(set(of_seeds)) != len(of_seeds):
         raise StateDictError(
             f"{kind}: outside the seeds the saved optimizer had groups of {saved} parameters, this one has {own}: "
@@ -135,16 +188,49 @@ def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
     return lives
 
 
-def _restore(
-    wiring: Wiring, values: Mapping[str, Any], lives: Sequence[Life], modules: Mapping[str, nn.Module]
+def _read(state: object) -> Mapping[str, Any]:
+    keys = ("epoch", "step", "accuracy", "group_sizes", "slots", "lives", "monitor")
+    return check_state(state, "GrowthController", VERSION, (*keys, *LATER), LATER)
+
+
+def _modules(
+    values: Mapping[str, Any], seeds: Mapping[str, SeedOrFactory], slots: Mapping[str, SeedSlot]
+) -> dict[str, nn.Module]:
+    unknown = sorted(set(seeds) - set(slots))
+    missing = [name for name, entry in values["slots"].items() if _holds_seed(entry) and name not in seeds]
+    if unknown or missing:
+        raise ConfigurationError(
+            f"a module or factory in seeds= is needed for slots {missing}; unknown slots: {unknown}"
+        )
+    return {name: seed_module(seeds[name]) for name, entry in values["slots"].items() if _holds_seed(entry)}
+
+
+def _fill(
+    model: nn.Module, slots: Mapping[str, SeedSlot], values: Mapping[str, Any], modules: Mapping[str, nn.Module]
 ) -> None:
-    device = next(p.device for p in wiring.model.parameters() if p.is_floating_point())
+    device = next(p.device for p in model.parameters() if p.is_floating_point())
     for name, entry in values["slots"].items():
         module = modules.get(name)
         if module is not None:
-            wiring.refuse_shared(name, module)
-        wiring.slots[name].load_lifecycle_state(entry["slot"], module, device=device)
-        if module is not None:
+            refuse_shared(model, name, module)
+        slots[name].load_lifecycle_state(entry["slot"], module, device=device)
+
+
+def _empty(slots: Mapping[str, SeedSlot], before: Mapping[str, dict[str, Any]], modules: Collection[str]) -> None:
+    for name, state in before.items():
+        if name in modules:
+            slots[name].vacate()
+        slots[name].load_lifecycle_state(state)
+
+
+def _restore(
+    wiring: Wiring, values: Mapping[str, Any], lives: Sequence[Life], modules: Mapping[str, nn.Module]
+) -> None:
+    _fill(wiring.model, wiring.slots, values, modules)
+    # An optimizer that was built after ``restore_slots`` has found their parameters among the host's.
+    wiring.groups.leave_out(wiring.slots.values())
+    for name, slot in wiring.slots.items():
+        if slot.seed is not None:
             wiring.join(name)
     groups = [(index, name, names) for name, entry in values["slots"].items() for index, names in entry["groups"]]
     if groups:
@@ -156,16 +242,16 @@ def _restore(
     wiring.monitor.load_whole_state(values["monitor"])
 
 
-def _undo(wiring: Wiring, slots: Mapping[str, dict[str, Any]], monitor: Mapping[str, Any]) -> None:
-    """Back to empty slots, after a restoration that failed half-way."""
+def _undo(
+    wiring: Wiring, slots: Mapping[str, dict[str, Any]], monitor: Mapping[str, Any], modules: Collection[str]
+) -> None:
+    """Back to slots as they were, after a restoration that failed half-way."""
     for slot in wiring.slots.values():
         if slot.seed is not None:
             wiring.groups.remove(slot)
     for name in slots:
         wiring.leave(name)
-    for name, state in slots.items():
-        wiring.slots[name].vacate()
-        wiring.slots[name].load_lifecycle_state(state)
+    _empty(wiring.slots, slots, modules)
     for name in wiring.monitor.seeds:
         wiring.monitor.remove_seed(name)
     wiring.monitor.load_whole_state(monitor)

@@ -127,21 +127,6 @@ class GrowthController(Prober):
         tensors = partial(self.monitor.tensors, together=True)
         self._judge = Judge(self.gates, self._position, self.probe_if_known, tensors)
 
-    @property
-    def epoch(self) -> int:
-        """Epochs counted by ``end_epoch``."""
-        return self._position.epoch
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps before which ``measure`` was called."""
-        return self._position.step
-
-    @property
-    def progress(self) -> float | None:
-        """Share of ``total_epochs`` or ``total_steps`` that is done, at most 1; None when neither was told."""
-        return self._position.progress
-
     @normal_tensors()
     def germinate(
         self,
@@ -365,11 +350,16 @@ class GrowthController(Prober):
 
     @normal_tensors()
     def load_state_dict(
-        self, state: object, seeds: Mapping[str, checkpoint.SeedOrFactory] = MappingProxyType({})
+        self,
+        state: object,
+        seeds: Mapping[str, checkpoint.SeedOrFactory] = MappingProxyType({}),
+        *,
+        check_weights: bool = True,
     ) -> None:
         """Take over ``state_dict`` in a new run, so that it goes on as if it had never stopped.
 
-        Build model, optimizer, schedulers and controller as at the beginning, with empty slots. Then, in this order::
+        Build model, optimizer, schedulers and controller as at the beginning, with empty slots, or with seeds that
+        ``restore_slots`` has put there. Then, in this order::
 
             growth.load_state_dict(saved["growth"], seeds={"block2": make_seed})
             model.load_state_dict(saved["model"])
@@ -377,14 +367,17 @@ class GrowthController(Prober):
 
         Args:
             state: what ``state_dict`` returned.
-            seeds: by slot, a module like the one that was there, or a factory; not used for slots that had none.
+            seeds: by slot, a module like the one that was there, or a factory; not used for slots that had none, nor
+                after ``restore_slots``.
+            check_weights: whether the first measurement is to raise WiringError when the weights of a seed are not
+                those that were saved, because a loader had no place for them; it waits for the device, once.
 
         Raises:
             StateDictError: another version, a damaged state, or one of another model or optimizer.
             WiringError: the slots are not empty, or a seed is unfit.
             ConfigurationError: a slot's seed is missing, or an impossible value. In each case nothing has changed.
         """
-        checkpoint.load(self._wiring, self._position, state, seeds)
+        checkpoint.load(self._wiring, self._position, state, seeds, check_weights)
 
     @property
     def _lives(self) -> dict[str, Life]:

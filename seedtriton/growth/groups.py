@@ -87,6 +87,28 @@ class SeedGroups:
             self._schedulers.remove_entry(index)
             del groups[index]
 
+    def sizes_without(self, slots: Iterable[SeedSlot]) -> list[int]:
+        """How many parameters each group has that are in none of these slots; of groups that have any."""
+        own = {id(parameter) for slot in slots for parameter in slot.parameters()}
+        sizes = [sum(id(p) not in own for p in group["params"]) for group in self.optimizer.param_groups]
+        return [size for size in sizes if size]
+
+    def leave_out(self, slots: Iterable[SeedSlot]) -> None:
+        """Take the parameters of these slots out of groups that hold others too, and of an optimizer with no state."""
+        own = {id(parameter) for slot in slots for parameter in slot.parameters()}
+        groups = self.optimizer.param_groups
+        for index in reversed(range(len(groups))):
+            group = groups[index]
+            kept = [place for place, p in enumerate(group["params"]) if id(p) not in own]
+            if len(kept) == len(group["params"]):
+                continue
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [group[key][place] for place in kept]
+            if not kept:
+                self._schedulers.remove_entry(index)
+                del groups[index]
+
     def insert(self, slot: SeedSlot, index: int, names: Sequence[str]) -> None:
         """Add a group of these parameters, at this place among the groups."""
         known = dict(slot.named_parameters())

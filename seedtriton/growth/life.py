@@ -16,6 +16,7 @@ from ..core.lifecycle import Stage
 from ..core.probe import ROUNDING, BlendProbe
 from ..core.schedules import HOLD, STEEPNESS, AlphaController, AlphaSchedule
 from ..core.state import check_state
+from .digest import Unchecked
 from .slot import SeedSlot
 
 LOSSES_KEPT = 16  # epochs of which the loss is remembered, to know what is usual
@@ -211,6 +212,7 @@ class Position:
     epoch_steps: int = 0  # of the last epoch
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
     verdicts: list[str] = field(default_factory=list)  # of the last epoch, in words
+    unchecked: Unchecked | None = None  # weights that are to be loaded before the next step
     total_epochs: int | None = None
     total_steps: int | None = None
 
@@ -239,7 +241,14 @@ class Position:
             self.losses = [*self.losses, loss][-LOSSES_KEPT:]
 
     def take_step(self) -> None:
-        """Count an optimizer step, and move every alpha that is on its way."""
+        """Count an optimizer step, and move every alpha that is on its way.
+
+        Raises:
+            WiringError: somebody has loaded other weights than those that were saved; see ``digest``.
+        """
+        if self.unchecked is not None:
+            self.unchecked.check()
+            self.unchecked = None
         self.step += 1
         for life in self.lives.values():
             if life.alpha.mode != HOLD:

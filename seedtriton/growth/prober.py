@@ -1,4 +1,4 @@
-"""What a script may ask of its validation loss: what it would be with a seed, or a pair of them, blended in."""
+"""What a script may ask: where its training is, and what the validation loss would be with a seed blended in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .wiring import Wiring
 
 
 class Prober:
-    """The part of a ``GrowthController`` that looks ahead: it asks, and changes nothing.
+    """The part of a ``GrowthController`` that is asked and looks ahead, and changes nothing.
 
     Attributes:
         model: whose seeds are tried, on a twin of it.
@@ -27,6 +27,21 @@ class Prober:
         self.evaluate = evaluate
         self._wiring, self._position = wiring, position
         self._gather: Gather | None = None if wiring.joining is None else wiring.joining.gather
+
+    @property
+    def epoch(self) -> int:
+        """Epochs counted by ``end_epoch``."""
+        return self._position.epoch
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps before which ``measure`` was called."""
+        return self._position.step
+
+    @property
+    def progress(self) -> float | None:
+        """Share of ``total_epochs`` or ``total_steps`` that is done, at most 1; None when neither was told."""
+        return self._position.progress
 
     @overload
     def probe(

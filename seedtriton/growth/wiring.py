@@ -89,7 +89,7 @@ class Wiring:
         place = self.slots[name]
         self.settle()
         self.monitor.refresh()  # what has changed until now is none of the seed's
-        self.refuse_shared(name, module)
+        refuse_shared(self.model, name, module)
         if group is not None:
             self.groups.refuse_unknown_scheduler()
         before = place.lifecycle.state_dict()
@@ -171,15 +171,16 @@ class Wiring:
                 dtype = probe.dtype
         return {"device": device, "dtype": dtype}
 
-    def refuse_shared(self, name: str, module: nn.Module) -> None:
-        """WiringError when a seed for this slot has a parameter that the model has already."""
-        known = {id(parameter) for parameter in self.model.parameters()}
-        shared = [parameter for parameter, p in module.named_parameters() if id(p) in known]
-        if shared:
-            raise WiringError(
-                f"the seed for slot {name!r} shares parameters with the model: {shared[:3]}; "
-                "behind the host it must be a module of its own (copy.deepcopy)"
-            )
+
+def refuse_shared(model: nn.Module, name: str, module: nn.Module) -> None:
+    """WiringError when a seed for this slot has a parameter that the model has already."""
+    known = {id(parameter) for parameter in model.parameters()}
+    shared = [parameter for parameter, p in module.named_parameters() if id(p) in known]
+    if shared:
+        raise WiringError(
+            f"the seed for slot {name!r} shares parameters with the model: {shared[:3]}; "
+            "behind the host it must be a module of its own (copy.deepcopy)"
+        )
 
 
 def ranks_of(told: Ranks | Literal["auto"] | None) -> Ranks | None:

@@ -35,6 +35,7 @@ def test_a_state_of_the_first_release_is_taken_over_bit_for_bit(saved, step, sta
     assert (run.model.late.frozen is not None) == (step == 24)
     now = run.state()
     # The rule of the seeds is the one that they were trained by.
+    assert all(entry.pop("digest") for entry in now["growth"]["slots"].values())
     assert run.model.early.isolation == TrustRegion(0.3, "norm")
     assert run.model.late.isolation == StraightThrough()
     # What 0.1 did not save: how long the optimizer has not stepped, told losses, and what a watch and a probe found.
