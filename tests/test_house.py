@@ -190,7 +190,7 @@ PUBLIC = {
         AlphaSchedule BatchMeans BlendProbe Check ConfigurationError FlatGradients Gate GateThresholds GradientMonitor
         GrowthController Lifecycle PairProbe ProgressThreshold QualityGates Ranks SeedEvidence SeedSlot SeedStatus
         SeedtritonError Stage StateDictError StraightThrough TRANSITIONS TransitionError TrustRegion Verdict WiringError
-        ops restore_slots step_if_grads telemetry __version__
+        load_grown merge_fossils ops restore_slots step_if_grads telemetry __version__
     """,
     "seedtriton.ops": "LANES backend_of scale_ segmented_sumsq",
     "seedtriton.errors": "ConfigurationError SeedtritonError StateDictError TransitionError WiringError",

@@ -40,7 +40,7 @@ def test_the_examples_in_the_readme_are_the_examples_in_the_folder():
         compile(block, "README.md", "exec")
     linked = re.findall(r"\(examples/(\w+\.py)\)", README)
     assert sorted(linked) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-    assert len(linked) == 3
+    assert len(linked) == 5
 
 
 def test_every_public_name_is_explained():

@@ -31,7 +31,7 @@ def check_state(
     if not isinstance(state, dict):
         raise StateDictError(f"{kind}: a state must be a dict, got {type(state).__name__}")
     found = state.get("version")
-    if found != version or isinstance(found, bool):
+    if type(found) is not int or found != version:
         raise StateDictError(
             f"{kind}: state has version {found!r}, this release reads version {version}; "
             "load it with the release that saved it"

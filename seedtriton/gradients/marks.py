@@ -104,9 +104,14 @@ class Mark:
     def check_state(cls, state: object, kind: str, parameters: Sequence[Tensor]) -> None:
         """Raise StateDictError, naming ``kind``, unless ``state`` is a mark of such parameters."""
         values = check_state(state, kind, cls.VERSION, ("weights", "by_optimizer", "newest", "steps_then"))
-        wanted = [tuple(p.shape) for p in moving_of(parameters)]
-        if [tuple(getattr(w, "shape", ())) for w in values["weights"]] != wanted:
+        wanted, weights = [tuple(p.shape) for p in moving_of(parameters)], values["weights"]
+        tensors = isinstance(weights, list) and all(isinstance(w, Tensor) for w in weights)
+        if not tensors or [tuple(w.shape) for w in weights] != wanted:
             raise StateDictError(f"{kind}: the saved weights do not have the shapes {wanted}")
+        steps, newest, then = values["by_optimizer"], values["newest"], values["steps_then"]
+        counts = [*steps, newest + 1, then] if isinstance(steps, list) and type(newest) is int else [None]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise StateDictError(f"{kind}: no counts: by_optimizer {steps!r}, newest {newest!r}, steps_then {then!r}")
 
     def state_dict(self) -> dict[str, Any]:
         return {

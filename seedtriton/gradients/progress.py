@@ -313,7 +313,7 @@ class Progress:
     def check_state(self, state: Mapping[str, Any], kind: str, parameters: Mapping[str, Sequence[Tensor]]) -> None:
         """StateDictError, naming ``kind``, unless the state fits these optimizers and the parameters of these seeds."""
         steps, marks, watched = state["steps"], state["marks"], len(self.steps.by_optimizer())
-        if not isinstance(steps, list) or len(steps) != watched:
+        if not isinstance(steps, list) or len(steps) != watched or not all(type(s) is int and s >= 0 for s in steps):
             raise StateDictError(f"{kind}: the state counts steps {steps!r}, the monitor {watched} optimizers")
         waited = state["waited"]
         if not isinstance(waited, list) or len(waited) != watched or not all(type(w) is int and w >= 0 for w in waited):

@@ -4,5 +4,7 @@ from .checkpoint import restore_slots as restore_slots
 from .controller import GrowthController as GrowthController
 from .isolation import StraightThrough as StraightThrough
 from .isolation import TrustRegion as TrustRegion
+from .merging import load_grown as load_grown
+from .merging import merge_fossils as merge_fossils
 from .probing import BatchMeans as BatchMeans
 from .slot import SeedSlot as SeedSlot

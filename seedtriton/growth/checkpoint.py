@@ -158,7 +158,7 @@ def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
     counts = ("epoch", "step", "epoch_began", "epoch_steps")
     whole = all(type(values[name]) is int and values[name] >= 0 for name in counts)
     known = accuracy is None or (type(accuracy) in (int, float) and 0.0 <= accuracy <= 1.0)
-    lists = isinstance(values["lives"], list) and isinstance(sizes, list)
+    lists = isinstance(values["lives"], list) and isinstance(sizes, list) and all(type(size) is int for size in sizes)
     told = values["losses"]
     losses = isinstance(told, (list, tuple)) and all(type(x) in (int, float) and math.isfinite(x) for x in told)
     losses = losses and type(values["loss"]) in (int, float, type(None))
@@ -166,12 +166,10 @@ def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
         raise StateDictError(f"{kind}: damaged epoch, step, accuracy, losses, lives, group_sizes or monitor")
     slots = values["slots"]
     for name, entry in slots.items():
-        try:
-            groups = [(index, len(list(map(str, names)))) for index, names in entry["groups"]]
-            fits = all(0 <= index < len(sizes) and sizes[index] == size for index, size in groups)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateDictError(f"{kind}: damaged entry of slot {name!r}: {error}") from error
-        if not fits:
+        groups = entry.get("groups")
+        if not isinstance(groups, list) or not all(map(_is_group, groups)):
+            raise StateDictError(f"{kind}: damaged entry of slot {name!r}: groups {groups!r}")
+        if not all(0 <= index < len(sizes) and sizes[index] == len(names) for index, names in groups):
             raise StateDictError(f"{kind}: slot {name!r} has optimizer groups {groups}, sizes are {sizes}")
     of_seeds = [index for entry in slots.values() for index, _ in entry["groups"]]
     saved = [size for index, size in enumerate(sizes) if index not in of_seeds]
@@ -221,6 +219,14 @@ def _empty(slots: Mapping[str, SeedSlot], before: Mapping[str, dict[str, Any]], 
         if name in modules:
             slots[name].vacate()
         slots[name].load_lifecycle_state(state)
+
+
+def _is_group(group: object) -> bool:
+    """Whether it is a place among the optimizer's groups with the names of the parameters there."""
+    if not isinstance(group, (list, tuple)) or len(group) != 2:
+        return False
+    index, names = group
+    return type(index) is int and isinstance(names, list) and all(type(name) is str for name in names)
 
 
 def _restore(

@@ -22,16 +22,16 @@ Digest = dict[str, list[Any]]
 
 
 @torch.no_grad()
-def digest_of(module: nn.Module) -> Digest:
-    """Of each floating parameter and buffer by name: dtype, norm, and its product with a pattern of signs.
+def digest_of(slot: nn.Module) -> Digest:
+    """Of each floating parameter and buffer of a slot's modules by name: dtype, norm, product with a pattern of signs.
 
-    The pattern has no structure that weights have, so that other weights of the same norm have another product; by
+    That has no structure that weights have, so that other weights of the same norm have another product; by
     chance within ``CONVERTED`` of it for one tensor in about a hundred.
     """
     return {
         name: [str(tensor.dtype).removeprefix("torch."), *_numbers(tensor)]
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        if tensor.is_floating_point() and not tensor.is_meta
+        for name, tensor in (*slot.named_parameters(), *slot.named_buffers())
+        if tensor.is_floating_point() and not tensor.is_meta and "." in name  # alpha is no weight
     }
 
 

@@ -170,8 +170,8 @@ class Life:
         known = type(values["slot"]) is str and values["slot"] in slots
         if not known or any(type(a) not in (int, float, type(None)) for a in accuracies):
             raise StateDictError(f"GrowthController: life of slot {values['slot']!r} with accuracies {accuracies}")
-        numbers = [type(n) in (int, float) and math.isfinite(n) for n in told if n is not None]
-        if not all([*numbers, (told[1] or 0) >= 0, *(type(n) is int and n >= 0 for n in waits)]):
+        numbers = all(type(n) in (int, float) and math.isfinite(n) for n in told if n is not None)
+        if not numbers or (told[1] or 0) < 0 or not all(type(n) is int and n >= 0 for n in waits):
             raise StateDictError(f"GrowthController: life of slot {values['slot']!r} with losses {told}, waits {waits}")
         return cls(
             values["slot"],

@@ -416,8 +416,19 @@ def _before_load(
     assert isinstance(slot, SeedSlot)
     if slot.seed is None and any(key.startswith(f"{prefix}seed.") for key in state_dict):
         errors.append(
-            f"slot {prefix.rstrip('.')!r} is empty and the state has a seed for it: "
-            "load the controller's state first, growth.load_state_dict(state, seeds=...)"
+            f"slot {prefix.rstrip('.')!r} is empty and the state has a seed for it: load the controller's state first, "
+            "growth.load_state_dict(state, seeds=...); or, to use the model alone, load_grown(model, state, seeds)"
+        )
+    alpha = state_dict.get(f"{prefix}alpha")
+    if slot.seed is None or not isinstance(alpha, Tensor) or alpha.is_meta:
+        return
+    felt, permanent = float(alpha) > 0.0, slot.stage in (Stage.HOLDING, Stage.FOSSILIZED)
+    # In BLENDING any alpha is one of its way: the model is then as it was when the state was saved.
+    if felt != (slot._mode == BLENDED) and (felt or permanent):
+        errors.append(
+            f"slot {prefix.rstrip('.')!r} is in {slot.stage} and the state has its seed at alpha {float(alpha):.3g}: "
+            "they are of different times in its life. Load the growth state of that time first, into a fresh model "
+            "(README, Stop and resume), or the slot's: slot.load_lifecycle_state(saved.lifecycle_state())"
         )
 
 
@@ -428,11 +439,4 @@ def _after_load(slot: nn.Module, incompatible_keys: object) -> None:
         # The tensor is the number rounded to float32; the number decides whether alpha is at its target.
         if float(torch.tensor(slot._alpha_value, dtype=torch.float32, device="cpu")) != float(loaded):
             slot._alpha_value = float(loaded)
-        if slot._alpha_value > 0.0 and slot._mode != BLENDED:
-            logger.warning(
-                "%s was loaded with alpha %.3g, and its stage is %s, in which it is not blended in: the state_dict of "
-                "a module has no stage. Load the controller's state first (README, Stop and resume), or the slot's: "
-                "slot.load_lifecycle_state(saved.lifecycle_state())",
-                slot_named(slot.name), slot._alpha_value, slot.stage,
-            )  # fmt: skip
         slot._keep_alpha_a_leaf()

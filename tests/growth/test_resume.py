@@ -120,7 +120,7 @@ def damaged(state):
     yield "admission", changed("lives", 0, "watch", "admission_loss", to=math.nan), "admission_loss"
     yield "monitor", changed("monitor", to=None), "monitor"
     yield "ring", changed("monitor", "ring", to=torch.zeros(2, 2)), "ring"
-    yield "steps", changed("monitor", "_extra_state", "steps", to=[None]), "does not fit"
+    yield "steps", changed("monitor", "_extra_state", "steps", to=[None]), "counts steps"
     yield "marks", changed("monitor", "_extra_state", "marks", to={}), "mark"
 
 
