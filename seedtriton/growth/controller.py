@@ -124,6 +124,7 @@ class GrowthController(Prober):
         self.telemetry = Telemetry(sinks_of(sinks, wiring.ranks))
         self.monitor.at_each_step(self._position.take_step)
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
+        self._move = self._mover.move
         tensors = partial(self.monitor.tensors, together=True)
         self._judge = Judge(self.gates, self._position, self.probe_if_known, tensors)
 
@@ -180,7 +181,7 @@ class GrowthController(Prober):
         self._mover.emit_gate(life, self.gates.judge(Stage.GERMINATED, dormant))
         verdict = self._verdict(life)
         if verdict.passed and verdict.gate in self.auto_advance:
-            self._mover.move(life, Stage.TRAINING, str(verdict), "gate")
+            self._move(life, Stage.TRAINING, str(verdict), "gate")
         return verdict
 
     def add_scheduler(self, scheduler: Any) -> None:
@@ -250,7 +251,7 @@ class GrowthController(Prober):
             verdict = self._verdict(life)
             verdicts.append(verdict)
             if verdict.passed and verdict.gate in self.auto_advance:
-                self._mover.move(life, verdict.target, str(verdict), "gate")
+                self._move(life, verdict.target, str(verdict), "gate")
             elif life.slot.stage is Stage.TRAINING:
                 self._mover.stay(life, self.gates.overshoots(verdict))
         self._position.verdicts = list(map(str, verdicts))
@@ -270,7 +271,7 @@ class GrowthController(Prober):
         life.evidence = self._wiring.read("advance()", self._position)[0][slot]
         verdict = self._verdict(life, now=True)
         if verdict.passed:
-            self._mover.move(life, verdict.target, str(verdict), "script")
+            self._move(life, verdict.target, str(verdict), "script")
         return verdict
 
     def set_alpha_target(

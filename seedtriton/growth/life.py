@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -212,6 +212,7 @@ class Position:
     epoch_steps: int = 0  # of the last epoch
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
     verdicts: list[str] = field(default_factory=list)  # of the last epoch, in words
+    told: list[Callable[[], None]] = field(default_factory=list)  # called whenever slots may have changed
     unchecked: Unchecked | None = None  # weights that are to be loaded before the next step
     total_epochs: int | None = None
     total_steps: int | None = None
@@ -253,6 +254,12 @@ class Position:
         for life in self.lives.values():
             if life.alpha.mode != HOLD:
                 life.slot.set_alpha(life.alpha.step())
+        self.tell()
+
+    def tell(self) -> None:
+        """Slots may have changed."""
+        for call in self.told:
+            call()
 
 
 def usual_change(losses: Sequence[float]) -> float | None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
+from torch import nn
+
 from ..core.errors import ConfigurationError
 from ..core.pairs import PairProbe
 from ..core.probe import BlendProbe
+from .following import Followers
 from .life import Position
 from .probing import PROBE_AT, Evaluate, Gather, probe, probe_pair
 from .wiring import Wiring
@@ -26,6 +29,7 @@ class Prober:
         self.model = wiring.model
         self.evaluate = evaluate
         self._wiring, self._position = wiring, position
+        self._followers: Followers | None = None
         self._gather: Gather | None = None if wiring.joining is None else wiring.joining.gather
 
     @property
@@ -42,6 +46,23 @@ class Prober:
     def progress(self) -> float | None:
         """Share of ``total_epochs`` or ``total_steps`` that is done, at most 1; None when neither was told."""
         return self._position.progress
+
+    def follow(self, model: nn.Module) -> None:
+        """Keep the slots of a copy of the model in step with its own: seeds, stages and alpha, not the weights.
+
+        For an average of the weights (``AveragedModel``, an EMA of your own): made before a germination, it would miss
+        the seed, and made after it, every move. A seed that comes later begins in the copy with its present weights.
+
+        Args:
+            model: a copy, made at any time, such as ``AveragedModel(model)``; held weakly.
+
+        Raises:
+            WiringError: it has other slots than the model, or is the model itself.
+        """
+        if self._followers is None:
+            self._followers = Followers(self._wiring.slots)
+            self._position.told.append(self._followers.step)
+        self._followers.add(model)
 
     @overload
     def probe(

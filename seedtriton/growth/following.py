@@ -1,0 +1,86 @@
+"""Copies of a model that keep in step with it: an average of its weights (EMA, SWA) grows as it grows."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..core.errors import WiringError
+from .slot import SeedSlot
+from .wiring import unwrap
+
+
+class Followers:
+    """The slots of copies, each made to hold what the slot of its name holds: seed, stage and alpha; not the weights.
+
+    Args:
+        slots: of the model that is followed, by path.
+    """
+
+    def __init__(self, slots: Mapping[str, SeedSlot]) -> None:
+        self._slots = slots
+        self._copies: list[_Copy] = []
+
+    def add(self, model: nn.Module) -> None:
+        """Let a copy follow from now on.
+
+        Raises:
+            WiringError: it has other slots; nothing has changed.
+        """
+        inner = unwrap(model.module if isinstance(model, AveragedModel) else model)
+        own = {name: module for name, module in inner.named_modules() if isinstance(module, SeedSlot)}
+        if own.keys() != self._slots.keys():
+            raise WiringError(f"a copy of the model has its slots {sorted(self._slots)}, this one has {sorted(own)}")
+        if any(own[name] is slot for name, slot in self._slots.items()):
+            raise WiringError("a model cannot follow itself: give a copy of it, AveragedModel(model) or a deepcopy")
+        self._copies.append(_Copy(own, self._slots))
+        self.step()
+
+    def step(self) -> None:
+        """Bring all copies up to date."""
+        self._copies = [each for each in self._copies if each.step(self._slots)]
+
+
+class _Copy:
+    """One copy, by weak references: it ends when its owner lets it go."""
+
+    def __init__(self, own: Mapping[str, SeedSlot], slots: Mapping[str, SeedSlot]) -> None:
+        self._own = {name: weakref.ref(slot) for name, slot in own.items()}
+        # Of which seed the copy's is one: another in the same slot is copied anew.
+        self._of = {name: _ref(slots[name].seed) for name, slot in own.items() if slot.seed is not None}
+
+    def step(self, slots: Mapping[str, SeedSlot]) -> bool:
+        """Whether the copy is still there."""
+        for name, ref in self._own.items():
+            place = ref()
+            if place is None:
+                return False
+            self._mirror(name, slots[name], place)
+        return True
+
+    def _mirror(self, name: str, slot: SeedSlot, place: SeedSlot) -> None:
+        if place.seed is not None and self._of.get(name, _nothing)() is not slot.seed:
+            place.vacate()
+        if slot.seed is not None and place.seed is None:
+            place.load_lifecycle_state(slot.lifecycle_state(), copy.deepcopy(slot.seed))
+            if slot.gate is not None and place.gate is not None:
+                place.gate.load_state_dict(slot.gate.state_dict())
+            place.seed.train(place.training)  # type: ignore[attr-defined]
+            self._of[name] = _ref(slot.seed)
+        elif (place.stage, place.frozen) != (slot.stage, slot.frozen):
+            place.load_lifecycle_state(slot.lifecycle_state())
+        if slot.seed is not None and place.alpha_value != slot.alpha_value:
+            place.set_alpha(slot.alpha_value)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _ref(seed: nn.Module | None) -> weakref.ref[nn.Module]:
+    assert seed is not None
+    return weakref.ref(seed)
