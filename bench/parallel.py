@@ -95,11 +95,11 @@ def measure(world, wrap, seeds):
 
 
 def markdown(record, name):
-    """The table of docs/many-gpus.md."""
+    """The table of docs/many-gpus.md, with links as from the README."""
     calls = list(record["runs"][0]["calls"])
     lines = [
         f"Exchanges / bytes per call and rank, a window of 128 samples; torch {record['torch']}, gloo "
-        f"([raw output](../bench/results/{name}), `{record['command']}`).",
+        f"([raw output](bench/results/{name}), `{record['command']}`).",
         "",
         "| wrapped by | ranks | seeds | " + " | ".join(f"`{call}`" for call in calls) + " |",
         "|---|---|---|" + "---|" * len(calls),

@@ -10,6 +10,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench import headline as headline_report  # noqa: E402
 from bench import parallel as parallel_report  # noqa: E402
 from bench.growth import tables as growth_report  # noqa: E402 - the root has to be known first
 from bench.performance import tables as performance_report  # noqa: E402
@@ -50,6 +51,12 @@ def performance_tables(path):
     return performance_report.markdown(read(path), path.name)
 
 
+def headline_table(path):
+    """The README's few figures, as Markdown."""
+    others = [of(kind)[0] for kind in ("fresh-readiness", "new-readiness", "growth", "new-growth")]
+    return headline_report.markdown(read(path), *others)
+
+
 def parallel_table(path):
     """Exchanges and bytes of many ranks, as Markdown."""
     return parallel_report.markdown(read(path), path.name)
@@ -62,9 +69,16 @@ TABLES = {
     "gpu": ("gpu", performance_tables),
     "bench": ("cpu", performance_tables),
     "parallel": ("parallel", parallel_table),
+    "headline": ("readiness", headline_table),
 }
 # Where which blocks are.
-PAGES = {"README.md": ("readiness", "growth", "gpu", "bench"), "docs/many-gpus.md": ("parallel",)}
+PAGES = {
+    "README.md": ("headline",),
+    "docs/is-the-gate-right.md": ("readiness",),
+    "docs/behind-the-host.md": ("growth",),
+    "docs/how-fast.md": ("gpu", "bench"),
+    "docs/many-gpus.md": ("parallel",),
+}
 # What a block says while there is no raw output.
 ABSENT = {
     "gpu": "No GPU result is committed yet: `make bench-gpu PYTHON=python3` makes one on a machine with a GPU.\n",
@@ -81,6 +95,8 @@ def with_tables(page, text):
         _, tail = rest.split(end)
         path = newest(kind)
         block = ABSENT.get(name, "") if path is None else f"{table(path)}\n"
+        if page.startswith("docs/"):  # tables link as from the root
+            block = block.replace("](bench/", "](../bench/").replace("](docs/", "](")
         text = f"{head}{begin}\n{block}{end}{tail}"
     return text
 

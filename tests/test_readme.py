@@ -1,4 +1,4 @@
-"""What the README says is what the code does."""
+"""What README and docs say is what the code does."""
 
 import importlib.util
 import pathlib
@@ -15,11 +15,16 @@ from seedtriton.core.lifecycle import diagram
 from seedtriton.testing import assert_isolated
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+# Loops that need what a single process has not; tests/parallel has them.
+OF_RANKS = (ROOT / "docs" / "many-gpus.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    found = re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+    return [block for block in found if block not in OF_RANKS]
 
 
 def test_the_diagram_is_the_table_of_transitions():
@@ -27,12 +32,31 @@ def test_the_diagram_is_the_table_of_transitions():
 
 
 def test_every_stage_is_in_the_table_and_no_other():
-    rows = re.findall(r"^\| `([A-Z]+)` \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Z]+)` \|", TEXT, flags=re.MULTILINE)
     assert rows == [str(stage) for stage in Stage]
 
 
 def test_code_stands_within_the_first_ten_lines():
     assert any(line.startswith("```python") for line in README.splitlines()[:10])
+
+
+def test_the_readme_is_read_in_one_go():
+    assert README.count("\n") <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """To a file, and to a heading in it."""
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    assert links
+    for link in links:
+        target, _, heading = link.partition("#")
+        path = (page.parent / target) if target else page
+        assert path.exists(), link
+        if heading:
+            found = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in found], link
 
 
 def test_the_examples_in_the_readme_are_the_examples_in_the_folder():
@@ -45,7 +69,7 @@ def test_the_examples_in_the_readme_are_the_examples_in_the_folder():
 
 def test_every_public_name_is_explained():
     public = [name for name in vars(seedtriton) if name[0].isupper()]
-    missing = [name for name in public if name not in README]
+    missing = [name for name in public if name not in TEXT]
     assert not missing
 
 
@@ -133,7 +157,7 @@ def test_the_readmes_call_of_the_check_runs_and_its_message_is_worded_as_shown()
     names, one_step = script_of(CLIPPED[0].replace(ours, theirs))
     with pytest.raises(AssertionError) as caught:
         run(block, names | {"batches": range(10), "train_step": one_step})
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
     [shown] = [text for language, text in fenced if not language and "after step" in text]
     number = r"\b[\d.]+\b"
     assert re.sub(number, "#", " ".join(shown.split())) == re.sub(number, "#", str(caught.value))

@@ -495,14 +495,14 @@ def test_the_readme_block_says_so_while_there_is_no_result(monkeypatch, tmp_path
     spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-fast.md").read_text(encoding="utf-8")
     results = tmp_path / "bench" / "results"
     results.mkdir(parents=True)
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    assert "No GPU result is committed yet" in report.with_tables("README.md", readme)
+    assert "No GPU result is committed yet" in report.with_tables("docs/how-fast.md", page)
     text = json.dumps(synthetic())
     for name in ("gpu-a-2026-01-02.json", "gpu-b-2026-01-01.json"):
         (results / name).write_text(text)
     assert report.newest("gpu").name == "gpu-a-2026-01-02.json"
-    assert "Fake GPU" in report.with_tables("README.md", readme)
-    assert "No GPU result" not in report.with_tables("README.md", readme)
+    assert "Fake GPU" in report.with_tables("docs/how-fast.md", page)
+    assert "No GPU result" not in report.with_tables("docs/how-fast.md", page)

@@ -1,0 +1,47 @@
+"""The few figures of the README, from the raw outputs whose tables are in docs/."""
+
+from bench.growth.tables import SABOTAGED, close_to, permanent
+
+PROBED, GRADIENTS, MEAN, BARE = "G2", "G2 without probe", "G2, sum of losses alone", "original"
+GATED, ALONE, ONCE, AGAIN = "gates decide", "no growth", "blending at once", "blending at once, another seed"
+
+
+def markdown(readiness, fresh, new, growth, new_growth):
+    """One row per figure; the arguments are raw outputs, of which those that are not there are None."""
+    records = (
+        ("", readiness),
+        (", random seeds that no limit was settled on", fresh),
+        (", tasks that none was", new),
+    )
+    lines = ["| measured on a CPU | |", "|---|---|"]
+    for said, record in records:
+        if record is None:
+            continue
+        runs = record["runs"]
+        optimizers = ", ".join(dict.fromkeys(run["optimizer"] for run in runs))
+        figure = f"{_wrong(runs, PROBED)} ({optimizers})"
+        lines.append(f"| wrong verdicts of G2 with a probe of each sample{said} | {figure} |")
+    runs = readiness["runs"]
+    figure = f"{_wrong(runs, GRADIENTS)}; {_wrong(runs, MEAN)}"
+    lines.append(f"| the same, by gradients alone; with the mean loss alone | {figure} |")
+    lines.append(f"| the ratio of the original gate, 0.05 | {_wrong(runs, BARE)} |")
+    for said, record in (("", growth), (", new tasks", new_growth)):
+        if record is None:
+            continue
+        runs = [run for run in record["runs"] if run.get("optimizer", "AdamW") == "AdamW"]
+        above, lives = close_to(runs, GATED, ALONE)
+        lines.append(f"| lives under the gates that end more than 2 % above no growth{said} | {above} of {lives} |")
+        worse, lives = close_to(runs, GATED, ONCE)
+        chance, pairs = close_to(runs, AGAIN, ONCE)
+        figure = f"{lives - worse} of {lives}; chance, with other first weights: {pairs - chance} of {pairs}"
+        lines.append(f"| better than blending at once, or within 2 %{said} | {figure} |")
+        sabotaged = [run for run in runs if run["strategy"].startswith(SABOTAGED) and run.get("ended")]
+        lines.append(
+            f"| sabotaged seeds that became permanent{said} | {sum(map(permanent, sabotaged))} of {len(sabotaged)} |"
+        )
+    return "\n".join(lines)
+
+
+def _wrong(runs, judge):
+    wrong = sum(run["verdicts"][judge]["right"] == "wrong" for run in runs)
+    return f"{wrong} of {len(runs)}, {wrong / len(runs):.1%}"
