@@ -6,16 +6,27 @@ imported here and in kernels/ only, and only when a tensor lies on a device that
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import logging
 import os
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+logger = logging.getLogger("seedtriton")
+
 VARIABLE = "SEEDTRITON_BACKEND"
 CHOICES = ("auto", "triton", "torch")
 ACCELERATORS = ("cuda", "xpu")  # ROCm calls itself cuda
+# Triton 3.2 and 3.3, of torch 2.6 and 2.7, cannot compile the kernels.
+OLDEST = (3, 4)
+_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-rocm", "triton-xpu")
+
+# Where a launch has failed, by the type of the device, and how: nobody tries again.
+_failed: dict[str, str] = {}
 
 
 class Backend(NamedTuple):
@@ -49,6 +60,8 @@ def choose(device: torch.device) -> Backend:
 def _choose(kind: str, wanted: str, interpreted: bool) -> Backend:
     if wanted == "torch":
         return Backend("torch", f"{VARIABLE}=torch")
+    if kind in _failed:
+        return Backend("torch", f"a launch has failed: {_failed[kind]}")
     missing = _triton_missing()
     if wanted == "triton" and missing:
         raise ValueError(f"{VARIABLE}=triton, but {missing}; install Triton or set {VARIABLE}=auto")
@@ -66,6 +79,18 @@ def _choose(kind: str, wanted: str, interpreted: bool) -> Backend:
     return Backend("torch", f"{kind} tensors: Triton's kernels are for {' and '.join(ACCELERATORS)}")
 
 
+def give_up(device: torch.device, error: Exception) -> None:
+    """From now on eager torch for tensors on such a device: a launch has failed, by no fault of its arguments."""
+    words = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
+    _failed[device.type] = words[:300]
+    _choose.cache_clear()
+    logger.error(
+        "a Triton kernel could not be launched on %s (%s); seedtriton goes on in eager torch, with the same numbers, "
+        "and more slowly. %s=torch says so from the start; please report it with `python -m seedtriton doctor`",
+        device, words, VARIABLE, exc_info=error,
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=1)
 def _triton_missing() -> str:
     """Why Triton cannot be used at all; empty when it can."""
@@ -74,4 +99,18 @@ def _triton_missing() -> str:
     if importlib.util.find_spec("seedtriton.kernels.gradient_sums") is None:
         # A checkout without symbolic links (git's default on Windows) has a text file instead of kernels/.
         return "seedtriton.kernels is missing (a checkout without symbolic links?)"
+    version = triton_version()
+    if version is not None and version < OLDEST:
+        return "Triton {}.{} cannot compile the kernels, {}.{} or newer can".format(*version, *OLDEST)
     return ""
+
+
+def triton_version() -> tuple[int, int] | None:
+    """Major and minor number of the Triton that is installed, without importing it; None when nobody says."""
+    for package in _PACKAGES:
+        try:
+            numbers = re.match(r"(\d+)\.(\d+)", importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return (int(numbers[1]), int(numbers[2])) if numbers else None
+    return None

@@ -7,7 +7,8 @@ go through the dispatcher, which costs 20 µs and more for a list of 300 tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -186,6 +187,8 @@ def _segmented_sumsq(
         # here, in every call, would cost more than the launch.
         try:
             return _launch_sumsq(Listed(tensors, segments), num_segments, lanes)
+        except _FailedError:
+            return _segmented_sumsq(tensors, segments, num_segments, lanes)
         except ValueError:  # Unsupported, or lists that the check below explains
             check_lists(tensors, segments, num_segments)
         inside, outside = _split(Listed(tensors, segments), tensors[0].device)
@@ -204,11 +207,35 @@ def _segmented_sumsq(
         raise
 
 
+class _FailedError(Exception):
+    """A launch has failed by no fault of its arguments, and ``backend`` knows of it."""
+
+
+@contextmanager
+def _launching(device: torch.device) -> Iterator[None]:
+    """Around a launch: what is wrong with its arguments passes, and of anything else eager torch takes over.
+
+    Not in a CUDA graph that is captured, which such an error has ended, nor when memory has run out.
+    """
+    from ..kernels import _launch
+
+    try:
+        yield
+    except (ValueError, _launch.Uncapturable, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise
+        backend.give_up(device, error)
+        raise _FailedError from error
+
+
 def _launch_sumsq(listed: Listed, num_segments: int, lanes: torch.dtype, outside: Tensor | None = None) -> Tensor:
     from ..kernels import _launch, gradient_sums
 
     try:
-        return gradient_sums.segmented_sumsq(*listed[:2], num_segments, lanes, outside)
+        with _launching(listed.tensors[0].device):
+            return gradient_sums.segmented_sumsq(*listed[:2], num_segments, lanes, outside)
     except _launch.Uncapturable as error:
         raise _named(error, listed.tensors, (), None) from error
 
@@ -226,6 +253,8 @@ def _scale_(
 
         try:
             _launch_scale(listed, coefficients, clear, names, copy)
+        except _FailedError:
+            pass
         except gradient_scale.Unsupported:
             check_scalable(listed.tensors)
             inside, outside = _split(listed, coefficients.device)
@@ -252,7 +281,8 @@ def _launch_scale(
     from ..kernels import _launch, gradient_scale
 
     try:
-        gradient_scale.scale_segments_(*listed[:2], coefficients, clear=clear, copy=copy)
+        with _launching(coefficients.device):
+            gradient_scale.scale_segments_(*listed[:2], coefficients, clear=clear, copy=copy)
     except _launch.Uncapturable as error:
         raise _named(error, listed.tensors, (), names) from error
 
@@ -274,6 +304,8 @@ def _record_(
 
     try:
         _launch_record(gradients, gains, window, rules, scale, flat, names)
+    except _FailedError:
+        reference.record_(gradients, gains, window, rules, scale)
     except gradient_sums.Unsupported:
         inside, rest = _split(gradients, device)
         elements = list(map(Tensor.numel, rest.tensors))
@@ -301,9 +333,10 @@ def _launch_record(
     if window.replace != APPEND and not window.table.numbered:
         reference.number_(window)
     try:
-        gradient_sums.record_(
-            gradients, gains, window, rules, scale, layout=LAYOUT, clip_eps=CLIP_EPS, outside=outside, flat=flat
-        )
+        with _launching(window.ring.device):
+            gradient_sums.record_(
+                gradients, gains, window, rules, scale, layout=LAYOUT, clip_eps=CLIP_EPS, outside=outside, flat=flat
+            )
     except _launch.Uncapturable as error:
         raise _named(error, gradients.tensors, gains.tensors, names) from error
     window.table.newest, window.table.numbered = None, True
@@ -331,7 +364,11 @@ def record_sums_(
     if backend_of(window.ring.device).name == "torch" or not _plain(gains.tensors, window.ring.device):
         reference.record_sums_(sums, entries, outside, gains, window, rules, scale)
         return
-    _launch_record(Listed((), ()), gains, window, rules, scale, None, None, outside)
+    try:
+        _launch_record(Listed((), ()), gains, window, rules, scale, None, None, outside)
+    except _FailedError:
+        reference.record_sums_(sums, entries, outside, gains, window, rules, scale)
+        return
     reference.note_tensors_(window.table, window.written, sums, entries)
 
 

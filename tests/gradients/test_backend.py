@@ -52,6 +52,33 @@ def test_auto_on_an_accelerator_is_triton(env, device):
     assert torch.device(device).type in found.reason
 
 
+@pytest.mark.parametrize(
+    "version, served", [("3.2.0", False), ("3.3.1", False), ("3.4.0", True), ("3.10.0", True), ("4.0+git", True)]
+)
+def test_a_triton_that_cannot_compile_the_kernels_is_left_alone(env, version, served):
+    env.setattr(backend.importlib.metadata, "version", lambda package: version)
+    found = backend.choose(CUDA)
+    assert found.name == ("triton" if served else "torch")
+    if not served:
+        assert found.reason == f"Triton {version[:3]} cannot compile the kernels, 3.4 or newer can"
+
+
+def test_a_triton_of_another_name_or_none_at_all_is_found(env):
+    def version(package):
+        if package != "pytorch-triton-rocm":
+            raise backend.importlib.metadata.PackageNotFoundError(package)
+        return "3.3.0+git"
+
+    env.setattr(backend.importlib.metadata, "version", version)
+    assert backend.triton_version() == (3, 3)
+
+    def missing(package):
+        raise backend.importlib.metadata.PackageNotFoundError(package)
+
+    env.setattr(backend.importlib.metadata, "version", missing)
+    assert backend.triton_version() is None
+
+
 def test_auto_without_triton_is_torch_and_says_why(env):
     env.setattr(backend, "_triton_missing", lambda: "Triton is not installed")
     assert backend.choose(CUDA) == ("torch", "Triton is not installed")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from seedtriton import FlatGradients, GradientMonitor, GrowthController, SeedSlot, WiringError
+from seedtriton.gradients import backend as backends
 from seedtriton.gradients import ops, reference
 from seedtriton.gradients.row import EXTRA, SUMSQ
 from seedtriton.kernels import _launch
@@ -433,3 +434,82 @@ def test_explicit_gradients_that_moved_are_named_by_their_parameter(through, mon
     grads[seed.bias] = torch.ones(3)
     with pytest.raises(WiringError, match=r"the gradient of parameter 'bias' of seed 'a'"):
         monitor.measure(gradients=grads)
+
+
+# --- a launch that fails ---
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Every launch fails as a compiler, a driver or a launcher of another version might; afterwards all is well."""
+
+    def launch(self, *rest):
+        raise TypeError("this runner takes no constexprs")
+
+    monkeypatch.setenv("SEEDTRITON_BACKEND", "triton")
+    monkeypatch.setattr(_launch.Tables, "launch", launch)
+    _launch.release()
+    yield
+    backends._failed.clear()
+    backends._choose.cache_clear()
+
+
+def test_a_launch_that_fails_is_said_once_and_the_numbers_are_right(broken, caplog):
+    def once():
+        torch.manual_seed(0)
+        host, seed = nn.Linear(5, 7), nn.Linear(7, 3)
+        monitor = GradientMonitor(host, {"a": seed})
+        for _ in range(3):
+            seed(host(torch.randn(4, 5))).square().sum().backward()
+            monitor.measure()
+        norm = monitor.clip_grad_norm_(0.1)
+        return monitor.read()["a"], norm, [p.grad.clone() for p in (*host.parameters(), *seed.parameters())]
+
+    evidence, norm, gradients = once()
+    said = [record for record in caplog.records if "could not be launched" in record.message]
+    assert len(said) == 1
+    assert "TypeError: this runner takes no constexprs" in said[0].message
+    assert ops.backend_of("cpu") == ("torch", "a launch has failed: TypeError: this runner takes no constexprs")
+    backends._failed.clear()
+    backends._choose.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEEDTRITON_BACKEND", "torch")
+        want, want_norm, want_gradients = once()
+    assert (evidence.ratio, evidence.samples) == (want.ratio, want.samples)
+    assert torch.equal(norm, want_norm)
+    assert all(map(torch.equal, gradients, want_gradients))
+
+
+@pytest.mark.parametrize("call", ["sums", "scale"])
+def test_the_operations_go_on_as_well(broken, call):
+    found = [torch.arange(4.0), torch.ones(3)]
+    if call == "sums":
+        assert ops.segmented_sumsq(found, [0, 1], 2).tolist() == [14.0, 3.0]
+    else:
+        ops.scale_(found, 0.5)
+        assert found[0].tolist() == [0.0, 0.5, 1.0, 1.5]
+    assert ops.backend_of("cpu").name == "torch"
+
+
+def test_what_stands_for_other_tensors_is_never_read_at_address_0(through):
+    """A wrapper subclass, as DTensor is one, has elements and no address; a signature that is known is no excuse."""
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+            made.inner = inner
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            def unwrapped(value):
+                if isinstance(value, (list, tuple)):
+                    return type(value)(map(unwrapped, value))
+                return value.inner if isinstance(value, Wrapper) else value
+
+            return func(*unwrapped(args), **(kwargs or {}))
+
+    through("triton")
+    plain, other = torch.arange(4.0), torch.ones(3)
+    assert ops.segmented_sumsq([plain, other], [0, 1], 2).tolist() == [14.0, 3.0]
+    assert ops.segmented_sumsq([plain, Wrapper(2 * other)], [0, 1], 2).tolist() == [14.0, 12.0]
