@@ -29,6 +29,10 @@ _PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-
 _failed: dict[str, str] = {}
 
 
+class LaunchError(Exception):
+    """A launch has failed by no fault of its arguments, and ``give_up`` knows of it."""
+
+
 class Backend(NamedTuple):
     """What runs, and why."""
 

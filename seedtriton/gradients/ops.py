@@ -187,7 +187,7 @@ def _segmented_sumsq(
         # here, in every call, would cost more than the launch.
         try:
             return _launch_sumsq(Listed(tensors, segments), num_segments, lanes)
-        except _FailedError:
+        except backend.LaunchError:
             return _segmented_sumsq(tensors, segments, num_segments, lanes)
         except ValueError:  # Unsupported, or lists that the check below explains
             check_lists(tensors, segments, num_segments)
@@ -207,10 +207,6 @@ def _segmented_sumsq(
         raise
 
 
-class _FailedError(Exception):
-    """A launch has failed by no fault of its arguments, and ``backend`` knows of it."""
-
-
 @contextmanager
 def _launching(device: torch.device) -> Iterator[None]:
     """Around a launch: what is wrong with its arguments passes, and of anything else eager torch takes over.
@@ -227,7 +223,7 @@ def _launching(device: torch.device) -> Iterator[None]:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise
         backend.give_up(device, error)
-        raise _FailedError from error
+        raise backend.LaunchError from error
 
 
 def _launch_sumsq(listed: Listed, num_segments: int, lanes: torch.dtype, outside: Tensor | None = None) -> Tensor:
@@ -253,7 +249,7 @@ def _scale_(
 
         try:
             _launch_scale(listed, coefficients, clear, names, copy)
-        except _FailedError:
+        except backend.LaunchError:
             pass
         except gradient_scale.Unsupported:
             check_scalable(listed.tensors)
@@ -304,7 +300,7 @@ def _record_(
 
     try:
         _launch_record(gradients, gains, window, rules, scale, flat, names)
-    except _FailedError:
+    except backend.LaunchError:
         reference.record_(gradients, gains, window, rules, scale)
     except gradient_sums.Unsupported:
         inside, rest = _split(gradients, device)
@@ -366,7 +362,7 @@ def record_sums_(
         return
     try:
         _launch_record(Listed((), ()), gains, window, rules, scale, None, None, outside)
-    except _FailedError:
+    except backend.LaunchError:
         reference.record_sums_(sums, entries, outside, gains, window, rules, scale)
         return
     reference.note_tensors_(window.table, window.written, sums, entries)
