@@ -206,9 +206,13 @@ PUBLIC = {
     "seedtriton.isolation": "StraightThrough TrustRegion behind leaks",
     "seedtriton.blending": "BLENDS GateNetwork blend candidate",
     "seedtriton.probing": "probe twin_of",
-    "seedtriton.telemetry": "JsonLinesSink LogSink Sink Telemetry Event",
+    "seedtriton.telemetry": """
+        CallableSink CsvSink Event JsonLinesSink LogSink MlflowSink Sink Telemetry TensorBoardSink WandbSink numbers
+    """,
     "seedtriton.testing": "assert_invisible assert_isolated",
-    "seedtriton.report": "Event JsonLinesSink LogSink Sink",
+    "seedtriton.report": """
+        CallableSink CsvSink Event JsonLinesSink LogSink MlflowSink Sink TensorBoardSink WandbSink numbers
+    """,
     "seedtriton.cli": "main",
 }
 
