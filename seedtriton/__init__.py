@@ -36,6 +36,8 @@ from .growth import GrowthController as GrowthController
 from .growth import SeedSlot as SeedSlot
 from .growth import StraightThrough as StraightThrough
 from .growth import TrustRegion as TrustRegion
+from .growth import insert_slot as insert_slot
+from .growth import remove_slot as remove_slot
 from .parallel import Ranks as Ranks
 
 __version__ = "0.1.0"

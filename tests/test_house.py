@@ -190,7 +190,7 @@ PUBLIC = {
         AlphaSchedule BatchMeans BlendProbe Check ConfigurationError FlatGradients Gate GateThresholds GradientMonitor
         GrowthController Lifecycle PairProbe ProgressThreshold QualityGates Ranks SeedEvidence SeedSlot SeedStatus
         SeedtritonError Stage StateDictError StraightThrough TRANSITIONS TransitionError TrustRegion Verdict WiringError
-        ops step_if_grads telemetry __version__
+        insert_slot ops remove_slot step_if_grads telemetry __version__
     """,
     "seedtriton.ops": "LANES backend_of scale_ segmented_sumsq",
     "seedtriton.errors": "ConfigurationError SeedtritonError StateDictError TransitionError WiringError",
@@ -201,7 +201,7 @@ PUBLIC = {
     "seedtriton.schedules": "AlphaSchedule ProgressThreshold AlphaController",
     "seedtriton.monitor": "GradientMonitor",
     "seedtriton.reference": "segmented_sumsq record_",
-    "seedtriton.growth": "GrowthController SeedSlot",
+    "seedtriton.growth": "GrowthController SeedSlot insert_slot remove_slot",
     "seedtriton.slot": "SeedSlot",
     "seedtriton.isolation": "StraightThrough TrustRegion behind leaks",
     "seedtriton.blending": "BLENDS GateNetwork blend candidate",

@@ -1,6 +1,8 @@
 """What acts: the slot in the model, how a seed trains behind the host, and its life from germination to the end."""
 
 from .controller import GrowthController as GrowthController
+from .inserting import insert_slot as insert_slot
+from .inserting import remove_slot as remove_slot
 from .isolation import StraightThrough as StraightThrough
 from .isolation import TrustRegion as TrustRegion
 from .probing import BatchMeans as BatchMeans
