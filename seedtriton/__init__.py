@@ -36,8 +36,10 @@ from .growth import GrowthController as GrowthController
 from .growth import SeedSlot as SeedSlot
 from .growth import StraightThrough as StraightThrough
 from .growth import TrustRegion as TrustRegion
+from .growth import insert_slot as insert_slot
 from .growth import load_grown as load_grown
 from .growth import merge_fossils as merge_fossils
+from .growth import remove_slot as remove_slot
 from .growth import restore_slots as restore_slots
 from .parallel import Ranks as Ranks
 

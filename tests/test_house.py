@@ -190,7 +190,7 @@ PUBLIC = {
         AlphaSchedule BatchMeans BlendProbe Check ConfigurationError FlatGradients Gate GateThresholds GradientMonitor
         GrowthController Lifecycle PairProbe ProgressThreshold QualityGates Ranks SeedEvidence SeedSlot SeedStatus
         SeedtritonError Stage StateDictError StraightThrough TRANSITIONS TransitionError TrustRegion Verdict WiringError
-        load_grown merge_fossils ops restore_slots step_if_grads telemetry __version__
+        insert_slot load_grown merge_fossils ops remove_slot restore_slots step_if_grads telemetry __version__
     """,
     "seedtriton.ops": "LANES backend_of scale_ segmented_sumsq",
     "seedtriton.errors": "ConfigurationError SeedtritonError StateDictError TransitionError WiringError",
@@ -201,14 +201,18 @@ PUBLIC = {
     "seedtriton.schedules": "AlphaSchedule ProgressThreshold AlphaController",
     "seedtriton.monitor": "GradientMonitor",
     "seedtriton.reference": "segmented_sumsq record_",
-    "seedtriton.growth": "GrowthController SeedSlot",
+    "seedtriton.growth": "GrowthController SeedSlot insert_slot remove_slot",
     "seedtriton.slot": "SeedSlot",
     "seedtriton.isolation": "StraightThrough TrustRegion behind leaks",
     "seedtriton.blending": "BLENDS GateNetwork blend candidate",
     "seedtriton.probing": "probe twin_of",
-    "seedtriton.telemetry": "JsonLinesSink LogSink Sink Telemetry Event",
+    "seedtriton.telemetry": """
+        CallableSink CsvSink Event JsonLinesSink LogSink MlflowSink Sink Telemetry TensorBoardSink WandbSink numbers
+    """,
     "seedtriton.testing": "assert_invisible assert_isolated",
-    "seedtriton.report": "Event JsonLinesSink LogSink Sink",
+    "seedtriton.report": """
+        CallableSink CsvSink Event JsonLinesSink LogSink MlflowSink Sink TensorBoardSink WandbSink numbers
+    """,
     "seedtriton.cli": "main",
 }
 

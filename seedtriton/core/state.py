@@ -7,6 +7,7 @@ added without a new version is read from older states too, as what its absence m
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -61,6 +62,14 @@ class PlainState:
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"version": self.VERSION, **plain}
 
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, as ``plain`` values: for tables and logs. A name is kept from release to release.
+
+        No version is in it, and what JSON cannot say is lost: ``state_dict`` is what can be loaded again.
+        """
+        values: dict[str, Any] = plain(dataclasses.asdict(self))  # type: ignore[call-overload]
+        return values
+
     @classmethod
     def from_state_dict(cls, state: object) -> Any:
         """The object saved by ``state_dict``.
@@ -72,3 +81,12 @@ class PlainState:
         fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         values = check_state(state, cls.__name__, cls.VERSION, fields, cls.LATER)
         return cls(**{name: values[name] for name in fields})
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: tuples are lists, NaN and infinities None, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,7 @@ from .evidence import SeedEvidence, collect_evidence
 from .harm import Watch
 from .lifecycle import Stage, stage_named
 from .probe import BlendProbe
-from .state import PlainState, check_state
+from .state import PlainState, check_state, plain
 from .tensors import TensorReading
 
 STRICT = "strict"
@@ -99,6 +99,14 @@ class Verdict:
         # What was never measured fails several questions, in the same words.
         parts += dict.fromkeys(f"{check.label} ({check.reason})" for check in (*self.failed, *self.warnings))
         return f"{head}: " + "; ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Gate and target by name, seed, passed, checks (each as ``Check.as_dict``) and mode, for tables and logs.
+
+        Keys are kept from release to release; see ``PlainState.as_dict``.
+        """
+        values: dict[str, Any] = plain({key: value for key, value in self.state_dict().items() if key != "version"})
+        return values | {"checks": [check.as_dict() for check in self.checks]}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain, JSON-safe values."""

@@ -2,6 +2,8 @@
 
 from .checkpoint import restore_slots as restore_slots
 from .controller import GrowthController as GrowthController
+from .inserting import insert_slot as insert_slot
+from .inserting import remove_slot as remove_slot
 from .isolation import StraightThrough as StraightThrough
 from .isolation import TrustRegion as TrustRegion
 from .merging import load_grown as load_grown

@@ -235,7 +235,9 @@ def slots_of(model: nn.Module, ranks: Ranks | None = None) -> dict[str, SeedSlot
     names = dict.fromkeys(name for theirs in found for name in theirs)
     slots = {name: own.get(name) or SeedSlot() for name in names}
     if not slots:
-        raise WiringError("the model has no SeedSlot: put one where a seed may grow, x = self.slot(x)")
+        raise WiringError(
+            "the model has no SeedSlot: put one where a seed may grow, x = self.slot(x), or insert_slot(model, path)"
+        )
     for name, slot in slots.items():
         slot.name = name
     return slots

@@ -6,9 +6,13 @@ import dataclasses
 from typing import Any
 
 from ..core.evidence import SeedEvidence
+from ..core.lifecycle import Stage
 from ..core.verdict import Verdict
 
 Event = dict[str, Any]
+
+# What every event has: its name, and where training and slot are.
+COORDINATES = ("event", "seed", "epoch", "step", "stage")
 
 
 def gate_fields(verdict: Verdict) -> Event:
@@ -29,3 +33,37 @@ def evidence_fields(evidence: SeedEvidence | None) -> Event:
         "plateau_share",
     )  # fmt: skip
     return {name: getattr(evidence, name, None) for name in names}
+
+
+def numbers(event: Event) -> dict[str, float]:
+    """Every number of an event by a name under which loggers draw one curve: ``growth/<slot>/<name>``.
+
+    Of an event of no slot: ``growth/<name>``. Names are those of ``local_numbers``.
+    """
+    seed = event.get("seed")
+    head = "growth/" if seed is None else f"growth/{seed}/"
+    return {head + name: value for name, value in local_numbers(event).items()}
+
+
+def local_numbers(event: Event) -> dict[str, float]:
+    """The same by their names within a slot: "ratio", "alpha", "G2/blend_gain", "narrowed/rho".
+
+    What "epoch" and "gate" events say goes by the name of the field, and "stage" is the value of the ``Stage``. A
+    gate's answers are ``<gate>/passed`` and ``<gate>/<question>``, what was measured for it. What other events say goes
+    by ``<event>/<field>``. True and False are 1 and 0; NaN and infinities stay; what is unknown is left out.
+    """
+    kind, gate = event.get("event"), event.get("gate")
+    stage = Stage.__members__.get(str(event.get("stage")))
+    found: Event = {"stage": None if stage is None else int(stage)}
+    for field, value in event.items():
+        if field not in COORDINATES:
+            found[field if kind in ("epoch", "gate") else f"{kind}/{field}"] = value
+    if kind == "gate":
+        found[f"{gate}/passed"] = found.pop("passed", None)
+        found.update({f"{gate}/{check['question']}": check["value"] for check in event.get("checks") or ()})
+    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def step_of(event: Event) -> int:
+    """The optimizer step that an event belongs to; 0 where it says none."""
+    return int(event.get("step") or 0)
