@@ -6,6 +6,7 @@ a timeout with a sentence, and never half of somebody else's reduction.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
 from ..gradients.noticing import is_shard
-from ..gradients.spread import Way, number_of
+from ..gradients.spread import Holding, Way, number_of
 from .sharding import unreduced
 
 SHOWN = 8  # ranks in an error
@@ -39,7 +40,6 @@ class Ranks:
         rank: number of this process in the group.
         world: how many there are.
         tells: this one hands on events.
-        replicated: each of them holds all of every parameter, as under DDP.
         collectives: exchanges so far.
         bytes: that this rank has sent in them, and received in those that gather.
 
@@ -66,9 +66,6 @@ class Ranks:
         self.rank, self.world = dist.get_rank(given), dist.get_world_size(given)
         self.tells = all_tell or self.rank == 0
         self.collectives = self.bytes = 0
-        self.replicated = True
-        self._holders: dict[str, int] = {}
-        self._ways: dict[tuple[str, str], Way] = {}
         self.group = self.new_group("Ranks()", given)
 
     def new_group(self, call: str, like: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -118,14 +115,16 @@ class Ranks:
         everywhere = DTensor.from_local(tensor.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
         return everywhere.redistribute(placements=like.placements)  # type: ignore[attr-defined]
 
-    def ways(self, named: Sequence[tuple[str, Tensor]]) -> list[Way]:
+    def ways(self, named: Sequence[tuple[str, Tensor]], holding: Holding) -> list[Way]:
         """How each of these parameters is held, by what was exchanged last; of one that is new, as its peers are."""
-        return [self._ways.get((name, _kind(tensor))) or self._guess(tensor) for name, tensor in named]
+        return [holding.ways.get((name, _kind(tensor))) or self._guess(tensor, holding) for name, tensor in named]
 
-    def _guess(self, tensor: Tensor) -> Way:
-        return Way(copies=_copies(tensor, self.world)) if is_shard(tensor) else Way(copies=self.world)
+    def _guess(self, tensor: Tensor, holding: Holding) -> Way:
+        kind = _kind(tensor)
+        peers = Counter(way.copies for (_, theirs), way in holding.ways.items() if theirs == kind).most_common(1)
+        return Way(peers[0][0] if peers else _copies(tensor, self.world), _parts(tensor))
 
-    def exchange(self, named: Sequence[tuple[str, Tensor]], call: str) -> None:
+    def exchange(self, named: Sequence[tuple[str, Tensor]], call: str) -> Holding:
         """Tell every rank what this one holds. On every rank: one exchange of names, in no step.
 
         Raises:
@@ -145,13 +144,13 @@ class Ranks:
                     )
                 holders[name] = holders.get(name, 0) + 1
                 filled[name] = filled.get(name, 0) + there
-        self._ways = {}
+        ways = {}
         for name, tensor in named:
             copies = _copies(tensor, holders[name])
             shards = max(1, filled[name] // copies) if is_shard(tensor) else 1
-            self._ways[name, _kind(tensor)] = Way(copies, shards)
+            ways[name, _kind(tensor)] = Way(copies, shards)
         whole = all(kind == _PLAIN for kind in kinds.values())
-        self.replicated = whole and all(count == self.world for count in holders.values())
+        return Holding(ways, whole and all(count == self.world for count in holders.values()))
 
     def headers(self, call: str, facts: Mapping[str, object], flag: bool) -> bool:
         """Whether any rank has raised the ``flag``. On every rank: one gather of HEADER numbers.
@@ -255,6 +254,19 @@ def _copies(tensor: Tensor, holders: int) -> int:
         if placement.is_replicate():
             copies *= mesh.size(dimension)
     return copies
+
+
+def _parts(tensor: Tensor) -> int:
+    """How many parts with an element a tensor is cut into, as far as its shape and its mesh tell."""
+    if not is_shard(tensor):
+        return 1
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    found = 1
+    for size, placement in zip(mesh.shape, tensor.placements):  # type: ignore[attr-defined]
+        if placement.is_shard():
+            length = tensor.shape[placement.dim]
+            found *= -(-length // -(-length // size))  # as torch.chunk
+    return found
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta:
