@@ -149,7 +149,7 @@ class Watched:
         self.holding = Holding({}, replicated=True)
         self._told_ranks: list[Tensor] | None = None  # ``tracked`` when they were
         self._handles: list[Any] = []
-        self._warned, self._had = False, 0  # gradients at the last look; another number may mean that something was frozen
+        self._warned, self._had = False, 0  # gradients at the last look: of another number something may be frozen
         self._collector: BackwardCollector | None = None
         self.refresh()
 

@@ -123,10 +123,11 @@ class Wiring:
         """
         if self.joining is not None and self.ranks is not None:
             place = self.slots[name]
-            self.joining.enter(name, place.modules_of_seed(), returns)
-            # One key for all, which is saved, and other numbers on each: they have other samples.
+            # One key for all, which is saved, and other numbers on each: they have other samples. Exchanged before the
+            # weights are, which nobody could tell from the exchange of another call.
             place.random.key = self.told_by_all(place.random.key, "germinate()")[0]
             place.random.member = self.ranks.rank
+            self.joining.enter(name, place.modules_of_seed(), returns)
 
     def leave(self, name: str) -> None:
         """The seed in this slot is gone; nothing where it never joined."""

@@ -163,17 +163,27 @@ class Ranks:
         Raises:
             WiringError: on all ranks, naming what is not the same; or not all of them are in ``call``.
         """
-        numbers = [number_of(call), float(flag), *map(number_of, facts.values())]
-        assert len(numbers) <= HEADER
+        rows = self._heads(call, [float(flag), *map(number_of, facts.values())])
+        self._count(8 * HEADER * self.world)
+        if any(row[1:] != rows[0][1:] for row in rows):
+            raise WiringError(_difference(self._plain((call, dict(facts)), call)))
+        return any(row[0] for row in rows)
+
+    def _heads(self, call: str, numbers: Sequence[float]) -> list[list[float]]:
+        """The numbers of each rank. With this begins every exchange, so that ranks in different calls find that out.
+
+        Raises:
+            WiringError: on all ranks, naming their calls; or not all of them came.
+        """
+        assert len(numbers) < HEADER
         own = torch.zeros(HEADER, dtype=torch.float64, device=self.device)
-        own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        own[: 1 + len(numbers)] = torch.tensor([number_of(call), *numbers], dtype=torch.float64, device=self.device)
         found = [torch.empty_like(own) for _ in range(self.world)]
         self._met(call, lambda: dist.all_gather(found, own, group=self.group))
-        self._count(own.numel() * own.element_size() * self.world)
         rows = [row.tolist() for row in found]
-        if any(row[0] != rows[0][0] or row[2:] != rows[0][2:] for row in rows):
-            raise WiringError(_difference(self.objects((call, dict(facts)), call)))
-        return any(row[1] for row in rows)
+        if any(row[0] != rows[0][0] for row in rows):
+            raise WiringError(_difference(self._plain((call, {}), call)))
+        return [row[1:] for row in rows]
 
     def total(self, numbers: Tensor, call: str) -> Tensor:
         """The sum over all ranks, the same bits on each, where ``numbers`` lie. On every rank: one reduction."""
@@ -184,9 +194,13 @@ class Ranks:
 
     def objects(self, found: Any, call: str) -> list[Any]:
         """What each rank has found, plain values. On every rank; in no step."""
+        self._heads(call, ())
+        self._count(0)
+        return self._plain(found, call)
+
+    def _plain(self, found: Any, call: str) -> list[Any]:
         everybody: list[Any] = [None] * self.world
         self._met(call, lambda: dist.all_gather_object(everybody, found, group=self.group))
-        self._count(0)
         return everybody
 
     def _count(self, size: int) -> None:
@@ -213,8 +227,8 @@ def _difference(found: Sequence[tuple[str, Mapping[str, object]]]) -> str:
     calls = [call for call, _ in found]
     if len(set(calls)) > 1:
         return (
-            f"ranks are in different calls: {_by_rank(calls)}. germinate, end_epoch, advance, prune, read and "
-            "state_dict are called on every rank, in the same order"
+            f"ranks are in different calls: {_by_rank(calls)}. germinate, end_epoch, advance, prune, read, "
+            "probe and state_dict are called on every rank, in the same order"
         )
     apart = [what for what, value in found[0][1].items() if any(facts[what] != value for _, facts in found)]
     words = "; ".join(f"{what}: {_by_rank([facts[what] for _, facts in found])}" for what in apart)

@@ -60,6 +60,14 @@ def disagreeing(rank, world, how):
         optimizer.zero_grad()
     if how == "another call" and rank == 1:
         growth.advance("slot")
+    elif how == "a state" and rank == 1:
+        growth.state_dict()
+    elif how == "a probe" and rank == 1:
+        growth.probe("slot", lambda model: model(batches(1)[0][0]).square().mean(1))
+    elif how == "a seed" and rank == 1:
+        growth.prune("slot")
+        growth.slots["slot"].vacate()
+        germinate(growth, block())
     elif how == "a stage" and rank == 1:
         growth.slots["slot"].move(Stage.BLENDING)
         growth.end_epoch()
@@ -76,6 +84,9 @@ def disagreeing(rank, world, how):
     [
         ("a measurement", r"disagree about .*(the samples measured: rank 0 3, rank 1 2|the steps: rank 0 3, rank 1 2)"),
         ("another call", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 advance\(\)"),
+        ("a state", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 state_dict\(\)"),
+        ("a probe", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 probe\(\)"),
+        ("a seed", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 germinate\(\)"),
         ("a stage", r"the stages of the slots: rank 0 \['TRAINING'\], rank 1 \['BLENDING'\]"),
         ("weights", r"the weights of seed 'slot' are not the same on every rank"),
     ],
