@@ -12,9 +12,7 @@ from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import SeedEvidence
 from ..gradients.monitor import GradientMonitor
 from .groups import SeedGroups
-from .life import Position
 from .slot import SeedSlot
-from .together import facts_of
 
 _T = TypeVar("_T")
 
@@ -152,11 +150,11 @@ class Wiring:
             self.joining.sync_buffers()
 
     def read(
-        self, call: str, position: Position, told: Sequence[float] = (), *, strict: bool = False
+        self, call: str, facts: Mapping[str, object], told: Sequence[float] = (), *, strict: bool = False
     ) -> tuple[dict[str, SeedEvidence], list[list[float]]]:
         """The evidence of every living seed, and what every rank has told; see ``GradientMonitor.read_together``."""
         self.come_together()
-        return self.monitor.read_together(call, facts_of(position, self.slots), told, strict=strict)
+        return self.monitor.read_together(call, facts, told, strict=strict)
 
     def told_by_all(self, told: _T, call: str) -> list[_T]:
         """What every rank tells in ``call``, plain values; alone, what this one does."""
