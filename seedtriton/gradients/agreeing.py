@@ -64,9 +64,10 @@ def agree(
         "where windows begin": list(found.since),
         "the length of the window": len(ring),
     }
-    if ranks.headers(call, own, watched.unexchanged):
+    news = ranks.headers(call, own, watched.unexchanged)
+    folded = fold(ring, watched.columns, watched.column_segments)  # the columns that it was measured in
+    if news:
         watched.exchange(call)
-    folded = fold(ring, watched.columns, watched.column_segments)
     # Of what is not to be summed each rank fills a row of its own, and the others zeros: a sum is a gather as well.
     segments, seeds = folded.shape[1], len(found.facts)
     weights = torch.zeros(ranks.world, segments, dtype=torch.float64, device=ring.device)

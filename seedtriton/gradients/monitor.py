@@ -380,7 +380,7 @@ class GradientMonitor(Windows):
         ranks = self._watched.ranks
         # A measurement that did not know this limit has the sums; the next one has the coefficients in its own pass.
         summary = self.summary
-        if ranks is not None and not ranks.replicated:
+        if ranks is not None and not self._watched.holding.replicated:
             sums = sums_for_clipping(gradients, self._window(), rules, measured=measured)
             summary = summary_of_all(sums, self._watched, ranks, rules)
         elif not measured or rules != known:

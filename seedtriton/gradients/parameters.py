@@ -15,7 +15,7 @@ from .in_backward import BackwardCollector
 from .noticing import Snapshot, inactive_adapter, is_shard, some, unheld
 from .row import APART, GUARDED, Listed
 from .slope import Alpha
-from .spread import Column, Ranks, columns_of
+from .spread import Column, Holding, Ranks, columns_of
 
 logger = logging.getLogger("seedtriton")
 
@@ -120,6 +120,7 @@ class Watched:
         chosen: the column of each parameter; ``segments`` itself where this is the only process.
         of_seed: the parameters of every seed, empty ones too.
         gains: the blend factors, each with the segment of its seed.
+        holding: what ranks told each other last.
 
     Raises:
         ConfigurationError: an alpha for an unknown seed, or something that is no parameter.
@@ -139,17 +140,16 @@ class Watched:
     def __init__(
         self, host: Parameters, seeds: Mapping[str, Parameters], alphas: Mapping[str, Any], ranks: Ranks | None = None
     ) -> None:
-        unknown = sorted(set(alphas) - set(seeds))
-        if unknown:
+        if unknown := sorted(set(alphas) - set(seeds)):
             raise ConfigurationError(f"alphas for unknown seeds {unknown}; seeds are {sorted(seeds)}")
         self._host = ParameterSource(host)
         self._seeds = {name: ParameterSource(seed) for name, seed in seeds.items()}
         self._alphas = {name: Alpha.of(alpha) for name, alpha in alphas.items()}
         self.ranks = ranks
+        self.holding = Holding({}, replicated=True)
         self._told_ranks: list[Tensor] | None = None  # ``tracked`` when they were
         self._handles: list[Any] = []
-        self._warned = False
-        self._had = 0  # gradients at the last look; another number may mean that something was frozen
+        self._warned, self._had = False, 0  # gradients at the last look: of another number something may be frozen
         self._collector: BackwardCollector | None = None
         self.refresh()
 
@@ -244,9 +244,9 @@ class Watched:
 
     def spread_out(self) -> None:
         """Choose the columns, by what is known of who holds what."""
-        ways = None if self.ranks is None else self.ranks.ways(list(zip(self.paths(), self.tracked)))
+        ways = None if self.ranks is None else self.ranks.ways(list(zip(self.paths(), self.tracked)), self.holding)
         if ways is None and any(map(is_shard, self.tracked)):
-            _refuse_cut(next(name for name, p in zip(self.paths(), self.tracked) if is_shard(p)))
+            raise _without_ranks(zip(self.paths(), self.tracked))
         self.columns, self.column_segments, self.chosen = columns_of((None, *self._seeds), self.segments, ways)
         self._column_by_id = dict(zip(self.segment_by_id, self.chosen))
 
@@ -258,7 +258,7 @@ class Watched:
     def exchange(self, call: str) -> None:
         """Tell every rank what this one holds, and choose the columns by that. On every rank."""
         if self.ranks is not None:
-            self.ranks.exchange(list(zip(self.paths(), self.tracked)), call)
+            self.holding = self.ranks.exchange(list(zip(self.paths(), self.tracked)), call)
             self._told_ranks = self.tracked
             self.spread_out()
 
@@ -272,8 +272,8 @@ class Watched:
 
     def copies_of(self, parameters: Sequence[Tensor]) -> list[int]:
         """How many ranks hold each of these; 1 of one that is not watched."""
-        columns = map(self.column_of, parameters)
-        return [1 if column is None else self.columns[column].way.copies for column in columns]
+        found = map(self.column_of, parameters)
+        return [1 if column is None else self.columns[column].way.copies for column in found]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy watches copied parameters, which are known by other ids."""
@@ -454,15 +454,16 @@ class Watched:
         return "a gradient"
 
 
-def _refuse_cut(name: str) -> None:
-    raise WiringError(
-        f"parameter {name!r} is a DTensor, of which each rank holds a part: say between which ranks, "
-        "GradientMonitor(..., ranks=seedtriton.Ranks())"
-    )
-
-
 def _listed(source: ParameterSource, owner: str) -> dict[str, Tensor]:
     try:
         return source.listed()
     except WiringError as error:
         raise WiringError(f"{owner}: {error}") from None
+
+
+def _without_ranks(named: Iterable[tuple[str, Tensor]]) -> WiringError:
+    cut = next(name for name, parameter in named if is_shard(parameter))
+    return WiringError(
+        f"parameter {cut!r} is a DTensor, of which each rank holds a part: say between which ranks, "
+        "GradientMonitor(..., ranks=seedtriton.Ranks())"
+    )

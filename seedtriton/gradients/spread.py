@@ -31,6 +31,18 @@ class Way(NamedTuple):
 WHOLE = Way()
 
 
+class Holding(NamedTuple):
+    """What ranks have told each other of the parameters of one monitor.
+
+    Attributes:
+        ways: in which each is held, by its name and kind.
+        replicated: each rank holds all of every parameter, as under DDP.
+    """
+
+    ways: dict[tuple[str, str], Way]
+    replicated: bool
+
+
 class Column(NamedTuple):
     """A column of the ring's rows: of a seed by its name, or of the host (None)."""
 
@@ -63,7 +75,6 @@ class Ranks(Protocol):
 
     rank: int
     world: int
-    replicated: bool
 
     def local(self, tensor: Tensor) -> Tensor:
         """Give the part of a tensor that this rank holds; itself where it is not cut."""
@@ -73,11 +84,11 @@ class Ranks(Protocol):
         """Whether its gradient is not there yet because these modules have the ranks add it up later."""
         ...
 
-    def ways(self, named: Sequence[tuple[str, Tensor]]) -> list[Way]:
+    def ways(self, named: Sequence[tuple[str, Tensor]], holding: Holding) -> list[Way]:
         """How each of these is held, by what was exchanged last."""
         ...
 
-    def exchange(self, named: Sequence[tuple[str, Tensor]], call: str) -> None:
+    def exchange(self, named: Sequence[tuple[str, Tensor]], call: str) -> Holding:
         """Tell every rank what this one holds. On every rank."""
         ...
 

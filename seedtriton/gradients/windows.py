@@ -271,6 +271,8 @@ class Windows(Ring):
         self._changes.pop(name, None)
         self._follow()
         del self._progress.marks[name]
+        left = {seed: known for seed, known in self._agreed.evidence.items() if seed != name}
+        self._agreed = self._agreed._replace(evidence=left)
         self._rounds.close()
         self._mark_stepped()
 

@@ -234,7 +234,7 @@ class GrowthController(Prober):
             Exception: what ``evaluate`` raises passes through; the epoch has been counted by then.
         """
         told = told_of(*check_told(accuracy, loss), self.slots)
-        evidence, everybody = self._wiring.read("end_epoch()", self._position, told, strict=strict)
+        evidence, everybody = self._wiring.read("end_epoch()", self._facts(), told, strict=strict)
         accuracy, loss = taken(everybody, self.slots)
         self._position.end_epoch(accuracy, loss)
         self._mover.emit("epoch", None, accuracy=accuracy, loss=loss, progress=self.progress)
@@ -268,7 +268,7 @@ class GrowthController(Prober):
         life = self._mover.living(slot)
         if life.pruning is not None:
             raise WiringError(f"the seed in {slot!r} is being pruned ({life.pruning[0]}); set_alpha_target() keeps it")
-        life.evidence = self._wiring.read("advance()", self._position)[0][slot]
+        life.evidence = self._wiring.read("advance()", self._facts())[0][slot]
         verdict = self._verdict(life, now=True)
         if verdict.passed:
             self._move(life, verdict.target, str(verdict), "script")

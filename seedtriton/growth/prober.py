@@ -13,6 +13,7 @@ from ..core.probe import BlendProbe
 from .following import Followers
 from .life import Position
 from .probing import PROBE_AT, Evaluate, Gather, probe, probe_pair
+from .together import facts_of
 from .wiring import Wiring
 
 
@@ -112,6 +113,11 @@ class Prober:
     def probe_if_known(self, slot: str, alphas: Sequence[float] | None) -> BlendProbe | None:
         """``probe`` of one seed; None without a validation function."""
         return None if self.evaluate is None else self.probe(slot, alphas=alphas)
+
+    def _facts(self) -> dict[str, object]:
+        """What has to be the same on every rank: where the training is, and whether anybody probes."""
+        told = {"a validation function": "evaluate" if self.evaluate is not None else None}
+        return {**facts_of(self._position, self._wiring.slots), **told}
 
     def _probe_pair(
         self, slots: tuple[str, ...], evaluate: Evaluate, alphas: tuple[float, ...] | None

@@ -12,9 +12,7 @@ from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import SeedEvidence
 from ..gradients.monitor import GradientMonitor
 from .groups import SeedGroups
-from .life import Position
 from .slot import SeedSlot
-from .together import facts_of
 
 _T = TypeVar("_T")
 
@@ -123,10 +121,11 @@ class Wiring:
         """
         if self.joining is not None and self.ranks is not None:
             place = self.slots[name]
-            self.joining.enter(name, place.modules_of_seed(), returns)
-            # One key for all, which is saved, and other numbers on each: they have other samples.
+            # One key for all, which is saved, and other numbers on each: they have other samples. Exchanged before the
+            # weights are, which nobody could tell from the exchange of another call.
             place.random.key = self.told_by_all(place.random.key, "germinate()")[0]
             place.random.member = self.ranks.rank
+            self.joining.enter(name, place.modules_of_seed(), returns)
 
     def leave(self, name: str) -> None:
         """The seed in this slot is gone; nothing where it never joined."""
@@ -151,11 +150,11 @@ class Wiring:
             self.joining.sync_buffers()
 
     def read(
-        self, call: str, position: Position, told: Sequence[float] = (), *, strict: bool = False
+        self, call: str, facts: Mapping[str, object], told: Sequence[float] = (), *, strict: bool = False
     ) -> tuple[dict[str, SeedEvidence], list[list[float]]]:
         """The evidence of every living seed, and what every rank has told; see ``GradientMonitor.read_together``."""
         self.come_together()
-        return self.monitor.read_together(call, facts_of(position, self.slots), told, strict=strict)
+        return self.monitor.read_together(call, facts, told, strict=strict)
 
     def told_by_all(self, told: _T, call: str) -> list[_T]:
         """What every rank tells in ``call``, plain values; alone, what this one does."""

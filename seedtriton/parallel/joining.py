@@ -97,7 +97,7 @@ class Joining:
 
     def gather(self, found: Any) -> Any:
         """What the ranks have found in a probe, together, see ``losses.gather_losses``. On every rank."""
-        return gather_losses(found, self._ranks.group)
+        return gather_losses(found, lambda said: self._ranks.objects(said, "probe()"))
 
     def settle(self) -> None:
         """Between two steps: parameters are the ones that optimizers hold, and buffers of seeds those of one rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from ..core.errors import WiringError
 Found = list[tuple[Tensor, Tensor]]
 
 
-def gather_losses(found: Found | Exception, group: Any = None) -> Found:
+def _of_all(found: Any) -> list[Any]:
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, found)
+    return said
+
+
+def gather_losses(found: Found | Exception, exchange: Callable[[Any], list[Any]] = _of_all) -> Found:
     """The losses that every rank has found, brought together; every rank calls it.
 
     Losses of samples or of batches are joined in the order of the ranks. Ranks that have looked at the same samples
@@ -24,7 +31,7 @@ def gather_losses(found: Found | Exception, group: Any = None) -> Found:
         found: for each set of alphas the losses, float64 on the CPU, and how many samples each is the mean of; 1-D,
             or 0-dim where a rank knows nothing but its mean. Or the error that this rank has met instead, or an empty
             list: so far it has met none.
-        group: process group; the default one unless told.
+        exchange: what each rank has found from what this one has; between all of them unless told.
 
     Returns:
         Such a list, the same bits on every rank; empty as long as every rank has given an empty one.
@@ -34,12 +41,11 @@ def gather_losses(found: Found | Exception, group: Any = None) -> Found:
             others more, or they have tried other alphas.
         Exception: the error that was given, once the others know.
     """
-    said: list[Any] = [None] * dist.get_world_size(group)
     # One exchange for what went wrong and for what was found: nobody waits for somebody who has nothing to say.
     if isinstance(found, Exception):
-        dist.all_gather_object(said, f"{type(found).__name__}: {found}", group)
+        exchange(f"{type(found).__name__}: {found}")
         raise found
-    dist.all_gather_object(said, [(losses.clone(), counts.clone()) for losses, counts in found], group)
+    said = exchange([(losses.clone(), counts.clone()) for losses, counts in found])
     for rank, theirs in enumerate(said):
         if isinstance(theirs, str):
             raise WiringError(

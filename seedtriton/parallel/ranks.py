@@ -6,6 +6,7 @@ a timeout with a sentence, and never half of somebody else's reduction.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
 from ..gradients.noticing import is_shard
-from ..gradients.spread import Way, number_of
+from ..gradients.spread import Holding, Way, number_of
 from .sharding import unreduced
 
 SHOWN = 8  # ranks in an error
@@ -39,7 +40,6 @@ class Ranks:
         rank: number of this process in the group.
         world: how many there are.
         tells: this one hands on events.
-        replicated: each of them holds all of every parameter, as under DDP.
         collectives: exchanges so far.
         bytes: that this rank has sent in them, and received in those that gather.
 
@@ -66,9 +66,6 @@ class Ranks:
         self.rank, self.world = dist.get_rank(given), dist.get_world_size(given)
         self.tells = all_tell or self.rank == 0
         self.collectives = self.bytes = 0
-        self.replicated = True
-        self._holders: dict[str, int] = {}
-        self._ways: dict[tuple[str, str], Way] = {}
         self.group = self.new_group("Ranks()", given)
 
     def new_group(self, call: str, like: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -118,14 +115,16 @@ class Ranks:
         everywhere = DTensor.from_local(tensor.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
         return everywhere.redistribute(placements=like.placements)  # type: ignore[attr-defined]
 
-    def ways(self, named: Sequence[tuple[str, Tensor]]) -> list[Way]:
+    def ways(self, named: Sequence[tuple[str, Tensor]], holding: Holding) -> list[Way]:
         """How each of these parameters is held, by what was exchanged last; of one that is new, as its peers are."""
-        return [self._ways.get((name, _kind(tensor))) or self._guess(tensor) for name, tensor in named]
+        return [holding.ways.get((name, _kind(tensor))) or self._guess(tensor, holding) for name, tensor in named]
 
-    def _guess(self, tensor: Tensor) -> Way:
-        return Way(copies=_copies(tensor, self.world)) if is_shard(tensor) else Way(copies=self.world)
+    def _guess(self, tensor: Tensor, holding: Holding) -> Way:
+        kind = _kind(tensor)
+        peers = Counter(way.copies for (_, theirs), way in holding.ways.items() if theirs == kind).most_common(1)
+        return Way(peers[0][0] if peers else _copies(tensor, self.world), _parts(tensor))
 
-    def exchange(self, named: Sequence[tuple[str, Tensor]], call: str) -> None:
+    def exchange(self, named: Sequence[tuple[str, Tensor]], call: str) -> Holding:
         """Tell every rank what this one holds. On every rank: one exchange of names, in no step.
 
         Raises:
@@ -145,13 +144,13 @@ class Ranks:
                     )
                 holders[name] = holders.get(name, 0) + 1
                 filled[name] = filled.get(name, 0) + there
-        self._ways = {}
+        ways = {}
         for name, tensor in named:
             copies = _copies(tensor, holders[name])
             shards = max(1, filled[name] // copies) if is_shard(tensor) else 1
-            self._ways[name, _kind(tensor)] = Way(copies, shards)
+            ways[name, _kind(tensor)] = Way(copies, shards)
         whole = all(kind == _PLAIN for kind in kinds.values())
-        self.replicated = whole and all(count == self.world for count in holders.values())
+        return Holding(ways, whole and all(count == self.world for count in holders.values()))
 
     def headers(self, call: str, facts: Mapping[str, object], flag: bool) -> bool:
         """Whether any rank has raised the ``flag``. On every rank: one gather of HEADER numbers.
@@ -164,17 +163,27 @@ class Ranks:
         Raises:
             WiringError: on all ranks, naming what is not the same; or not all of them are in ``call``.
         """
-        numbers = [number_of(call), float(flag), *map(number_of, facts.values())]
-        assert len(numbers) <= HEADER
+        rows = self._heads(call, [float(flag), *map(number_of, facts.values())])
+        self._count(8 * HEADER * self.world)
+        if any(row[1:] != rows[0][1:] for row in rows):
+            raise WiringError(_difference(self._plain((call, dict(facts)), call)))
+        return any(row[0] for row in rows)
+
+    def _heads(self, call: str, numbers: Sequence[float]) -> list[list[float]]:
+        """The numbers of each rank. With this begins every exchange, so that ranks in different calls find that out.
+
+        Raises:
+            WiringError: on all ranks, naming their calls; or not all of them came.
+        """
+        assert len(numbers) < HEADER
         own = torch.zeros(HEADER, dtype=torch.float64, device=self.device)
-        own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        own[: 1 + len(numbers)] = torch.tensor([number_of(call), *numbers], dtype=torch.float64, device=self.device)
         found = [torch.empty_like(own) for _ in range(self.world)]
         self._met(call, lambda: dist.all_gather(found, own, group=self.group))
-        self._count(own.numel() * own.element_size() * self.world)
         rows = [row.tolist() for row in found]
-        if any(row[0] != rows[0][0] or row[2:] != rows[0][2:] for row in rows):
-            raise WiringError(_difference(self.objects((call, dict(facts)), call)))
-        return any(row[1] for row in rows)
+        if any(row[0] != rows[0][0] for row in rows):
+            raise WiringError(_difference(self._plain((call, {}), call)))
+        return [row[1:] for row in rows]
 
     def total(self, numbers: Tensor, call: str) -> Tensor:
         """The sum over all ranks, the same bits on each, where ``numbers`` lie. On every rank: one reduction."""
@@ -185,9 +194,13 @@ class Ranks:
 
     def objects(self, found: Any, call: str) -> list[Any]:
         """What each rank has found, plain values. On every rank; in no step."""
+        self._heads(call, ())
+        self._count(0)
+        return self._plain(found, call)
+
+    def _plain(self, found: Any, call: str) -> list[Any]:
         everybody: list[Any] = [None] * self.world
         self._met(call, lambda: dist.all_gather_object(everybody, found, group=self.group))
-        self._count(0)
         return everybody
 
     def _count(self, size: int) -> None:
@@ -214,8 +227,8 @@ def _difference(found: Sequence[tuple[str, Mapping[str, object]]]) -> str:
     calls = [call for call, _ in found]
     if len(set(calls)) > 1:
         return (
-            f"ranks are in different calls: {_by_rank(calls)}. germinate, end_epoch, advance, prune, read and "
-            "state_dict are called on every rank, in the same order"
+            f"ranks are in different calls: {_by_rank(calls)}. germinate, end_epoch, advance, prune, read, "
+            "probe and state_dict are called on every rank, in the same order"
         )
     apart = [what for what, value in found[0][1].items() if any(facts[what] != value for _, facts in found)]
     words = "; ".join(f"{what}: {_by_rank([facts[what] for _, facts in found])}" for what in apart)
@@ -255,6 +268,19 @@ def _copies(tensor: Tensor, holders: int) -> int:
         if placement.is_replicate():
             copies *= mesh.size(dimension)
     return copies
+
+
+def _parts(tensor: Tensor) -> int:
+    """How many parts with an element a tensor is cut into, as far as its shape and its mesh tell."""
+    if not is_shard(tensor):
+        return 1
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    found = 1
+    for size, placement in zip(mesh.shape, tensor.placements):  # type: ignore[attr-defined]
+        if placement.is_shard():
+            length = tensor.shape[placement.dim]
+            found *= -(-length // -(-length // size))  # as torch.chunk
+    return found
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta:

@@ -12,7 +12,7 @@ from seedtriton import GradientMonitor, GrowthController, SeedSlot, Stage, Wirin
 from seedtriton.core.evidence import IDLE_LIMIT, MEASURED, NEVER_MEASURED, NO_GRADIENT
 from seedtriton.core.gates import QualityGates
 from seedtriton.core.verdict import SeedStatus
-from seedtriton.gradients.spread import Way
+from seedtriton.gradients.spread import Holding, Way
 
 
 class Model(nn.Module):
@@ -610,16 +610,16 @@ class Shard(torch.nn.Parameter):
 class OneRank:
     """Holds all of everything, as the only one."""
 
-    rank, world, replicated = 0, 1, False
+    rank, world = 0, 1
 
     def local(self, tensor):
         return tensor
 
-    def ways(self, named):
+    def ways(self, named, holding):
         return [Way() for _ in named]
 
     def exchange(self, named, call):
-        pass
+        return Holding({}, replicated=False)
 
     def headers(self, call, facts, flag):
         return flag

@@ -60,8 +60,19 @@ def disagreeing(rank, world, how):
         optimizer.zero_grad()
     if how == "another call" and rank == 1:
         growth.advance("slot")
+    elif how == "a state" and rank == 1:
+        growth.state_dict()
+    elif how == "a probe" and rank == 1:
+        growth.probe("slot", lambda model: model(batches(1)[0][0]).square().mean(1))
+    elif how == "a seed" and rank == 1:
+        growth.prune("slot")
+        growth.slots["slot"].vacate()
+        germinate(growth, block())
     elif how == "a stage" and rank == 1:
         growth.slots["slot"].move(Stage.BLENDING)
+        growth.end_epoch()
+    elif how == "evaluate" and rank == 0:
+        growth.evaluate = lambda model: model(batches(1)[0][0]).square().mean(1)
         growth.end_epoch()
     elif how == "weights":
         with torch.no_grad():
@@ -76,6 +87,10 @@ def disagreeing(rank, world, how):
     [
         ("a measurement", r"disagree about .*(the samples measured: rank 0 3, rank 1 2|the steps: rank 0 3, rank 1 2)"),
         ("another call", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 advance\(\)"),
+        ("a state", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 state_dict\(\)"),
+        ("a probe", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 probe\(\)"),
+        ("a seed", r"ranks are in different calls: rank 0 end_epoch\(\), rank 1 germinate\(\)"),
+        ("evaluate", r"disagree about a validation function: rank 0 evaluate, rank 1 None"),
         ("a stage", r"the stages of the slots: rank 0 \['TRAINING'\], rank 1 \['BLENDING'\]"),
         ("weights", r"the weights of seed 'slot' are not the same on every rank"),
     ],
@@ -88,6 +103,23 @@ def test_where_ranks_disagree_all_of_them_say_the_same(how, words):
     import re
 
     assert re.search(words, found[0].error), found[0].error
+
+
+def forgets(rank, world):
+    """What was agreed on of a seed that is gone is none of the next one's in its place."""
+    model = DistributedDataParallel(host())
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    growth = grow(model, optimizer)
+    germinate(growth, block(rank=rank))
+    learn(model, growth, optimizer, (rank, world), steps=2)
+    growth.end_epoch()
+    before = list(growth.evidence()), list(growth.monitor.latest().evidence)
+    growth.prune("slot")
+    return before, (list(growth.evidence()), list(growth.monitor.latest().evidence))
+
+
+def test_nothing_is_known_of_a_seed_that_is_gone():
+    assert values(forgets, 2) == [((["slot"], ["slot"]), ([], []))] * 2
 
 
 def absent(rank, world, late=0.0):

@@ -2,13 +2,14 @@
 
 import math
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
 from parallel.harness import Host, batches, block, host, loss_of, mine, spawn, values
 from torch.nn.parallel import DistributedDataParallel
 
-from seedtriton import GateThresholds, GrowthController, StraightThrough
+from seedtriton import GateThresholds, GradientMonitor, GrowthController, Ranks, StraightThrough
 
 OPEN = GateThresholds(min_training_improvement=None, min_training_epochs=None)
 STEPS, CLIP = 12, 0.5
@@ -203,6 +204,66 @@ def test_clipping_under_fsdp2_is_that_of_one_process(clipped):
         found = equal(values(under_fsdp, 4 if shape else 2, clip=CLIP, shape=shape))
         near(found, clipped)
         assert found["norms"] == pytest.approx(clipped["norms"], rel=1e-6)
+
+
+def growing(rank, world, kind):
+    """The host gets a layer in the middle of training, of which the ranks hear at the end of the epoch."""
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    dtype = torch.float32 if kind else torch.float64
+    model, layer = host(dtype), block(dtype).expand
+    if kind:
+        fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    growth = grow(model, optimizer)
+    germinate(growth, block(dtype, rank=rank), dtype)
+    learn(model, growth, optimizer, (rank, world), steps=3, dtype=dtype)
+    if kind:
+        fully_shard(layer)
+    model.before.contract = nn.Sequential(nn.Linear(2 * Host.width, Host.width).to(dtype), layer, model.before.contract)
+    nn.init.eye_(model.before.contract[0].weight)
+    nn.init.zeros_(model.before.contract[0].bias)
+    if kind:
+        fully_shard(model.before.contract[0])
+    optimizer.add_param_group({"params": list(model.before.contract[:2].parameters())})
+    learn(model, growth, optimizer, (rank, world), dtype=dtype, skip=3)
+    return told(growth)
+
+
+def test_what_the_host_gets_while_it_trains_is_measured_before_the_ranks_have_heard_of_it():
+    [wanted] = values(growing, 1, kind=None)
+    near(equal(values(growing, 2, kind="fsdp")), wanted)
+
+
+def sharing(rank, world, one):
+    """Two monitors of sharded networks, which may have one ``Ranks``."""
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    def network(*widths):
+        torch.manual_seed(len(widths))
+        return fully_shard(nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths))))
+
+    pairs = [(network(8, 8, 8), network(8, 8)), (network(8, 8, 8, 8), network(8, 4, 8))]
+    ranks = Ranks()
+    monitors = [
+        GradientMonitor(a, {f"seed{index}": b}, ranks=ranks if one else Ranks()) for index, (a, b) in enumerate(pairs)
+    ]
+    for batch in batches(2):
+        for (a, b), monitor in zip(pairs, monitors):
+            b(a(mine(batch, rank, world)[0])).square().mean().backward()
+            monitor.measure()
+    for monitor in monitors:
+        monitor.refresh()
+    found = [known for monitor in monitors for known in monitor.read().values()]
+    return [(each.ratio, each.live_share, each.samples) for each in found]
+
+
+def test_monitors_may_share_their_ranks():
+    found = equal(values(sharing, 2, one=True))
+    assert found == equal(values(sharing, 2, one=False))
+    assert [share for _, share, _ in found] == [1.0, 1.0]
 
 
 # --- tensor parallel ---
