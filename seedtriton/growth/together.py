@@ -28,7 +28,6 @@ def sinks_of(
 def facts_of(position: Position, slots: Mapping[str, SeedSlot]) -> dict[str, object]:
     """What has to be the same on every rank, by what to call it."""
     return {
-        "the slots": list(slots),
         "the epoch": position.epoch,
         "the steps": position.step,
         "the stages of the slots": [str(slot.stage) for slot in slots.values()],

@@ -1,12 +1,25 @@
 """What ranks decide together, whatever each was told; and what is said when they cannot."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from parallel.harness import batches, block, host, loss_of, mine, spawn, values
 from parallel.test_ranks import germinate, grow, learn
 from torch.nn.parallel import DistributedDataParallel
 
-from seedtriton import AlphaSchedule, GateThresholds, GrowthController, Stage
+from seedtriton import (
+    AlphaSchedule,
+    GateThresholds,
+    GradientMonitor,
+    GrowthController,
+    Ranks,
+    Stage,
+    WiringError,
+)
+from seedtriton.gradients.progress import SeedFacts
+from seedtriton.growth.together import taken
 
 # So that a few steps are a whole life.
 EASY = GateThresholds(
@@ -103,6 +116,63 @@ def test_where_ranks_disagree_all_of_them_say_the_same(how, words):
     import re
 
     assert re.search(words, found[0].error), found[0].error
+
+
+def differences(rank, world):
+    """What each thing that is not the same on rank 1 makes end_epoch() say; it changes nothing, so each is put back."""
+    model = DistributedDataParallel(host())
+    growth = grow(model, torch.optim.SGD(model.parameters(), 0.05))
+    germinate(growth, block(rank=rank))
+    position, slot, monitor = growth._position, growth.slots["slot"], growth.monitor
+    since = monitor.since.clone()
+    changes = {
+        "the epoch": (lambda: setattr(position, "epoch", 1), lambda: setattr(position, "epoch", 0)),
+        "the verdicts of the last epoch": (
+            lambda: setattr(position, "verdicts", ["passed"]), lambda: setattr(position, "verdicts", [])
+        ),
+        "alpha": (lambda: slot.set_alpha(0.5), lambda: slot.set_alpha(0.0)),
+        "where windows begin": (lambda: monitor.since.add_(1), lambda: monitor.since.copy_(since)),
+    }  # fmt: skip
+    said = {}
+    for what, (change, back) in changes.items():
+        if rank:
+            change()
+        with pytest.raises(WiringError) as error:
+            growth.end_epoch()
+        back()
+        said[what] = str(error.value)
+    for what, monitor in {
+        "the seeds": GradientMonitor(host(), {f"seed{rank}": block()}, ranks=Ranks()),
+        "the length of the window": GradientMonitor(host(), {"seed": block()}, window=8 + rank, ranks=Ranks()),
+    }.items():
+        with pytest.raises(WiringError) as error:
+            monitor.read()
+        said[what] = str(error.value)
+    growth.end_epoch()
+    return said
+
+
+def test_each_thing_that_is_not_the_same_is_named():
+    found = values(differences, 2)
+    assert found[0] == found[1]
+    for what, said in found[0].items():
+        assert said.startswith(f"ranks disagree about {what}: rank 0 "), said
+
+
+def test_of_what_ranks_have_seen_the_worst_counts():
+    agreed = []
+    slots = {"slot": SimpleNamespace(agree=lambda *told: agreed.append(told))}
+    told = [(1, 0.5, 0, 0.0, 0, 0, 0, 0.0), (0, 0.0, 1, 3.0, 2, 1, 1, 0.8), (1, 0.7, 1, 5.0, 1, 0, 1, 0.6)]
+    assert taken(told, slots) == (pytest.approx(0.6), 4.0)
+    assert agreed == [(2, True, pytest.approx(0.7))]
+
+
+def test_of_what_ranks_know_parts_are_summed_and_the_worst_counts():
+    nan = math.nan
+    nothing = SeedFacts(0.0, 0.0, 0.0, nan, nan, nan, nan, nan, nan)  # of a rank that does not hold the seed
+    one, two = SeedFacts(1.0, 2.0, 3.0, 4, 0, 1, 7, 1, 9), SeedFacts(2.0, 3.0, 4.0, 2, 1, 0, 6, 5, 8)
+    assert SeedFacts.merged([nothing, one, two]) == SeedFacts(3.0, 5.0, 7.0, 4, 1, 0, 6, 5, 8)
+    assert SeedFacts.merged([one, one._replace(moved=nan)]).displacement is None
 
 
 def forgets(rank, world):
