@@ -78,11 +78,14 @@ def parted(
 
 
 def numbers(growth: GrowthController) -> dict[str, float]:
-    """What loggers plot, by "slot/name": alpha of every seed, and of a living one what is known of it and finite."""
+    """What loggers plot, by "slot/name": alpha of every seed, and of a living one what was read of it and is finite.
+
+    Read when an epoch ended: there gates may move a seed on, whose evidence then begins anew.
+    """
     found = {f"{name}/alpha": slot.alpha_value for name, slot in growth.slots.items() if slot.seed is not None}
-    for name, evidence in growth.evidence().items():
+    for name, life in growth._position.lives.items():
         for key in NUMBERS:
-            value = getattr(evidence, key)
+            value = getattr(life.evidence, key, None)
             if value is not None and math.isfinite(value):
                 found[f"{name}/{key}"] = float(value)
     return found

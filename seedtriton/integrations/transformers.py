@@ -100,6 +100,7 @@ class GrowthCallback:
             _refuse_alone(args)
         self.begin(model, kwargs["optimizer"], kwargs["lr_scheduler"], state)
         self._training = True
+        self._end_epoch_that_was_saved_first(args, state, control)
         self._germinate(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -189,6 +190,18 @@ class GrowthCallback:
                 "GrowthCallback(accuracy_metric=..., loss_metric=...)", self.accuracy_metric, self.loss_metric, found,
             )  # fmt: skip
             self._end_epoch(state, control, None, None)
+
+    def _end_epoch_that_was_saved_first(self, args: Any, state: Any, control: Any) -> None:
+        """At the last step of an epoch the client may save before it ends the epoch, which a resume does not repeat."""
+        whole = state.global_step > 0 and float(state.epoch or 0.5).is_integer()
+        if not whole or args.eval_strategy == "steps" or self._controller().step == self._ended_at:
+            return
+        if args.eval_strategy != "no":
+            logger.warning(
+                "the checkpoint was saved before the evaluation of its epoch, which a resume does not make up for: the "
+                "gates decide about that epoch without it. save_strategy='epoch' saves behind it"
+            )
+        self._end_epoch(state, control, None, None)
 
     def _controller(self) -> GrowthController:
         if self.growth is None:
