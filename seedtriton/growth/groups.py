@@ -68,6 +68,35 @@ class SeedGroups:
             raise WiringError(f"{type(self._adder()).__name__}.add_param_group does not reach the optimizer inside")
         self._schedulers.add_entry(self.optimizer.param_groups[-1], settings)
 
+    def split(self, slot: SeedSlot, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """Move parameters of a slot, by name, into groups like theirs but for these settings.
+
+        Raises:
+            ConfigurationError: a parameter that the slot, or a setting that the optimizer does not have; nothing has
+                changed.
+        """
+        known = dict(slot.named_parameters())
+        strange = sorted({*names} - set(known)) + sorted(set(settings) - set(self.optimizer.param_groups[0]))
+        if strange:
+            raise ConfigurationError(f"no parameters of the seed, and no settings of the optimizer: {strange}")
+        moving = {id(known[name]) for name in names}
+        for index in reversed(self.of(slot)):
+            group = self.optimizer.param_groups[index]
+            entries = list(zip(group["param_names"], group["params"])) if "param_names" in group else group["params"]
+            moves = [id(parameter) in moving for parameter in group["params"]]
+            if not any(moves):
+                continue
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [value for value, moved in zip(group[key], moves) if not moved]
+            fresh = {key: own_value(v) for key, v in group.items() if key not in ("params", "param_names")}
+            fresh |= {**settings, "params": [entry for entry, moved in zip(entries, moves) if moved]}
+            self._adder().add_param_group(fresh)
+            self._schedulers.copy_entry(index)
+            if not group["params"]:
+                self._schedulers.remove_entry(index)
+                del self.optimizer.param_groups[index]
+
     def of(self, slot: SeedSlot) -> list[int]:
         """Indices of the optimizer's groups that hold parameters of this slot and no others."""
         # Looked up by parameter: the optimizer's load_state_dict makes new dicts of its groups.

@@ -92,6 +92,11 @@ class Schedulers:
             entry = partial(_entry, item, group, settings)
             self._replace(item, lambda name, values: [*values, entry(name, values)])  # noqa: B023 - called at once
 
+    def copy_entry(self, index: int) -> None:
+        """For a group that was added at the end, like this one."""
+        for item in self._known:
+            self._replace(item, lambda _, values: [*values, own_value(values[index])])
+
     def remove_entry(self, index: int) -> None:
         """Of a group that goes."""
         for item in self._known:

@@ -1,0 +1,85 @@
+"""Where seeds are, in a file beside the weights that a client saves, and models that are built from such a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import StateDictError, WiringError
+from ..growth.checkpoint import SeedOrFactory, restore_slots
+from ..growth.clients import own_random_numbers
+from ..growth.controller import GrowthController
+from ..growth.digest import Unchecked
+from ..growth.wiring import slots_of
+
+FILE = "growth.pt"  # beside the weights, in every checkpoint
+VERSION = 1
+
+
+def save(growth: GrowthController, folder: str, more: Mapping[str, Any], *, write: bool) -> None:
+    """Save where the seeds are beside the weights in a folder; on every rank, of which those with ``write`` write."""
+    values = {"version": VERSION, "growth": growth.state_dict(), **more}
+    if write:
+        torch.save(values, os.path.join(folder, FILE))
+
+
+def saved_in(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What ``GrowthCallback.save`` has written into a folder; None when it has not; StateDictError when damaged."""
+    path = os.path.join(folder, FILE)
+    if not os.path.isfile(path):
+        return None
+    values = torch.load(path, map_location="cpu", weights_only=True)
+    keys = {"version", "growth", "germinated", "ended_at"}
+    if not isinstance(values, dict) or set(values) != keys or values["version"] != VERSION:
+        raise StateDictError(f"{path} is no growth state of version {VERSION}")
+    return values
+
+
+def load_seeds(model: nn.Module, folder: str | os.PathLike[str], seeds: Mapping[str, SeedOrFactory]) -> None:
+    """Put the seeds of a saved model into one of ``from_pretrained``, which drops them.
+
+    ::
+
+        model = Net.from_pretrained(folder)
+        load_seeds(model, folder, {"model.norm.0": make_seed})
+
+    Args:
+        model: its slots are empty.
+        folder: a checkpoint of Trainer's, or where ``save_model`` has saved; local.
+        seeds: by slot, as for the callback.
+
+    Raises:
+        WiringError: nothing says which seeds it had, or their weights are not in the folder.
+        StateDictError: the state is damaged, or of another model.
+        ConfigurationError: a slot's seed is missing.
+    """
+    saved = saved_in(folder)
+    if saved is None:
+        raise WiringError(f"{os.fspath(folder)!r} has no {FILE}: it was not saved by a Trainer with a GrowthCallback")
+    slots = slots_of(model)
+    with own_random_numbers(model):
+        restore_slots(model, saved["growth"], seeds)
+    weights = _weights_in(os.fspath(folder), [f"{name}." for name in slots])
+    model.load_state_dict(weights, strict=False)
+    known = {name: entry["digest"] for name, entry in saved["growth"]["slots"].items() if entry.get("digest")}
+    Unchecked(known, slots).check()
+    host = {id(p) for slot in slots.values() for p in slot.parameters()}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in host), None)
+    for slot in slots.values():
+        slot.to(dtype=dtype)
+
+
+def _weights_in(folder: str, prefixes: list[str]) -> dict[str, torch.Tensor]:
+    """Tensors of these prefixes from the safetensors files of a folder."""
+    from safetensors import safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".safetensors"):
+            with safe_open(os.path.join(folder, name), framework="pt") as file:
+                found |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(tuple(prefixes))}  # noqa: SIM118
+    return found
