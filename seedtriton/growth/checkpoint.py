@@ -133,6 +133,26 @@ def load(
     position.lives = {life.name: life for life in lives}
 
 
+def exchange(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, SeedOrFactory]) -> None:
+    """The seeds of ``state`` for those that are there, see ``clients.exchange``."""
+    values = _read(state)
+    check_slots(values, wiring.slots)
+    _check(values, wiring)
+    modules = _modules(values, seeds, wiring.slots)
+    occupied = {name: slot for name, slot in wiring.slots.items() if slot.seed is not None}
+    for name in occupied:
+        wiring.refuse_leaving(name)
+    for name, slot in wiring.slots.items():
+        if name in wiring.monitor.seeds:
+            wiring.monitor.remove_seed(name)
+        if name in occupied:
+            wiring.groups.remove(slot)
+            wiring.leave(name)
+        slot.vacate()
+    position.lives = {}
+    load(wiring, position, state, modules, check_weights=True)
+
+
 def _monitor_state(wiring: Wiring) -> dict[str, Any]:
     # Copies: the buffers go on changing.
     return {key: own_value(value) for key, value in wiring.monitor.whole_state().items()}

@@ -1,0 +1,1 @@
+"""What meets clients: one module for each, which imports its client when it is used and not before."""
