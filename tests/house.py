@@ -174,7 +174,9 @@ def picture() -> str:
         lines.append(f'    {wing}["<b>{wing}</b>: {DOES[wing]}<br/>{rooms}"]')
     lines.append(f'    kernels["<b>kernels</b>: {DOES["kernels"]}<br/>{" ".join(path.stem for path in kernels())}"]')
     arrows = {(wing_of(a), wing_of(b)) for a, targets in graph(modules).items() for b in targets}
-    lines += [f"    {a} --> {b}" for a, b in sorted(arrows) if a and b and a != b]
+    for wing in sorted(wings):
+        below = sorted(b for a, b in arrows if a == wing and b and b != wing)
+        lines += [f"    {wing} --> {' & '.join(below)}"] if below else []
     lines.append("    gradients -. inside functions of ops .-> kernels")
     return "\n".join(lines)
 
