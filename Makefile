@@ -11,13 +11,13 @@ SANITIZED := "mixed_dtype or zero_size or nan_and_inf"
 
 LIVES := tests/growth tests/gradients/test_fuzz.py
 
-.PHONY: demo test test-unit test-lives test-rest test-parallel test-kernels test-wheel test-gpu sanitize-gpu check bench bench-cpu bench-gpu clean
+.PHONY: demo test test-unit test-lives test-rest test-parallel test-clients test-kernels test-wheel test-gpu sanitize-gpu check bench bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(BIN)/python -m seedtriton demo
 
-test: test-unit test-parallel test-kernels test-wheel
+test: test-unit test-parallel test-clients test-kernels test-wheel
 
 # Two processes, because two cores are what CI has: lives and training loops, and all the rest.
 test-unit: $(STAMP)
@@ -27,11 +27,15 @@ test-lives: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not gpu" $(LIVES)
 
 test-rest: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu" tests $(LIVES:%=--ignore=%) --ignore=tests/parallel
+	$(BIN)/python -m pytest -q -m "not gpu" tests $(LIVES:%=--ignore=%) --ignore=tests/parallel --ignore=tests/clients
 
 # Two and four processes each, on loopback, with time limits: behind the others, for it wants both cores.
 test-parallel: $(STAMP)
 	$(BIN)/python -m pytest -q tests/parallel
+
+# Inside real clients. It fails where one is missing: a lane that skips everything proves nothing.
+test-clients: $(STAMP)
+	$(BIN)/python -m pytest -q tests/clients
 
 # The interpreter has to be on before the process starts, so it is a process of its own.
 test-kernels: $(STAMP)
@@ -45,7 +49,7 @@ test-wheel: $(STAMP)
 # It fails where there is no GPU: a lane that skips everything proves nothing.
 test-gpu:
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"'
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests --ignore=tests/clients
 
 # memcheck and racecheck over the small cases; compute-sanitizer comes with the CUDA toolkit.
 sanitize-gpu:
@@ -74,5 +78,5 @@ clean:
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,dev,clients]"
 	touch $@
