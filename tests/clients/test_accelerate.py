@@ -40,6 +40,7 @@ class Run:
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, optimizer, loader, scheduler
         )
+        self.net = model
         self.clip, self.growth, self.truth, self.hosts, self.batch = clip, None, Truth(), [], 0
         if seed is not None:
             self.growth = prepare_growth(
@@ -58,7 +59,7 @@ class Run:
             scaled = [p.grad for p in own]
             for p in own if scaler is not None else []:
                 p.grad = p.grad.float() / scaler.get_scale()
-            self.truth.note(self.model.slot, own)
+            self.truth.note(self.net.slot, own)
             for p, grad in zip(own, scaled):
                 p.grad = grad
 
@@ -73,7 +74,7 @@ class Run:
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
-        self.hosts.append(host_of(self.model))
+        self.hosts.append(host_of(self.net))
 
     def train(self, epochs=2, save=None, begin=0):
         for _ in range(epochs):
@@ -90,7 +91,7 @@ class Run:
         return self
 
     def whole(self):
-        parts = {"growth": self.growth, "model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        parts = {"growth": self.growth, "model": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
 
 
