@@ -1,6 +1,7 @@
 """prepare_growth in real loops with an Accelerator on a CPU: what is measured, left alone, saved and refused."""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from clients.truth import GROWTH, Adapter, Bad, Net, Truth, data, differences, host_of
+from clients.truth import GROWTH, Adapter, Bad, Net, Truth, data, differences, documented, host_of
 from torch import nn
 
 from seedtriton import SeedtritonError, Stage, WiringError
@@ -98,25 +99,22 @@ class Run:
 # --- the shortest use ---
 
 
-def test_three_lines_are_enough():
-    accelerator_, model = accelerator(accumulated=3), Net()
+def test_the_lines_of_the_docs_are_enough():
+    made, model = accelerator(accumulated=3), Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
     loader = torch.utils.data.DataLoader(data(), 8)
-    model, optimizer, loader, scheduler = accelerator_.prepare(model, optimizer, loader, scheduler)
-    growth = prepare_growth(accelerator_, model, optimizer, [scheduler], {"slot": Adapter})
-    for _ in range(2):
-        for x, y in loader:
-            with accelerator_.accumulate(model):
-                accelerator_.backward(nn.functional.cross_entropy(model(x), y))
-                growth.measure()
-                accelerator_.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-        verdicts = growth.end_epoch(accuracy=0.5)
-    assert [verdict.seed for verdict in verdicts] == ["slot"]
-    assert growth.evidence()["slot"].samples == growth.step == 6
+    model, optimizer, loader, scheduler = made.prepare(model, optimizer, loader, scheduler)
+    names = {
+        "accelerator": made, "model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler,
+        "Adapter": Adapter, "validate": lambda: 0.5,
+        "loss_of": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+    }  # fmt: skip
+    lines = documented("accelerate")[0]
+    assert len(re.findall(r"\bgrowth\b", re.sub(r"#.*", "", lines).replace("import prepare_growth", ""))) == 3
+    exec(lines, names)
+    assert [verdict.seed for verdict in names["verdicts"]] == ["slot"]
+    assert names["growth"].evidence()["slot"].samples == names["growth"].step == 3
 
 
 def test_nothing_of_accelerate_is_imported():

@@ -49,7 +49,8 @@ def resumed(rank, world, folder, at):
     again.accelerator.load_state(folder)
     stage = again.growth.slots["slot"].stage
     again.train(8, begin=at)
-    return str(stage), differences(full.hosts[-len(again.hosts) :], again.hosts), differences(full.whole(), again.whole())
+    hosts = differences(full.hosts[-len(again.hosts) :], again.hosts)
+    return str(stage), hosts, differences(full.whole(), again.whole())
 
 
 @pytest.mark.parametrize("at, stage", [(3, Stage.TRAINING), (18, Stage.BLENDING)])

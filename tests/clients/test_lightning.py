@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from clients.truth import GROWTH, Adapter, Bad, Net, Truth, data, differences, host_of
+from clients.truth import GROWTH, Adapter, Bad, Net, Truth, data, differences, documented, host_of
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -97,13 +98,16 @@ def grower(seed=Adapter, **changes):
 # --- the shortest use ---
 
 
-def test_three_lines_are_enough():
-    # from here
-    growth = GrowthCallback({"net.slot": Adapter}, monitor="val_acc")
-    trainer = pl.Trainer(callbacks=[growth], max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.fit(Lit(), *loaders())
-    # to here
-    assert str(growth.growth.slots["net.slot"].stage) == "TRAINING"
+def test_the_three_lines_of_the_docs_are_enough(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet = {"accelerator": "cpu", "max_epochs": 2, "logger": False}
+    names = {"Adapter": Adapter, "L": SimpleNamespace(Trainer=lambda **given: pl.Trainer(**quiet, **given))}
+    lines = documented("Lightning")[0]
+    assert len([line for line in lines.splitlines() if line.strip()]) == 3
+    exec(lines, names)
+    names["trainer"].fit(Lit(), *loaders())
+    growth = names["growth"]
+    assert growth.growth.slots["net.slot"].stage is Stage.TRAINING
     assert [verdict.seed for verdict in growth.verdicts] == ["net.slot"]
     assert growth.growth.evidence()["net.slot"].samples == 18
 
@@ -438,6 +442,17 @@ def test_a_learning_rate_monitor_takes_the_new_group(tmp_path):
     assert [group["initial_lr"] for group in made.optimizers[0].param_groups] == [1e-2, 1e-3]
 
 
+def test_a_probe_sees_the_twin_and_not_the_module_that_trains():
+    x, y = data(32, 1).tensors
+
+    def losses(module):
+        return nn.functional.cross_entropy(module.net(x), y, reduction="none")
+
+    growth = grower(lambda: Bad(), thresholds=None, evaluate=losses)
+    fit(Lit(), growth, epochs=1)
+    assert max(abs(change) for change in growth.growth.probe("net.slot").changes) > 0.01
+
+
 # --- stop and resume ---
 
 
@@ -576,9 +591,11 @@ def test_the_best_model_comes_back_in_the_stage_of_its_seed(tmp_path, best, weig
     fresh.load_state_dict(saved["state_dict"])
     assert torch.equal(outputs(fresh), watcher.outputs)
 
+    hook = {"restore_slots": restore_slots, "Adapter": Adapter}
+    exec(documented("Lightning")[1], hook)
+
     class Loading(Scored):
-        def on_load_checkpoint(self, checkpoint):
-            restore_slots(self, checkpoint, {"net.slot": Adapter})
+        on_load_checkpoint = hook["on_load_checkpoint"]
 
     assert torch.equal(outputs(Loading.load_from_checkpoint(save.best_model_path)), watcher.outputs)
     if not weights_only:  # and on from there

@@ -1,6 +1,8 @@
 """A small network with a slot, its data, and what a sample must say of gradients that were really used, in fp64."""
 
 import math
+import pathlib
+import re
 
 import torch
 from torch import nn
@@ -76,6 +78,13 @@ class Truth:
         assert abs(evidence.ratio - wanted) <= 1e-6 * wanted
         if steps is not None:
             assert (evidence.samples, evidence.optimizer_steps) == (steps, steps)
+
+
+def documented(client):
+    """The blocks of Python in a client's section of docs/clients.md."""
+    text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "clients.md").read_text("utf-8")
+    section = text.partition(f"\n## {client}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 
 
 def host_of(module):
