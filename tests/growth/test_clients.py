@@ -50,7 +50,7 @@ def test_what_is_blended_is_parted_from_nothing():
 
 def test_numbers_are_those_that_are_known_and_finite():
     growth, model, optimizer = grown("one")
-    assert numbers(growth) == {"one/alpha": 0.0, "one/samples": 0.0, "one/dropped": 0.0}
+    assert numbers(growth) == {f"one/{name}": 0.0 for name in ("alpha", "samples", "dropped", "displacement")}
     step(growth, model, optimizer)
     found = numbers(growth)
     assert found["one/ratio"] == growth.evidence()["one"].ratio
