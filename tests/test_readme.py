@@ -18,13 +18,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-# Loops that need what a single process has not; tests/parallel has them.
-OF_RANKS = (ROOT / "docs" / "many-gpus.md").read_text(encoding="utf-8")
+# What needs more than one process, or a client: tests/parallel and tests/clients run that.
+ELSEWHERE = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("many-gpus", "clients"))
 
 
 def blocks(language):
     found = re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
-    return [block for block in found if block not in OF_RANKS]
+    return [block for block in found if block not in ELSEWHERE]
 
 
 def test_the_diagram_is_the_table_of_transitions():
