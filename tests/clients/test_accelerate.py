@@ -150,6 +150,14 @@ def test_the_ratio_is_that_of_the_gradients_before_clipping(settings, steps, cli
     assert evidence.host_norm == pytest.approx(float(host), rel=1e-6)
 
 
+def test_what_is_not_whole_is_not_looked_at():
+    run = Run(accumulated=4)
+    seen, inner = [], run.growth.monitor.measure
+    run.growth.monitor.measure = lambda *given, **named: (seen.append(run.batch), inner(*given, **named))
+    run.train(1)
+    assert seen == [3, 7, 8]
+
+
 # --- isolation ---
 
 
@@ -166,9 +174,10 @@ def test_the_host_is_bit_for_bit_that_of_the_loop_without_us(seed, settings, cli
     assert (grown.growth.evidence()["slot"].seed_not_finite > 0) == (seed is Bad)
 
 
+@pytest.mark.parametrize("scale", [None, 64.0])
 @pytest.mark.parametrize("clip", ["ours", "theirs"])
-def test_host_and_seed_are_clipped_by_their_own_norms(clip):
-    run = Run(clip=clip, thresholds=None, accumulated=2)
+def test_host_and_seed_are_clipped_by_their_own_norms(clip, scale):
+    run = Run(clip=clip, thresholds=None, accumulated=2, scale=scale)
     norms, step = [], run.optimizer.step
 
     def noting(*_):
