@@ -19,6 +19,8 @@ from seedtriton import (
     WiringError,
 )
 from seedtriton.gradients.progress import SeedFacts
+from seedtriton.gradients.row import ELEMENTS, EXTRA, LIVE, QUANTITIES, SUMSQ, TENSORS
+from seedtriton.gradients.spread import Column, Way, fold, laid_back, unfold
 from seedtriton.growth.together import taken
 
 # So that a few steps are a whole life.
@@ -173,6 +175,33 @@ def test_of_what_ranks_know_parts_are_summed_and_the_worst_counts():
     one, two = SeedFacts(1.0, 2.0, 3.0, 4, 0, 1, 7, 1, 9), SeedFacts(2.0, 3.0, 4.0, 2, 1, 0, 6, 5, 8)
     assert SeedFacts.merged([nothing, one, two]) == SeedFacts(3.0, 5.0, 7.0, 4, 1, 0, 6, 5, 8)
     assert SeedFacts.merged([one, one._replace(moved=nan)]).displacement is None
+
+
+def test_what_ranks_hold_adds_up_to_the_window_of_one_process():
+    world = 49  # of which 49 shares of 1 are not 1
+    columns, segments = (Column(None, Way(world, 1)), Column("a", Way(1, world)), Column("a", Way(world, 1))), (0, 1, 1)
+    rings = torch.zeros(world, 2, 3, QUANTITIES, dtype=torch.float64)
+    rings[..., SUMSQ], rings[..., ELEMENTS], rings[..., TENSORS], rings[..., LIVE] = 2.0, 3.0, 1.0, 1.0
+    rings[:, :, 1:, EXTRA] = math.nan
+    rings[3, 1, 0, EXTRA] = 1.0  # one rank will skip the second step
+    rings[4, :, 1, EXTRA], rings[5, :, 1, EXTRA] = 1.0, 3.0
+    window = unfold(sum(fold(ring, columns, segments) for ring in rings))
+    assert window[0, 0].tolist() == pytest.approx(_row(SUMSQ=2, ELEMENTS=3, TENSORS=1, LIVE=1))
+    assert window[..., 0, EXTRA].tolist() == [0.0, 1.0]
+    assert window[0, 1].tolist() == pytest.approx(
+        _row(SUMSQ=2 * world + 2, ELEMENTS=3 * world + 3, TENSORS=2, LIVE=2, EXTRA=2)
+    )
+    assert [float(window[0, 0, TENSORS]), float(window[0, 1, LIVE])] == [1.0, 2.0]
+    parts = [laid_back(window, columns, mine=rank == 1) for rank in range(world)]
+    torch.testing.assert_close(unfold(sum(fold(part, columns, segments) for part in parts)), window)
+
+
+def _row(**numbers):
+    places = {"SUMSQ": SUMSQ, "ELEMENTS": ELEMENTS, "TENSORS": TENSORS, "LIVE": LIVE, "EXTRA": EXTRA}
+    row = [0.0] * QUANTITIES
+    for name, number in numbers.items():
+        row[places[name]] = number
+    return row
 
 
 def forgets(rank, world):

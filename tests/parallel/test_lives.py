@@ -148,16 +148,22 @@ def test_a_seed_is_faded_out_kept_pruned_and_replaced(kind, world):
 
 
 def with_statistics(rank, world, kind):
-    model, optimizer, growth = started(rank, kind, make=Noisy)
+    def make(width):
+        torch.manual_seed(rank)  # of which a slot makes its key
+        return Noisy(width)
+
+    model, optimizer, growth = started(rank, kind, make=make)
     learn(model, growth, optimizer, (rank, world), steps=PER_EPOCH)
     growth.end_epoch(loss=1.0)
-    seed = growth.slots["slot"].seed
-    return [b.tolist() for b in seed.buffers()], growth.slots["slot"].random.key, growth.evidence()["slot"].ratio
+    slot = growth.slots["slot"]
+    drawn, _ = slot.random.run(nn.Dropout(0.5), torch.ones(64), False)
+    return [b.tolist() for b in slot.seed.buffers()], slot.random.key, growth.evidence()["slot"].ratio, drawn.tolist()
 
 
 def test_running_statistics_are_those_of_one_rank_and_random_numbers_have_one_key():
     found = values(with_statistics, 2, kind="ddp")
-    assert found[0] == found[1]
+    assert found[0][:3] == found[1][:3]
+    assert found[0][3] != found[1][3]
     assert found[0][0][2] == PER_EPOCH  # num_batches_tracked
 
 
@@ -192,9 +198,18 @@ def in_the_reducer(rank, world, how, find=False):
     else:
         growth._mover.move(growth._lives["slot"], Stage.BLENDING, "forced", "script")
         growth.slots["slot"].set_alpha(0.5)
-        growth.prune("slot", steps=PER_EPOCH)
+        if how == "harm":
+            growth._mover.act_on("it harms", growth._lives["slot"], "fade")
+        else:
+            growth.prune("slot", steps=PER_EPOCH)
     learn(model, growth, optimizer, (rank, world), steps=2)
+    if how == "harm":
+        return growth._lives["slot"].pruning, growth._lives["slot"].alpha.mode
     return growth.slots["slot"].stage.name
+
+
+def test_the_watch_halts_a_seed_that_ddp_waits_for():
+    assert values(in_the_reducer, 2, how="harm") == [(None, "HOLD")] * 2
 
 
 @pytest.mark.parametrize("how", ["prune", "fade"])

@@ -318,11 +318,13 @@ def with_a_fault(rank, world, fault, kind="ddp"):
         if fault == "uneven" and rank == 1:
             x, y = x[:3], y[:3]
         loss_of(model, (x, y)).backward()
-        if fault == "nan" and step == 5 and rank == 1:
+        if fault.startswith("nan") and step == 5 and rank == 1:
             # Of one shard alone, or of what one rank holds: backward has spread whatever came before.
             part = getattr(inner.slot.seed.contract.bias.grad, "_local_tensor", inner.slot.seed.contract.bias.grad)
             part[0] = math.nan
         growth.measure()
+        if fault == "nan, then measured again":
+            growth.measure()
         optimizer.step()
         optimizer.zero_grad()
     known = growth.monitor.read()["slot"]
@@ -341,6 +343,12 @@ def test_a_sample_that_is_not_finite_on_one_rank_is_dropped_on_all(kind):
     assert found[0] == found[1]
     assert found[0][:2] == (STEPS - 1, 1)
     assert found[0][4] == 1
+
+
+def test_measured_again_it_is_replaced_on_all_ranks_or_on_none():
+    found = values(with_a_fault, 2, fault="nan, then measured again", kind="fsdp")
+    assert found[0] == found[1]
+    assert found[0][0] + found[0][1] == STEPS
 
 
 def overflowing(rank, world, kind):
