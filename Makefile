@@ -17,11 +17,11 @@ LIVES := tests/growth tests/gradients/test_fuzz.py
 demo: $(STAMP)
 	$(BIN)/python -m seedtriton demo
 
-test: test-unit test-parallel test-clients test-kernels test-wheel
+test: test-unit test-parallel test-kernels test-wheel
 
-# Two processes, because two cores are what CI has: lives and training loops, and all the rest.
+# Two at a time, because two cores are what CI has: lives and training loops take as long as all the rest.
 test-unit: $(STAMP)
-	$(MAKE) -j2 --output-sync=target test-lives test-rest
+	$(MAKE) -j2 --output-sync=target test-lives test-rest test-clients
 
 test-lives: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not gpu" $(LIVES)

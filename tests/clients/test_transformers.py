@@ -22,7 +22,16 @@ from transformers import (
     set_seed,
 )
 
-from seedtriton import AlphaSchedule, ConfigurationError, Gate, GateThresholds, SeedSlot, Stage, WiringError
+from seedtriton import (
+    AlphaSchedule,
+    ConfigurationError,
+    Gate,
+    GateThresholds,
+    GrowthController,
+    SeedSlot,
+    Stage,
+    WiringError,
+)
 from seedtriton.growth.clients import give_group
 from seedtriton.integrations.saved import FILE, saved_in
 from seedtriton.integrations.transformers import GrowthCallback, GrowthTrainerMixin, load_seeds
@@ -160,15 +169,18 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_the_ratio_is_that_of_the_gradients_and_the_host_is_the_one_without_a_seed(loop, tmp_path):
+def test_the_ratio_is_that_of_the_gradients_and_the_host_is_the_one_without_a_seed(loop, tmp_path, monkeypatch):
     # In a compiled graph a seed that draws shares the host's generator (README).
     seed = (lambda: Seed(0.0)) if loop == "compiled" else Seed
     callback = GrowthCallback(seeds={SLOT: seed}, thresholds=NEVER, sinks=[])
+    measured = []
+    measure = GrowthController.measure
+    monkeypatch.setattr(GrowthController, "measure", lambda *a, **k: (measured.append(1), measure(*a, **k)))
     trainer, callback = grown(tmp_path / "a", callback, **LOOPS[loop])
     evidence = callback.growth.evidence()[SLOT]
     steps = trainer.state.global_step
     assert callback.growth.slots[SLOT].stage is Stage.TRAINING
-    assert evidence.samples == len(trainer.sums) == steps
+    assert evidence.samples == len(trainer.sums) == steps == len(measured)
     assert evidence.dropped == 0
     seed, host = (math.sqrt(math.fsum(s[who] for s in trainer.sums) / steps) for who in ("seed", "host"))
     assert seed > 0.0
@@ -188,6 +200,21 @@ def test_logged_losses_and_norms_are_the_hosts(loop, tmp_path):
     ]
     assert len(told[0]) == 2
     assert told[0] == told[1]
+
+
+def test_the_seed_is_clipped_by_its_own_norm(tmp_path):
+    norms = []
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seed = [p.grad.flatten() for n, p in model.named_parameters() if f"{SLOT}.seed" in n]
+            host = [p.grad.flatten() for n, p in model.named_parameters() if f"{SLOT}.seed" not in n]
+            norms.extend(float(torch.cat(part).norm()) for part in (seed, host))
+
+    trainer, _ = grown(tmp_path, run=False, max_grad_norm=0.05)
+    trainer.add_callback(Norms())
+    trainer.train()
+    assert norms == pytest.approx([0.05] * 32, rel=1e-4)
 
 
 def test_the_numbers_are_in_the_clients_log(tmp_path):
@@ -327,8 +354,10 @@ def test_of_several_data_sets_the_one_that_was_named_counts(tmp_path):
 
 
 def test_a_training_in_which_no_epoch_ends_says_so(tmp_path, caplog):
-    grown(tmp_path, eval_strategy="steps", eval_steps=4, eval_delay=1000)
+    trainer, callback = grown(tmp_path, eval_strategy="steps", eval_steps=4, eval_delay=1000)
     assert "no gate was asked" in caplog.text
+    trainer.evaluate()
+    assert callback.growth.epoch == 0
 
 
 def test_a_seed_germinates_when_it_is_due(tmp_path):
@@ -371,13 +400,15 @@ def all_of(trainer, callback):
         (13, Stage.BLENDING, {"eval_strategy": "epoch"}),
         (16, Stage.BLENDING, {"eval_strategy": "steps", "eval_steps": 4, "num_train_epochs": 3}),
         (5, Stage.TRAINING, {"max_grad_norm": 0.0, "optim": "sgd"}),
+        (10, Stage.BLENDING, {"eval_strategy": "steps", "eval_steps": 5, "unknown": True}),
         (13, Stage.BLENDING, {"bf16": True}),
         (13, Stage.BLENDING, {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
     ],
 )
 def test_a_run_that_is_resumed_goes_on_bit_for_bit(step, stage, more, tmp_path):
     late = {"thresholds": LATE} if step == 16 else {}
-    more = {"save_strategy": "steps", "save_steps": step} | more
+    late |= {"accuracy_metric": "x", "loss_metric": "y"} if more.get("unknown") else {}
+    more = {"save_strategy": "steps", "save_steps": step} | {key: more[key] for key in more if key != "unknown"}
     whole, callback = grown(tmp_path / "run", lively(**late), **more)
     folder = str(tmp_path / "run" / f"checkpoint-{step}")
     saved = saved_in(folder)
@@ -445,6 +476,8 @@ def test_the_same_trainer_goes_back_and_trains_on(tmp_path):
         assert same(all_of(trainer, callback)[part], done[part]), part
     trainer.train()
     assert callback.growth.step == 32
+    known = list(callback.growth._wiring.groups._schedulers)
+    assert any(item is trainer.lr_scheduler for item in known)  # the second train() has made another
     assert len({len(group["params"]) for group in trainer.optimizer.param_groups}) > 1
 
 
@@ -504,13 +537,16 @@ def test_the_best_model_has_the_seeds_that_it_had(best, pruned, stage, tmp_path)
     assert same({k: v for k, v in trainer.model.state_dict().items() if k in weights}, weights)
 
 
-def test_a_best_model_of_which_nothing_is_known_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "file, words", [(FILE, f"saved without {FILE}"), ("model.safetensors", "not those that were saved")]
+)
+def test_a_best_model_of_which_not_all_is_there_is_refused(file, words, tmp_path):
     class Lost(Growing):
         def _load_best_model(self):
-            os.remove(os.path.join(self.state.best_model_checkpoint, FILE))
+            os.remove(os.path.join(self.state.best_model_checkpoint, file))
             super()._load_best_model()
 
-    with pytest.raises(WiringError, match=f"saved without {FILE}"):
+    with pytest.raises(WiringError, match=words):
         grown(
             tmp_path, lively(), kind=Lost, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
             metric_for_best_model="loss",

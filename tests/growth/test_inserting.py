@@ -525,6 +525,28 @@ def test_a_path_that_no_slot_can_follow_is_an_error_that_says_what_there_is(path
     assert list(slots_of(model)) == ["written"]
 
 
+class Rows(nn.ModuleDict):
+    """Goes over all of its own children, as the dense blocks of torchvision do."""
+
+    def forward(self, x):
+        return [child(x) for child in self.values()]
+
+
+class Group(nn.Module):
+    """Has modules, and no forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("group", [Rows({"inner": nn.Linear(2, 2)}), Group()], ids=["Rows", "Group"])
+def test_what_is_no_place_for_one_more_child_or_is_never_called_is_refused(group):
+    with pytest.raises(ConfigurationError, match=r"put the slot behind one of its modules, 'group\.inner'"):
+        insert_slot(nn.ModuleDict({"group": group}), "group")
+    assert list(group._modules) == ["inner"]
+
+
 def test_a_second_slot_behind_the_same_module_is_refused():
     model = Net(written=False)
     insert_slot(model, "layers.0")
@@ -564,6 +586,7 @@ def test_what_has_no_features_is_an_error_that_names_the_slot_once_a_seed_is_the
     slot = insert_slot(model, "strange", features=features)
     assert model["strange"](returned) is returned
     slot.germinate(Residual(2))
+    assert model["strange"](returned) is returned
     slot.move(Stage.TRAINING)
     with pytest.raises(WiringError, match=match) as caught:
         model["strange"](returned)

@@ -106,6 +106,7 @@ def test_tensorboard_in_a_folder_goes_on_with_a_new_writer_once_there_is_room(mo
 
 
 def test_room_is_looked_for_in_folders_of_this_machine_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     module._check_room(str(tmp_path / "new"))
     assert list((tmp_path / "new").iterdir()) == []
     module._check_room("s3://bucket/run")
@@ -172,8 +173,8 @@ def drawn(run, name):
 
 @pytest.mark.parametrize(
     "mine",
-    [None, lambda run, epoch: run.log({"mine": epoch}), lambda run, epoch: run.log({"mine": epoch}, step=epoch),
-     lambda run, epoch: run.log({"mine": epoch}, step=10 * epoch)],
+    [None, lambda run, name, epoch: run.log({name: epoch}), lambda run, name, epoch: run.log({name: epoch}, step=epoch),
+     lambda run, name, epoch: run.log({name: epoch}, step=10 * epoch)],
     ids=["logs nothing", "without steps", "by epochs", "by steps"],
 )  # fmt: skip
 def test_wandb_gets_every_number_once_and_the_script_keeps_its_own_steps(mine):
@@ -182,15 +183,17 @@ def test_wandb_gets_every_number_once_and_the_script_keeps_its_own_steps(mine):
     assert run.defined == {"growth/step": None, "growth/*": "growth/step"}
     for epoch in range(1, 6):
         for _ in range(3 if mine else 0):
-            mine(run, epoch)
+            mine(run, "before", epoch)
         sink({**event(10 * epoch), "seed": None, "stage": None, "accuracy": 0.1 * epoch})
         sink(event(10 * epoch, ratio=epoch / 2))
         sink({"event": "prune_cancelled", "seed": None, "step": 10 * epoch})
+        if mine:
+            mine(run, "after", epoch)
     run.finish()
     assert drawn(run, "growth/s/ratio") == [(10 * epoch, epoch / 2) for epoch in range(1, 6)]
     assert [step for step, _ in drawn(run, "growth/accuracy")] == [10, 20, 30, 40, 50]
-    if mine:
-        assert {row["mine"] for row in run.rows if "mine" in row} == {1, 2, 3, 4, 5}
+    for name in ("before", "after") if mine else ():
+        assert {row[name] for row in run.rows if name in row} == {1, 2, 3, 4, 5}
 
 
 def test_wandb_takes_the_active_run_and_says_where_there_is_none(monkeypatch):
