@@ -64,8 +64,7 @@ class Windows(Ring):
         self._changes: dict[str, str] = {}  # by seed, what changed when its window began anew
         self._said: set[str] = set()
         self._agreed = Latest({}, None)  # and after how many steps
-        self._transit: Transit | None = None
-        self._arrived: Transit | None = None
+        self._transit = self._arrived = _no_transit()
         for name, parameters in watched.of_seed.items():
             self._progress.begin(name, parameters)
         self.register_load_state_dict_pre_hook(_check_before_load)
@@ -74,6 +73,10 @@ class Windows(Ring):
     def seeds(self) -> tuple[str, ...]:
         """Names of the seeds, in the order of their segments."""
         return self._watched.names
+
+    def steps_taken(self) -> int:
+        """Calls of ``step()`` of the known optimizers so far."""
+        return self._progress.steps.total
 
     @property
     def ranks(self) -> Ranks | None:
@@ -110,6 +113,7 @@ class Windows(Ring):
         """
         ranks, everybody = self._watched.ranks, [list(told)]
         if ranks is None and not self.seeds:
+            self._refresh_if_stale(closely=True)
             return {}, everybody
         found = self._found(self._pack())
         if ranks is not None:
@@ -374,6 +378,10 @@ class Windows(Ring):
     def _mark_stepped(self) -> None:
         """No optimizer step and no clipping since the last measurement: from now on there was one."""
         self._measured.forget()
+
+
+def _no_transit() -> Transit | None:
+    return None
 
 
 def _check_before_load(monitor: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:

@@ -126,7 +126,8 @@ def load(
             raise
         raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
     saved = {name: entry["digest"] for name, entry in values["slots"].items() if entry.get("digest")}
-    position.unchecked = digest.Unchecked(saved, wiring.slots) if check_weights and saved else None
+    steps = wiring.monitor.steps_taken
+    position.unchecked = digest.Unchecked(saved, wiring.slots, steps) if check_weights and saved else None
     position.epoch, position.step, position.accuracy = values["epoch"], values["step"], values["accuracy"]
     position.losses, position.loss = list(values["losses"]), values["loss"]
     position.epoch_began, position.epoch_steps = values["epoch_began"], values["epoch_steps"]

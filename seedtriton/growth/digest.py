@@ -5,13 +5,14 @@ A loader that finds no place for a seed's weights leaves the fresh ones, often w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateDictError, WiringError
+from .slot import SeedSlot
 
 CHUNK = 2**22  # elements that are looked at together
 # By how much the numbers of one tensor may differ, as a share of its norm: for other orders of additions, and for a
@@ -41,15 +42,21 @@ class Unchecked:
     Args:
         saved: the digest of each slot that holds a seed.
         slots: all slots, by path.
+        steps: optimizer steps so far; after one of them weights are others, and nobody can say; none unless told.
     """
 
-    def __init__(self, saved: Mapping[str, Digest], slots: Mapping[str, nn.Module]) -> None:
-        self.saved, self._slots = saved, slots
+    def __init__(
+        self, saved: Mapping[str, Digest], slots: Mapping[str, SeedSlot], steps: Callable[[], int] = int
+    ) -> None:
+        self.saved, self._slots, self._steps, self._then = saved, slots, steps, steps()
+        self._seeds = {name: slots[name].seed for name in saved}
 
     def check(self) -> None:
         """WiringError, naming the first tensors, unless the weights in the slots are those that were saved."""
         apart = []
         for slot, digest in self.saved.items():
+            if self._slots[slot].seed is not self._seeds[slot] or self._steps() != self._then:
+                continue  # another seed, or weights that have been trained
             now = digest_of(self._slots[slot])
             apart += [f"{slot}.{name}" for name, saved in digest.items() if name in now and not _same(saved, now[name])]
         if apart:

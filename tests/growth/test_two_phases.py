@@ -129,3 +129,15 @@ def test_slots_of_another_state_are_refused():
         growth.load_state_dict(saved)
     growth.load_state_dict(later)
     assert growth.slots["early"].stage is Stage.FOSSILIZED
+
+
+def test_another_seed_and_weights_that_were_trained_are_none_of_the_states():
+    saved = copy.deepcopy(stopped_at(10).state())
+    run = Run()
+    run.growth.load_state_dict(saved["growth"], seeds=SEEDS_BY_SLOT)
+    run.model.load_state_dict(saved["model"])
+    run.growth.prune("late")
+    for _ in range(2):  # the first step goes unmeasured
+        nn.functional.cross_entropy(run.model(run.x[0]), run.y[0]).backward()
+        run.optimizer.step()
+    run.growth.measure()
