@@ -14,7 +14,7 @@ from ..core.errors import StateDictError
 from ..core.evidence import Sample
 from ..core.state import check_state
 from . import ops
-from .spread import Places
+from .spread import ALONE, Places
 
 # Root mean square below which weights count as this large, when their relative change is computed: a
 # layer that starts at zero would otherwise have moved infinitely far after one step.
@@ -57,7 +57,7 @@ class Mark:
         """How far the weights have moved, of a seed that this process has for itself; waits for their device."""
         return displacement_of(*self.moved(parameters).tolist())
 
-    def moved(self, parameters: Sequence[Tensor], watched: Places | None = None) -> Tensor:
+    def moved(self, parameters: Sequence[Tensor], places: Places = ALONE) -> Tensor:
         """``|w - w0|^2``, ``|w0|^2`` and n, float64 [MOVED]; NaN where ``unknown`` says why. Waits for nothing.
 
         Where many ranks hold them: this rank's share of these, of which the sum over all ranks is that of one process.
@@ -68,15 +68,14 @@ class Mark:
             device = torch.device("cpu") if device.type == "meta" else device
             return torch.full((MOVED,), nothing, dtype=torch.float64, device=device)
         moving = moving_of(parameters)
-        part = _itself if watched is None else watched.part_of
-        values = [part(_values(p)) for p in moving]
-        weights = [part(w).to(v.device) for v, w in zip(values, self.weights)]
+        values = [places.part_of(_values(p)) for p in moving]
+        weights = [places.part_of(w).to(v.device) for v, w in zip(values, self.weights)]
         apart = [v.to(_wide(v)) - w.to(_wide(v)) for v, w in zip(values, weights)]
-        copies = [1] * len(moving) if watched is None else watched.copies_of(moving)
+        copies = places.copies_of(moving)
         held = sorted(set(copies))
         segments = [held.index(number) for number in copies]
         sums = [ops.segmented_sumsq(found, segments, len(held)) for found in (apart, weights)]
-        moved, begun = (torch.stack([part / number for part, number in zip(by_copies, held)]) for by_copies in sums)
+        moved, begun = (torch.stack([total / number for total, number in zip(by_copies, held)]) for by_copies in sums)
         elements = sum(w.numel() / number for w, number in zip(weights, copies))
         return torch.stack([moved.sum(), begun.sum(), torch.full_like(moved[0], elements)])
 
@@ -131,10 +130,6 @@ class Mark:
         mark = cls(weights, state["steps_then"], list(state["by_optimizer"]))
         mark.newest = state["newest"]
         return mark
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def moving_of(parameters: Sequence[Tensor]) -> list[Tensor]:

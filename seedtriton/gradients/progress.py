@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .parameters import Watched
     from .spread import Ranks
 
+
 class _Counted:
     """One optimizer, and how often it has stepped."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigurationError
 from .noticing import registered
-from .spread import Places
+from .spread import ALONE, Places
 
 # Gradients of the seed that are looked at, its smallest; one alone may be zero for reasons of its own. None of the
 # host: what lies behind the slot has its gradient of the same backward pass already.
@@ -36,7 +36,7 @@ class Alpha:
         self.holder = holder
         self.correction: Tensor | float | None = None
         self._look_up: Callable[[], Iterable[Tensor]] = tuple
-        self._places: Places | None = None
+        self._places = ALONE
         self._ordered: list[Tensor] = []
         self._registered = 0  # when they were looked up
         self._hooked: Tensor | None = None
@@ -65,8 +65,7 @@ class Alpha:
     def _order(self) -> None:
         self._registered = registered()
         before, found = self._ordered, self._look_up()
-        part = _itself if self._places is None else self._places.part_of
-        self._ordered = sorted((p for p in found if part(p).numel()), key=Tensor.numel)
+        self._ordered = sorted((p for p in found if self._places.part_of(p).numel()), key=Tensor.numel)
         if self._held and not {id(p) for p in before} <= {id(p) for p in self._ordered}:
             self.correction = 0.0  # what was measured in this step is the gain of another seed
 
@@ -116,11 +115,10 @@ class Alpha:
             self._order()  # one that was replaced may keep its gradient, which nobody clears
         # Which of them learn is asked each time: one that is frozen has no gradient, and nothing was cleared for that.
         witnesses = list(islice((p for p in self._ordered if p.requires_grad), WITNESSES))
-        part = _itself if self._places is None else self._places.part_of
-        gradients = [part(p.grad) for p in witnesses if p.grad is not None]
+        gradients = [self._places.part_of(p.grad) for p in witnesses if p.grad is not None]
         gradient = gradients[0] if gradients else None
         if (self._added or self._held) and witnesses:
-            waiting = self._places is not None and not gradients and any(map(self._places.waits, witnesses))
+            waiting = not gradients and any(map(self._places.waits, witnesses))
             kept = None if waiting else self._kept(gradients)
             if kept is not None:
                 slope = self.holder.alpha.grad
@@ -158,10 +156,6 @@ class Alpha:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of alpha has no hook: the copy of this finds that out by itself.
         return {**self.__dict__, "_hooked": None, "_seen": None, "_stale": None}
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class _Holder:

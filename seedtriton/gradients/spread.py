@@ -70,6 +70,25 @@ class Places(Protocol):
         ...
 
 
+class _Alone:
+    """``Places`` of parameters that one process has for itself, and of which nothing else is known."""
+
+    def column_of(self, parameter: Tensor) -> int | None:
+        return None
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def waits(self, parameter: Tensor) -> bool:
+        return False
+
+    def copies_of(self, parameters: Sequence[Tensor]) -> list[int]:
+        return [1] * len(parameters)
+
+
+ALONE: Places = _Alone()
+
+
 class Ranks(Protocol):
     """What the monitor asks of ``parallel.Ranks``; the methods marked so are to be called on every rank."""
 
@@ -148,8 +167,14 @@ def number_of(value: object) -> float:
     return float(zlib.crc32(repr(value).encode()))
 
 
-# Of each quantity of a row what a sum over ranks has to be divided by, to be that of one process.
-_BY_COPIES, _BY_PARTS = (SUMSQ, ELEMENTS), (LIVE, VANISHING, EXPLODING, TENSORS)
+# Quantities of a row that add up over elements, and those that count tensors.
+_OF_ELEMENTS, _OF_TENSORS = (SUMSQ, ELEMENTS), (LIVE, VANISHING, EXPLODING, TENSORS)
+
+
+def _divisors(way: Way) -> dict[int, int]:
+    """What a sum over ranks has to be divided by, to be that of one process: by quantity."""
+    of_tensors = way.copies * way.shards
+    return {**dict.fromkeys(_OF_ELEMENTS, way.copies), **dict.fromkeys(_OF_TENSORS, of_tensors)}
 
 
 @torch.no_grad()
@@ -168,9 +193,8 @@ def fold(ring: Tensor, columns: Sequence[Column], segments: Sequence[int]) -> Te
     count = 1 + max(segments)
     folded = ring.new_zeros(ring.shape[0], count, QUANTITIES + 1)
     for column, (segment, (_, way)) in enumerate(zip(segments, columns)):
-        for quantities, divisor in ((_BY_COPIES, way.copies), (_BY_PARTS, way.copies * way.shards)):
-            for quantity in quantities:
-                folded[:, segment, quantity] += ring[:, column, quantity] / divisor
+        for quantity, divisor in _divisors(way).items():
+            folded[:, segment, quantity] += ring[:, column, quantity] / divisor
     gains = ring[:, 1:count, EXTRA]
     there = gains.isnan().logical_not()
     # A gain that is not finite has been measured, and is to be seen: only where there is none it counts for nothing.
@@ -185,7 +209,7 @@ def unfold(total: Tensor) -> Tensor:
     """From the sum of ``fold`` over all ranks to the window of one process: float64 [window, segments, QUANTITIES]."""
     window = total[..., :QUANTITIES].clone()
     # Divided by the ranks and summed over them, whole numbers may be off by a rounding.
-    for quantity in (ELEMENTS, *_BY_PARTS):
+    for quantity in (ELEMENTS, *_OF_TENSORS):
         near = window[..., quantity].round()
         window[..., quantity] = torch.where((window[..., quantity] - near).abs() < 1e-6, near, window[..., quantity])
     having = total[:, 1:, QUANTITIES]
@@ -207,9 +231,7 @@ def laid_back(window: Tensor, columns: Sequence[Column], *, mine: bool) -> Tenso
     ring[:, 1:, EXTRA] = torch.nan
     if mine:
         for segment in range(window.shape[1]):
-            way = columns[segment].way
             ring[:, segment] = window[:, segment]
-            for quantities, factor in ((_BY_COPIES, way.copies), (_BY_PARTS, way.copies * way.shards)):
-                for quantity in quantities:
-                    ring[:, segment, quantity] *= factor
+            for quantity, divisor in _divisors(columns[segment].way).items():
+                ring[:, segment, quantity] *= divisor
     return ring

@@ -64,7 +64,8 @@ class Windows(Ring):
         self._changes: dict[str, str] = {}  # by seed, what changed when its window began anew
         self._said: set[str] = set()
         self._agreed = Latest({}, None)  # and after how many steps
-        self._transit = self._arrived = _no_transit()
+        self._transit: Transit | None = None
+        self._arrived: Transit | None = None
         for name, parameters in watched.of_seed.items():
             self._progress.begin(name, parameters)
         self.register_load_state_dict_pre_hook(_check_before_load)
@@ -198,10 +199,15 @@ class Windows(Ring):
             torch.minimum(self.since, self.count - 1, out=self.since)
             self._begun_lately = False
 
-    def _forget_not_finite(self, seeds: Sequence[str]) -> None:
+    def _begin(self, seeds: Sequence[str]) -> None:
         """Windows of these seeds begin, and with each one of the host: when tensors were not finite is forgotten."""
         self._follow()
-        self._noted.begin(self._watched.segments, {0, *(1 + self.seeds.index(seed) for seed in seeds)})
+        segments = {1 + self.seeds.index(seed) for seed in seeds}
+        self._noted.begin(self._watched.segments, {0, *segments})
+        for segment in segments:
+            self._begin_window(segment)
+        for seed in seeds:
+            self._progress.begin(seed, self._watched.of_seed[seed])
 
     def _pack(self) -> Tensor:
         self._refresh_if_stale(closely=True)
@@ -245,10 +251,8 @@ class Windows(Ring):
         """
         self._refresh_if_stale(closely=True)
         seeds = list(self.seeds) if name is None else [self._watched.known(name)]
-        self._forget_not_finite(seeds)
+        self._begin(seeds)
         for seed in seeds:
-            self._begin_window(1 + self.seeds.index(seed))
-            self._progress.begin(seed, self._watched.of_seed[seed])
             self._changes.pop(seed, None)
 
     def add_seed(self, name: str, seed: Parameters, *, alpha: Any = None) -> None:
@@ -260,10 +264,9 @@ class Windows(Ring):
         """
         self._watched.add(name, seed, alpha)
         self._watched.exchange("germinate()")
-        self._forget_not_finite((name,))
+        self._begin((name,))
         self._rounds.close()
         self._mark_stepped()
-        self._progress.begin(name, self._watched.of_seed[name])
 
     def remove_seed(self, name: str) -> None:
         """Forget a seed: what is left of it in the host counts as host from now on.
@@ -311,10 +314,7 @@ class Windows(Ring):
         owners = ["the host", *(f"seed {name!r}" for name in self.seeds)]
         words = "; ".join(f"{owners[segment]}: {what}" for segment, what in changed.items())
         names = [name for segment, name in enumerate(self.seeds, start=1) if changed.keys() & {0, segment}]
-        self._forget_not_finite(names)
-        for name in names:
-            self._begin_window(1 + self.seeds.index(name))
-            self._progress.begin(name, self._watched.of_seed[name])
+        self._begin(names)
         if self._progress.steps.calls:  # before anything was measured there is nothing to drop
             self._changes.update(dict.fromkeys(names, words))
             logger.warning("parameters changed (%s): the window of %s begins anew", words, names)
@@ -378,10 +378,6 @@ class Windows(Ring):
     def _mark_stepped(self) -> None:
         """No optimizer step and no clipping since the last measurement: from now on there was one."""
         self._measured.forget()
-
-
-def _no_transit() -> Transit | None:
-    return None
 
 
 def _check_before_load(monitor: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:

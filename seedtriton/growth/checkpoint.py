@@ -29,8 +29,9 @@ SeedOrFactory = nn.Module | Callable[[], nn.Module]
 
 def save(wiring: Wiring, position: Position) -> dict[str, Any]:
     """Plain values and tensors, see ``GrowthController.state_dict``."""
-    wiring.come_together()
+    wiring.settle()
     taken(wiring.told_by_all(told_of(None, None, wiring.slots), "state_dict()"), wiring.slots)
+    wiring.sync_buffers()
     names = {id(p): name for slot in wiring.slots.values() for name, p in slot.named_parameters()}
     groups = wiring.optimizer.param_groups
     # Ranks differ in one thing alone, the mark of a random state of each; the first one's is saved.
@@ -125,7 +126,7 @@ def load(
         if isinstance(error, SeedtritonError):
             raise
         raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
-    saved = {name: entry["digest"] for name, entry in values["slots"].items() if entry.get("digest")}
+    saved = digest.saved_in(values)
     steps = wiring.monitor.steps_taken
     position.unchecked = digest.Unchecked(saved, wiring.slots, steps) if check_weights and saved else None
     position.epoch, position.step, position.accuracy = values["epoch"], values["step"], values["accuracy"]

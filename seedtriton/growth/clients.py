@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..report.events import evidence_fields
 from . import checkpoint
 from .slot import SeedSlot
 from .trying import normal_tensors
 
 if TYPE_CHECKING:
     from .controller import GrowthController
-
-NUMBERS = (
-    "ratio", "rms_ratio", "seed_norm", "host_norm", "samples", "dropped", "blend_gain", "blend_gain_t", "displacement",
-    "live_share",
-)  # fmt: skip
 
 
 @normal_tensors()
@@ -40,9 +36,7 @@ def exchange(growth: GrowthController, state: object, seeds: Mapping[str, checkp
 
 def check_weights(growth: GrowthController) -> None:
     """WiringError now, and not in the next step, when the weights of a seed are not those that were saved."""
-    if growth._position.unchecked is not None:
-        growth._position.unchecked.check()
-        growth._position.unchecked = None
+    growth._position.check_weights()
 
 
 def give_group(growth: GrowthController, slot: str, names: Iterable[str], **settings: Any) -> None:
@@ -77,15 +71,43 @@ def parted(
     return felt, behind
 
 
+def clip_apart(
+    clip: Callable[..., Any],
+    parameters: Tensor | Iterable[Tensor],
+    slots: Mapping[str, SeedSlot],
+    max_norm: float,
+    norm_type: float = 2,
+) -> Any:
+    """A client's clipping of what is clipped together, and each seed behind the host by its own norm.
+
+    The client's own, so that the host's coefficient is in every bit what it is without a seed; called once, for it
+    unscales all gradients, which may be done once.
+
+    Args:
+        clip: takes parameters, a norm and its type.
+        parameters: those that the client clips.
+        slots: by path in the model.
+        max_norm: of the host, and of each of those seeds.
+        norm_type: see ``torch.nn.utils.clip_grad_norm_``.
+
+    Returns:
+        What ``clip`` has: the host's norm.
+    """
+    felt, behind = parted([parameters] if isinstance(parameters, Tensor) else parameters, slots)
+    norm = clip(felt, max_norm, norm_type)
+    for own in behind.values():
+        nn.utils.clip_grad_norm_(own, max_norm, norm_type)
+    return norm
+
+
 def numbers(growth: GrowthController) -> dict[str, float]:
-    """What loggers plot, by "slot/name": alpha of every seed, and of a living one what was read of it and is finite.
+    """What loggers plot, by "slot/name": alpha of every seed, and the ``evidence_fields`` of a living one, if finite.
 
     Read when an epoch ended: there gates may move a seed on, whose evidence then begins anew.
     """
     found = {f"{name}/alpha": slot.alpha_value for name, slot in growth.slots.items() if slot.seed is not None}
     for name, life in growth._position.lives.items():
-        for key in NUMBERS:
-            value = getattr(life.evidence, key, None)
+        for key, value in evidence_fields(life.evidence).items():
             if value is not None and math.isfinite(value):
                 found[f"{name}/{key}"] = float(value)
     return found

@@ -42,30 +42,40 @@ class Unchecked:
     Args:
         saved: the digest of each slot that holds a seed.
         slots: all slots, by path.
-        steps: optimizer steps so far; after one of them weights are others, and nobody can say; none unless told.
+        steps: optimizer steps so far; after one of them weights are others, and nobody can say.
     """
 
     def __init__(
-        self, saved: Mapping[str, Digest], slots: Mapping[str, SeedSlot], steps: Callable[[], int] = int
+        self, saved: Mapping[str, Digest], slots: Mapping[str, SeedSlot], steps: Callable[[], int]
     ) -> None:
         self.saved, self._slots, self._steps, self._then = saved, slots, steps, steps()
         self._seeds = {name: slots[name].seed for name in saved}
 
     def check(self) -> None:
-        """WiringError, naming the first tensors, unless the weights in the slots are those that were saved."""
-        apart = []
-        for slot, digest in self.saved.items():
-            if self._slots[slot].seed is not self._seeds[slot] or self._steps() != self._then:
-                continue  # another seed, or weights that have been trained
-            now = digest_of(self._slots[slot])
-            apart += [f"{slot}.{name}" for name, saved in digest.items() if name in now and not _same(saved, now[name])]
-        if apart:
-            raise WiringError(
-                f"{len(apart)} tensors of seeds are not those that were saved, such as {apart[:3]}: whoever loaded the "
-                "model's weights had no place for them. Put the seeds into their slots before, restore_slots(model, "
-                "state, seeds), and then load the weights; or, if other weights are meant, "
-                "load_state_dict(state, seeds, check_weights=False)"
-            )
+        """``check`` what was neither replaced nor trained since."""
+        if self._steps() == self._then:
+            same = [name for name, seed in self._seeds.items() if self._slots[name].seed is seed]
+            check({name: self.saved[name] for name in same if name in self.saved}, self._slots)
+
+
+def check(saved: Mapping[str, Digest], slots: Mapping[str, nn.Module]) -> None:
+    """WiringError, naming the first tensors, unless the weights in these slots are those that were saved."""
+    apart = []
+    for slot, digest in saved.items():
+        now = digest_of(slots[slot])
+        apart += [f"{slot}.{name}" for name, then in digest.items() if name in now and not _same(then, now[name])]
+    if apart:
+        raise WiringError(
+            f"{len(apart)} tensors of seeds are not those that were saved, such as {apart[:3]}: whoever loaded the "
+            "model's weights had no place for them. Put the seeds into their slots before, restore_slots(model, "
+            "state, seeds), and then load the weights; or, if other weights are meant, "
+            "load_state_dict(state, seeds, check_weights=False)"
+        )
+
+
+def saved_in(state: Mapping[str, Any]) -> dict[str, Digest]:
+    """The digests in a growth state, by slot; of those that hold a seed, if the state has any."""
+    return {name: entry["digest"] for name, entry in state["slots"].items() if entry.get("digest")}
 
 
 def checked(state: object, slot: str) -> Digest:

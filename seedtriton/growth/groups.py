@@ -86,16 +86,13 @@ class SeedGroups:
             moves = [id(parameter) in moving for parameter in group["params"]]
             if not any(moves):
                 continue
-            for key in ("params", "param_names"):
-                if key in group:
-                    group[key] = [value for value, moved in zip(group[key], moves) if not moved]
+            _keep(group, [not moved for moved in moves])
             fresh = {key: own_value(v) for key, v in group.items() if key not in ("params", "param_names")}
             fresh |= {**settings, "params": [entry for entry, moved in zip(entries, moves) if moved]}
             self._adder().add_param_group(fresh)
             self._schedulers.copy_entry(index)
             if not group["params"]:
-                self._schedulers.remove_entry(index)
-                del self.optimizer.param_groups[index]
+                self._drop(index)
 
     def of(self, slot: SeedSlot) -> list[int]:
         """Indices of the optimizer's groups that hold parameters of this slot and no others."""
@@ -113,8 +110,7 @@ class SeedGroups:
         for index in reversed(indices):
             for parameter in groups[index]["params"]:
                 self.optimizer.state.pop(parameter, None)
-            self._schedulers.remove_entry(index)
-            del groups[index]
+            self._drop(index)
 
     def sizes_without(self, slots: Iterable[SeedSlot]) -> list[int]:
         """How many parameters each group has that are in none of these slots; of groups that have any."""
@@ -123,20 +119,14 @@ class SeedGroups:
         return [size for size in sizes if size]
 
     def leave_out(self, slots: Iterable[SeedSlot]) -> None:
-        """Take the parameters of these slots out of groups that hold others too, and of an optimizer with no state."""
+        """Take the parameters of these slots out of all groups; for an optimizer that has no state for them."""
         own = {id(parameter) for slot in slots for parameter in slot.parameters()}
-        groups = self.optimizer.param_groups
-        for index in reversed(range(len(groups))):
-            group = groups[index]
-            kept = [place for place, p in enumerate(group["params"]) if id(p) not in own]
-            if len(kept) == len(group["params"]):
-                continue
-            for key in ("params", "param_names"):
-                if key in group:
-                    group[key] = [group[key][place] for place in kept]
-            if not kept:
-                self._schedulers.remove_entry(index)
-                del groups[index]
+        for index, group in reversed(list(enumerate(self.optimizer.param_groups))):
+            kept = [id(parameter) not in own for parameter in group["params"]]
+            if not all(kept):
+                _keep(group, kept)
+                if not group["params"]:
+                    self._drop(index)
 
     def insert(self, slot: SeedSlot, index: int, names: Sequence[str]) -> None:
         """Add a group of these parameters, at this place among the groups."""
@@ -146,6 +136,10 @@ class SeedGroups:
         self._schedulers.move_last_entry(index)
         groups.insert(index, groups.pop())
 
+    def _drop(self, index: int) -> None:
+        self._schedulers.remove_entry(index)
+        del self.optimizer.param_groups[index]
+
     def _adder(self) -> Any:
         """The outermost that adds groups in a way of its own: Lookahead counts steps in them."""
         for item in self._chain:
@@ -153,6 +147,13 @@ class SeedGroups:
             if own is not None and own is not torch.optim.Optimizer.add_param_group:
                 return item
         return self.optimizer
+
+
+def _keep(group: dict[str, Any], kept: Sequence[bool]) -> None:
+    """Leave in a group those parameters that are to be kept, with their names where groups have any."""
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key] = [value for value, keep in zip(group[key], kept) if keep]
 
 
 def _refuse_unsteppable(

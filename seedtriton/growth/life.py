@@ -242,19 +242,19 @@ class Position:
             self.losses = [*self.losses, loss][-LOSSES_KEPT:]
 
     def take_step(self) -> None:
-        """Count an optimizer step, and move every alpha that is on its way.
-
-        Raises:
-            WiringError: somebody has loaded other weights than those that were saved; see ``digest``.
-        """
-        if self.unchecked is not None:
-            self.unchecked.check()
-            self.unchecked = None
+        """Count an optimizer step, and move every alpha that is on its way; WiringError as from ``check_weights``."""
+        self.check_weights()
         self.step += 1
         for life in self.lives.values():
             if life.alpha.mode != HOLD:
                 life.slot.set_alpha(life.alpha.step())
         self.tell()
+
+    def check_weights(self) -> None:
+        """WiringError, once, when somebody has loaded other weights than those that were saved; see ``digest``."""
+        if self.unchecked is not None:
+            self.unchecked.check()
+            self.unchecked = None
 
     def tell(self) -> None:
         """Slots may have changed."""

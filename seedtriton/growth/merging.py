@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
-from ..core.lifecycle import RESTING, Stage
+from ..core.lifecycle import Stage
 from . import blending
 from .checkpoint import restore_slots
 from .slot import SeedSlot
@@ -56,7 +56,7 @@ def merge_fossils(model: nn.Module) -> list[str]:
     model = unwrap(model)
     slots = {name: module for name, module in model.named_modules() if isinstance(module, SeedSlot)}
     for name, slot in slots.items():
-        if slot.stage not in (Stage.FOSSILIZED, Stage.DORMANT, *RESTING):
+        if slot.seed is not None and slot.stage is not Stage.FOSSILIZED:
             raise WiringError(f"the seed in {name!r} lives (stage {slot.stage}): let it become permanent, or prune it")
         if slot.stage is Stage.FOSSILIZED and slot.alpha_value != 1.0:
             raise WiringError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -138,23 +138,31 @@ class Wiring:
             self.joining.refuse_leaving(name)
 
     def settle(self) -> None:
-        """Between two steps: have the parameters in place that optimizer and monitor hold."""
+        """Between two steps: have the parameters in place that optimizer and monitor hold.
+
+        Raises:
+            WiringError: inside of DDP's ``join()``, see ``Joining.check``.
+        """
         if self.joining is not None:
+            self.joining.check()
             self.joining.settle()
 
-    def come_together(self) -> None:
-        """The same, and have what ranks keep apart within an epoch the same on all of them. On every rank."""
+    def sync_buffers(self) -> None:
+        """Running statistics that ranks keep apart within an epoch become the same on all of them. On every rank.
+
+        Behind an exchange that begins with its call's name: a rank in another call would only be waited for here.
+        """
         if self.joining is not None:
-            self.joining.settle()
-            self.joining.check()
             self.joining.sync_buffers()
 
     def read(
         self, call: str, facts: Mapping[str, object], told: Sequence[float] = (), *, strict: bool = False
     ) -> tuple[dict[str, SeedEvidence], list[list[float]]]:
         """The evidence of every living seed, and what every rank has told; see ``GradientMonitor.read_together``."""
-        self.come_together()
-        return self.monitor.read_together(call, facts, told, strict=strict)
+        self.settle()
+        found = self.monitor.read_together(call, facts, told, strict=strict)
+        self.sync_buffers()
+        return found
 
     def told_by_all(self, told: _T, call: str) -> list[_T]:
         """What every rank tells in ``call``, plain values; alone, what this one does."""
@@ -208,19 +216,27 @@ def _joining(
     ranks: Ranks, model: nn.Module, wrapped: nn.Module, optimizer: Any, slots: Mapping[str, SeedSlot]
 ) -> Joining:
     from ..parallel.joining import Joining
+    from ..parallel.sharding import refuse_wrappers
 
-    return Joining(ranks, model, wrapped, [optimizer], slots)
+    refuse_wrappers(wrapped, optimizer)
+    ddp = next((m for m in _shells(wrapped) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+    return Joining(ranks, model, ddp, slots)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and the data-parallel wrappers, so that slots keep their names."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
+    *_, model = _shells(model)
+    return model
+
+
+def _shells(model: nn.Module) -> Iterator[nn.Module]:
+    """The wrappers of a model from the outside in, and it."""
+    yield model
+    inner = getattr(model, "_orig_mod", None)
+    if not isinstance(inner, nn.Module) and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = model.module
+    if isinstance(inner, nn.Module):
+        yield from _shells(inner)
 
 
 def slots_of(model: nn.Module, ranks: Ranks | None = None) -> dict[str, SeedSlot]:

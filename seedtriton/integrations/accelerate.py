@@ -28,10 +28,10 @@ from ..gradients.clipping import Limit
 from ..gradients.parameters import Gradients
 from ..growth import GrowthController
 from ..growth.checkpoint import SeedOrFactory
-from ..growth.clients import exchange, own_random_numbers, parted
+from ..growth.clients import clip_apart, exchange, own_random_numbers
 from ..growth.wiring import unwrap
+from .saved import FILE
 
-FILE = "growth.pt"  # in the folder of save_state
 # They shard or replace the model, and load it before any hook.
 REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "TP")
 
@@ -145,12 +145,6 @@ def _loading(growth: AcceleratedGrowth, model: nn.Module) -> Callable[[Any, str]
 
 def _clipping(growth: AcceleratedGrowth, inner: Callable[..., Any]) -> Callable[..., Any]:
     def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: Any, norm_type: Any = 2) -> Any:
-        """The accelerator's own of the host and all that it feels, and each seed behind it by its own norm."""
-        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        felt, behind = parted(given, growth.slots)
-        norm = inner(felt, max_norm, norm_type)  # unscales all of them, which may be done once
-        for own in behind.values():
-            nn.utils.clip_grad_norm_(own, max_norm, norm_type)
-        return norm
+        return clip_apart(inner, parameters, growth.slots, max_norm, norm_type)
 
     return clip_grad_norm_

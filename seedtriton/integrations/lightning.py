@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import ConfigurationError, WiringError
-from ..core.lifecycle import RESTING, Stage
+from ..core.lifecycle import Stage
 from ..gradients.optimizers import plain
 from ..growth import GrowthController
 from ..growth import restore_slots as restore
@@ -115,7 +115,8 @@ class Growing:
         if state is not None:
             self.growth.load_state_dict(state, check_weights=check)
         self._known, self._loaded = state is not None, None
-        lost = [name for name, slot in self.growth.slots.items() if slot.stage not in _WITHOUT_LIFE]
+        slots = self.growth.slots.items()
+        lost = [name for name, slot in slots if slot.seed is not None and slot.stage is not Stage.FOSSILIZED]
         if lost and not self._known:
             raise WiringError(
                 f"slots {lost} hold seeds of whose life this GrowthCallback knows nothing: leave it to the callback to "
@@ -256,9 +257,6 @@ class Growing:
         if self.growth is None:
             raise WiringError("GrowthCallback has no controller before on_fit_start")
         return self.growth
-
-
-_WITHOUT_LIFE = (Stage.DORMANT, Stage.FOSSILIZED, *RESTING)
 
 
 class _Part:

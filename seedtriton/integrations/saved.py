@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..core.errors import StateDictError, WiringError
+from ..growth import digest
 from ..growth.checkpoint import SeedOrFactory, restore_slots
 from ..growth.clients import own_random_numbers
 from ..growth.controller import GrowthController
-from ..growth.digest import Unchecked
 from ..growth.wiring import slots_of
 
 FILE = "growth.pt"  # beside the weights, in every checkpoint
@@ -65,8 +65,7 @@ def load_seeds(model: nn.Module, folder: str | os.PathLike[str], seeds: Mapping[
         restore_slots(model, saved["growth"], seeds)
     weights = _weights_in(os.fspath(folder), [f"{name}." for name in slots])
     model.load_state_dict(weights, strict=False)
-    known = {name: entry["digest"] for name, entry in saved["growth"]["slots"].items() if entry.get("digest")}
-    Unchecked(known, slots).check()
+    digest.check(digest.saved_in(saved["growth"]), slots)
     host = {id(p) for slot in slots.values() for p in slot.parameters()}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in host), None)
     for slot in slots.values():

@@ -20,17 +20,16 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..core.errors import ConfigurationError, WiringError
-from ..core.lifecycle import RESTING, Stage
 from ..core.schedules import AlphaSchedule
 from ..core.thresholds import GateThresholds
 from ..core.verdict import Verdict
 from ..gradients.optimizers import plain
+from ..growth import digest
 from ..growth.checkpoint import SeedOrFactory, restore_slots
-from ..growth.clients import check_weights, exchange, give_group, numbers, own_random_numbers, parted
+from ..growth.clients import check_weights, clip_apart, exchange, give_group, numbers, own_random_numbers
 from ..growth.controller import GrowthController
 from ..growth.probing import Evaluate
 from ..growth.wiring import unwrap
@@ -38,8 +37,6 @@ from .saved import FILE, save, saved_in
 from .saved import load_seeds as load_seeds
 
 logger = logging.getLogger("seedtriton")
-
-_EMPTY = (Stage.DORMANT, *RESTING)
 
 
 class GrowthCallback:
@@ -303,18 +300,8 @@ class GrowthTrainerMixin:
     def _clip_apart(
         self, clip: Callable[..., Any], parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2
     ) -> Any:
-        """The client's clipping, of the host with what is blended into it, and of each seed behind it; the host's norm.
-
-        The client's own, so that the host's coefficient is in every bit what it is without a seed.
-        """
-        if self.growth is None:
-            return clip(parameters, max_norm, norm_type)
-        listed = [parameters] if isinstance(parameters, torch.Tensor) else parameters
-        host, behind = parted(listed, self.growth.slots)
-        norm = clip(host, max_norm, norm_type)
-        for seed in behind.values():
-            clip(seed, max_norm, norm_type)
-        return norm
+        """See ``clients.clip_apart``."""
+        return clip_apart(clip, parameters, {} if self.growth is None else self.growth.slots, max_norm, norm_type)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Seeds into their slots, then the weights."""
@@ -393,8 +380,8 @@ def _state_of_loaded(growth: GrowthController) -> dict[str, Any] | None:
     """The lives of seeds that ``load_seeds`` has put there; None where all slots are empty and should be."""
     folder = str(getattr(growth.model, "name_or_path", "") or "")
     saved = saved_in(folder) if folder else None
-    occupied = [name for name, slot in growth.slots.items() if slot.stage not in _EMPTY]
-    held = [] if saved is None else [name for name, entry in saved["growth"]["slots"].items() if entry.get("digest")]
+    occupied = [name for name, slot in growth.slots.items() if slot.seed is not None]
+    held = [] if saved is None else sorted(digest.saved_in(saved["growth"]))
     if occupied and saved is None:
         raise WiringError(
             f"slots {occupied} are not empty and nothing is known of their seeds' lives: resume with "

@@ -14,7 +14,7 @@ from ..gradients.noticing import is_shard
 from .averaging import SeedAveraging, broadcast_modules
 from .losses import gather_losses
 from .ranks import Ranks
-from .sharding import refuse_wrappers, settle, shard_like
+from .sharding import settle, shard_like
 
 
 class Joining:
@@ -23,27 +23,15 @@ class Joining:
     Args:
         ranks: who trains the model.
         model: the module itself.
-        wrapped: it, inside whatever the controller was given.
-        optimizers: that step it.
+        ddp: what averages its gradients, if the controller was given it; None: what a forward pass runs in, if any.
         slots: by path in the model, see ``_Noticing``.
-
-    Raises:
-        WiringError: a wrapper that is not supported, with the way out.
     """
 
     def __init__(
-        self,
-        ranks: Ranks,
-        model: nn.Module,
-        wrapped: nn.Module,
-        optimizers: Sequence[Any],
-        slots: Mapping[str, nn.Module],
+        self, ranks: Ranks, model: nn.Module, ddp: DistributedDataParallel | None, slots: Mapping[str, nn.Module]
     ) -> None:
-        """Find out how the model is wrapped."""
-        self._ranks, self._model = ranks, model
-        for optimizer in optimizers:
-            refuse_wrappers(wrapped, optimizer)
-        self._ddp = next((m for m in _shells(wrapped) if isinstance(m, DistributedDataParallel)), None)
+        """Have a seed in any of the slots tell what runs it."""
+        self._ranks, self._model, self._ddp = ranks, model, ddp
         self._averaging: SeedAveraging | None = None
         self._averaged: set[str] = set()
         self._joined: dict[str, list[nn.Module]] = {}
@@ -176,15 +164,3 @@ def _noticing_nothing() -> _Noticing:
 
 def _cut(module: nn.Module) -> bool:
     return any(map(is_shard, module.parameters()))
-
-
-def _shells(model: nn.Module) -> Iterable[nn.Module]:
-    """The wrappers of a model from the outside in, and it."""
-    while True:
-        yield model
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            inner = model.module if isinstance(model, (nn.DataParallel, DistributedDataParallel)) else None
-        if inner is None:
-            return
-        model = inner

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..core.errors import WiringError
@@ -14,13 +13,7 @@ from ..core.errors import WiringError
 Found = list[tuple[Tensor, Tensor]]
 
 
-def _of_all(found: Any) -> list[Any]:
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, found)
-    return said
-
-
-def gather_losses(found: Found | Exception, exchange: Callable[[Any], list[Any]] = _of_all) -> Found:
+def gather_losses(found: Found | Exception, exchange: Callable[[Any], list[Any]]) -> Found:
     """The losses that every rank has found, brought together; every rank calls it.
 
     Losses of samples or of batches are joined in the order of the ranks. Ranks that have looked at the same samples
@@ -31,7 +24,7 @@ def gather_losses(found: Found | Exception, exchange: Callable[[Any], list[Any]]
         found: for each set of alphas the losses, float64 on the CPU, and how many samples each is the mean of; 1-D,
             or 0-dim where a rank knows nothing but its mean. Or the error that this rank has met instead, or an empty
             list: so far it has met none.
-        exchange: what each rank has found from what this one has; between all of them unless told.
+        exchange: what each rank has found, in the order of the ranks, from what this one has; of plain values.
 
     Returns:
         Such a list, the same bits on every rank; empty as long as every rank has given an empty one.

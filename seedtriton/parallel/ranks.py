@@ -1,7 +1,7 @@
 """Ranks: who takes part, who holds what, and the few exchanges in which they agree.
 
-Everything that communicates goes through here, over a process group of its own: a rank that is in another call is then
-a timeout with a sentence, and never half of somebody else's reduction.
+What they tell each other goes through here, over a process group of its own: a rank that is in another call is then
+a sentence, and never half of somebody else's reduction. Gradients and weights of seeds do not: averaging, sharding.
 """
 
 from __future__ import annotations

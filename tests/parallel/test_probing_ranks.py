@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel.harness import Block, Host, batches, host, spawn, values
 from parallel.sharded import F64, distance, full, germinate, mesh_of, one_step, prepared, seed_of
 from torch import nn
@@ -167,6 +168,15 @@ def test_a_model_of_dtensors_has_a_twin():
 # --- losses of several ranks ---
 
 
+def gather(found):
+    def of_all(own):
+        said = [None] * dist.get_world_size()
+        dist.all_gather_object(said, own)
+        return said
+
+    return gather_losses(found, of_all)
+
+
 def gathers(rank, world):
     model = host(F64)
     germinate(model, seed_of(model))
@@ -182,7 +192,7 @@ def gathers(rank, world):
     def means(m, data, sizes):
         return [part.mean().item() for part in losses(m, data).split(sizes)], sizes
 
-    def look(evaluate, gather=gather_losses):
+    def look(evaluate, gather=gather):
         return probe(model, "slot", evaluate, (0.5, 1.0), gather)
 
     pair = host(F64)
@@ -200,7 +210,7 @@ def gathers(rank, world):
             [look(lambda m, d=d: losses(m, d).mean().item(), None) for d in (x[:9], x[9:])],
         ),
         "pair": (
-            probe_pair(pair, names, lambda m: losses(m, own), (0.5, 1.0), gather_losses),
+            probe_pair(pair, names, lambda m: losses(m, own), (0.5, 1.0), gather),
             probe_pair(pair, names, lambda m: losses(m, x), (0.5, 1.0)),
         ),
     }  # fmt: skip
@@ -252,7 +262,7 @@ SHARED = {
 def share(rank, world):
     counts = {}
     for name, (found, _) in SHARED.items():
-        together = gather_losses(found[rank])
+        together = gather(found[rank])
         counts[name] = {len(losses) for losses, _ in together} | {len(counts) for _, counts in together}
     return counts
 
@@ -264,9 +274,9 @@ def test_ranks_that_look_at_the_same_samples_count_once():
 
 def disagrees(rank, world, how):
     if how == "kinds":
-        return gather_losses(found_on(0.5) if rank == 1 else found_on(SAMPLES))
+        return gather(found_on(0.5) if rank == 1 else found_on(SAMPLES))
     if how == "alphas":
-        return gather_losses(found_on(*[SAMPLES] * (2 + rank)))
+        return gather(found_on(*[SAMPLES] * (2 + rank)))
     model = prepared(rank, world, "late", blocks=True)
     if how == "inside" and rank == 1:
         model.after.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -277,7 +287,7 @@ def disagrees(rank, world, how):
             raise FileNotFoundError("validation.bin")
         return losses
 
-    return probe(model, "slot", evaluate, (0.5,), gather_losses)
+    return probe(model, "slot", evaluate, (0.5,), gather)
 
 
 def test_ranks_that_disagree_are_all_refused():
