@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,38 +49,7 @@ class InsertedSlot(SeedSlot):
         output = features
         if self._mode is None or self.hooked != by_hook:
             return output
-        if isinstance(output, Tensor) and self.features in (None, 0):
-            return super().forward(output)
-        key = self._key(output)
-        given = _part(output, key)
-        if not isinstance(given, Tensor):
-            raise self._without_features(output, f"{key!r} in it is {type(given).__name__}")
-        changed = super().forward(given)
-        return output if changed is given else _with_part(output, key, changed)
-
-    def _key(self, output: Any) -> int | str:
-        """Where the features are in what the module returned: a position, a key or the name of a field."""
-        wanted = 0 if self.features is None else self.features
-        names: list[Any] = []
-        if isinstance(output, (tuple, list)):
-            names = list(getattr(output, "_fields", range(len(output))))
-            keys = dict(enumerate(range(len(output)))) | {name: position for position, name in enumerate(names)}
-        elif dataclasses.is_dataclass(output):  # Hugging Face's ModelOutput too
-            names = [field.name for field in dataclasses.fields(output) if getattr(output, field.name) is not None]
-            keys = dict(enumerate(names)) | {name: name for name in names}
-        else:
-            names = list(output) if isinstance(output, Mapping) else []
-            keys = {name: name for name in names}
-        if wanted not in keys:
-            raise self._without_features(output, f"it has {names}" if names else "it is no tensor")
-        key: int | str = keys[wanted]
-        return key
-
-    def _without_features(self, output: Any, what: str) -> WiringError:
-        return WiringError(
-            f"{slot_named(self.name)} is given {type(output).__name__} ({what}) and looks for features "
-            f"{self.features!r}: insert_slot(model, path, features=...) takes the position or the name of a tensor"
-        )
+        return changed_in(output, self.features, super().forward, self.name)
 
     def _place(self, seed: nn.Module, gate: blending.GateNetwork | None, blend: str, device: torch.device) -> None:
         if self.removed:
@@ -149,11 +118,17 @@ def remove_slot(model: nn.Module, path: str) -> None:
             f"{slot_named(slot.name)} is occupied or resting (stage {slot.stage}): prune its seed and wait until it is "
             "DORMANT; one that is FOSSILIZED is part of the model"
         )
-    del module._modules[NAME]
+    take_out(module)
+    _forget_compiled()
+
+
+def take_out(module: nn.Module) -> None:
+    """Remove the slot behind a module, and the hook that calls it."""
+    slot = module._modules.pop(NAME)
+    assert isinstance(slot, InsertedSlot)
+    slot.removed = True
     for key in [key for key, hook in module._forward_hooks.items() if hook is _follow]:
         del module._forward_hooks[key]
-    slot.removed = True
-    _forget_compiled()
 
 
 def _follow(module: nn.Module, inputs: object, output: Any) -> Any:
@@ -189,6 +164,54 @@ def _inside(module: nn.Module) -> nn.Module:
 
 def _some(names: list[str]) -> str:
     return f"{', '.join(map(repr, names[:8]))}{', ...' if len(names) > 8 else ''}" if names else "none"
+
+
+def changed_in(output: Any, features: int | str | None, change: Callable[[Tensor], Tensor], name: str | None) -> Any:
+    """What a module has returned, with the features in it changed; the very object where they are not.
+
+    Args:
+        output: what it has returned.
+        features: see ``insert_slot``.
+        change: takes them, and returns what is to be in their place.
+        name: of the slot, for errors.
+
+    Raises:
+        WiringError: the features are not in it.
+    """
+    if isinstance(output, Tensor) and features in (None, 0):
+        return change(output)
+    key = _key(output, features, name)
+    given = _part(output, key)
+    if not isinstance(given, Tensor):
+        raise _without_features(output, features, name, f"{key!r} in it is {type(given).__name__}")
+    changed = change(given)
+    return output if changed is given else _with_part(output, key, changed)
+
+
+def _key(output: Any, features: int | str | None, name: str | None) -> int | str:
+    """Where the features are in what the module returned: a position, a key or the name of a field."""
+    wanted = 0 if features is None else features
+    names: list[Any] = []
+    if isinstance(output, (tuple, list)):
+        names = list(getattr(output, "_fields", range(len(output))))
+        keys = dict(enumerate(range(len(output)))) | {name: position for position, name in enumerate(names)}
+    elif dataclasses.is_dataclass(output):  # Hugging Face's ModelOutput too
+        names = [field.name for field in dataclasses.fields(output) if getattr(output, field.name) is not None]
+        keys = dict(enumerate(names)) | {name: name for name in names}
+    else:
+        names = list(output) if isinstance(output, Mapping) else []
+        keys = {name: name for name in names}
+    if wanted not in keys:
+        raise _without_features(output, features, name, f"it has {names}" if names else "it is no tensor")
+    key: int | str = keys[wanted]
+    return key
+
+
+def _without_features(output: Any, features: int | str | None, name: str | None, what: str) -> WiringError:
+    return WiringError(
+        f"{slot_named(name)} is given {type(output).__name__} ({what}) and looks for features {features!r}: "
+        "insert_slot(model, path, features=...) takes the position or the name of a tensor"
+    )
 
 
 def _part(output: Any, key: int | str) -> Any:

@@ -11,6 +11,7 @@ from ..core.errors import ConfigurationError, WiringError
 from ..core.lifecycle import Stage
 from . import blending
 from .checkpoint import restore_slots
+from .inserting import InsertedSlot, changed_in, take_out
 from .slot import SeedSlot
 from .trying import seed_module
 from .wiring import slots_of, unwrap
@@ -37,12 +38,32 @@ class MergedSeed(nn.Module):
         return blending.candidate(self.blend, features, self.seed(features).to(features.dtype), self.gate)
 
 
+class MergedFollower(nn.Module):
+    """A fossil in the place of an inserted slot: it follows the same module, in the same way.
+
+    Attributes:
+        seed: the module that was in the slot, or ``MergedSeed``.
+        features: see ``insert_slot``.
+        hooked: see ``InsertedSlot``.
+    """
+
+    def __init__(self, seed: nn.Module, slot: InsertedSlot) -> None:
+        """Take the place of the slot."""
+        super().__init__()
+        self.seed, self.features, self.hooked, self._name = seed, slot.features, slot.hooked, slot.name
+
+    def forward(self, output: Any, *others: Any, by_hook: bool = False, **named: Any) -> Any:
+        """What the module returned, with the seed's output for the features."""
+        return output if self.hooked != by_hook else changed_in(output, self.features, self.seed, self._name)
+
+
 def merge_fossils(model: nn.Module) -> list[str]:
     """Turn every fossil into plain modules, in place, and every empty slot into the identity: no slot is left.
 
     At alpha 1 a slot with blend "add" computes what its seed does: the seed takes its place, so that ``slot.seed.w`` of
-    the state_dict is ``slot.w`` from now on. For when growing is over: a controller of this model has nothing left to
-    do, and its saved state fits it no longer.
+    the state_dict is ``slot.w`` from now on. Behind a module that ``insert_slot`` has put it, it stays ``seed.w``, and
+    of an empty slot nothing is left. For when growing is over: a controller of this model has nothing left to do, and
+    its saved state fits it no longer.
 
     Args:
         model: DDP and compiled wrappers are looked through; compile it again.
@@ -65,14 +86,18 @@ def merge_fossils(model: nn.Module) -> list[str]:
             )
     for name, slot in slots.items():
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, _plain(slot))
+        if isinstance(slot, InsertedSlot) and slot.seed is None:
+            take_out(model.get_submodule(parent))
+        else:
+            setattr(model.get_submodule(parent), own, _plain(slot))
     return [name for name, slot in slots.items() if slot.seed is not None]
 
 
 def _plain(slot: SeedSlot) -> nn.Module:
     if slot.seed is None:
         return nn.Identity()
-    return slot.seed if slot.blend == blending.ADD else MergedSeed(slot.seed, slot.gate, slot.blend)
+    seed = slot.seed if slot.blend == blending.ADD else MergedSeed(slot.seed, slot.gate, slot.blend)
+    return MergedFollower(seed, slot) if isinstance(slot, InsertedSlot) else seed
 
 
 def load_grown(

@@ -12,6 +12,7 @@ from seedtriton import (
     SeedSlot,
     Stage,
     WiringError,
+    insert_slot,
     load_grown,
     merge_fossils,
 )
@@ -75,6 +76,63 @@ def test_a_merged_model_computes_the_same_and_has_no_slot(blend):
     assert torch.equal(torch.jit.trace(model, X)(X), model(X))
     exported = torch.export.export(model, (X,)).module()
     torch.testing.assert_close(exported(X), model(X))
+
+
+class Pair(nn.Module):
+    """Returns its features in a tuple, behind what they were; and goes over its children, as some modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        before = x
+        for module in self.children():
+            x = module(x)
+        return before, x
+
+
+class Unslotted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.empty, self.pair = nn.Linear(4, 6), nn.Linear(6, 6), Pair()
+        self.run = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+
+    def forward(self, x):
+        before, x = self.pair(self.empty(self.first(x)))
+        return before + self.run(x)
+
+
+@pytest.mark.parametrize("blend", ["add", "gate"])
+def test_inserted_slots_are_merged_where_they_stand(blend):
+    torch.manual_seed(0)
+    model = Unslotted()
+    before = set(model.state_dict())
+    for path in ("empty", "run"):
+        insert_slot(model, path)
+    names = [insert_slot(model, "pair", features=1).name, "run.growth_slot"]
+    growth = GrowthController(model, torch.optim.AdamW(model.parameters()), sinks=[])
+    for name in names:
+        growth.germinate(name, Seed(), blend=blend, probe=torch.randn(3, 6))
+        for stage in WAY[1:]:
+            growth._mover.move(growth._lives[name], stage, "forced", "script")
+            if stage is Stage.BLENDING:
+                growth.slots[name].set_alpha(1.0)
+    want, unfelt = model.eval()(X), copy.deepcopy(model)
+    for name in names:
+        unfelt.get_submodule(name).set_alpha(0.0)
+    assert not torch.allclose(unfelt(X), want, atol=1e-3)
+    assert merge_fossils(model) == names
+    assert not any(isinstance(module, SeedSlot) for module in model.modules())
+    torch.testing.assert_close(model(X), want, rtol=1e-6, atol=1e-6)
+    assert not hasattr(model.empty, "growth_slot")
+    assert not model.empty._forward_hooks
+    assert before < set(model.state_dict())
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(X), model(X))
+    assert torch.equal(torch.jit.trace(model, X)(X), model(X))
+    torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), model(X))
 
 
 def test_what_is_not_permanent_or_not_whole_is_not_merged():

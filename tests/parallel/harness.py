@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from seedtriton import SeedSlot, Stage, StraightThrough
 
@@ -175,6 +176,17 @@ def block(dtype=torch.float32, make=Block, rank=0):
     """A seed with weights of its rank's own."""
     torch.manual_seed(2 + rank)
     return make(Host.width).to(dtype)
+
+
+def wrapped(model, kind):
+    """By "ddp", by "fsdp" (FSDP2, in place), or not at all."""
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    return model
 
 
 def plant(model, seed):

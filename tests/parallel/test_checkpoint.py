@@ -5,26 +5,14 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
-from parallel.harness import block, host, values
+from parallel.harness import block, host, values, wrapped
 from parallel.test_ranks import alone, germinate, grow, learn, near, told
-from torch.nn.parallel import DistributedDataParallel
 
 from seedtriton import StateDictError
 from seedtriton.parallel import Checkpointed
 
 HALF = 6
 SGD = {"lr": 0.05, "momentum": 0.5}
-
-
-def wrapped(model, kind, world):
-    if kind == "ddp":
-        return DistributedDataParallel(model)
-    if kind == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    return model
 
 
 def whole(model):
@@ -36,7 +24,7 @@ def whole(model):
 
 def save(rank, world, path, kind):
     model = host()
-    model = wrapped(model, kind, world)
+    model = wrapped(model, kind)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     growth = grow(model, optimizer)
     germinate(growth, block(rank=rank))
@@ -64,7 +52,7 @@ def load(rank, world, path, kind):
 
     saved = torch.load(path, weights_only=True)
     model = host()
-    inner, model = model, wrapped(model, kind, world)
+    inner, model = model, wrapped(model, kind)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     growth = grow(model, optimizer)
     growth.load_state_dict(saved["growth"], seeds={"slot": block(rank=9 + rank)})
@@ -95,7 +83,7 @@ def distributed(rank, world, folder, how, asynchronous=False):
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     model = host()
-    inner, model = model, wrapped(model, "ddp" if world == 2 else "fsdp", world)
+    inner, model = model, wrapped(model, "ddp" if world == 2 else "fsdp")
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     growth = grow(model, optimizer)
     if how == "save":

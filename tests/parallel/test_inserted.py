@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from parallel.harness import Host, block, host, values
+from parallel.harness import Host, block, host, values, wrapped
 from parallel.test_agreement import EASY
-from parallel.test_lives import PER_EPOCH, wrapped
+from parallel.test_lives import PER_EPOCH
 from parallel.test_ranks import learn
 
 from seedtriton import AlphaSchedule, GrowthController, StraightThrough, insert_slot

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from parallel.harness import Host, batches, block, host, mine, spawn, values
+from parallel.harness import Host, batches, block, host, mine, spawn, values, wrapped
 from parallel.test_agreement import EASY
 from parallel.test_ranks import learn
 from torch import nn
@@ -28,16 +28,6 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return x + self.drop(self.norm(self.layer(x)))
-
-
-def wrapped(model, kind):
-    if kind == "ddp":
-        return DistributedDataParallel(model)
-    if kind == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(model)
-    return model
 
 
 def started(rank, kind, make=None, dtype=torch.float32, **options):

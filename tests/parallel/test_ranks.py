@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from parallel.harness import Host, batches, block, host, loss_of, mine, spawn, values
+from parallel.harness import Host, batches, block, host, loss_of, mine, spawn, values, wrapped
 from torch.nn.parallel import DistributedDataParallel
 
 from seedtriton import GateThresholds, GradientMonitor, GrowthController, Ranks, StraightThrough
@@ -300,30 +300,24 @@ def test_clipping_with_tensor_parallel_layers_is_that_of_one_process(clipped):
 # --- what may go wrong in a step ---
 
 
-def with_a_fault(rank, world, fault, kind="ddp"):
-    """A NaN in one rank's samples in one step; a rank that has fewer of them in another; a whole step overflows."""
-    model = host()
-    inner = model
-    if kind == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(model)
-    else:
-        model = DistributedDataParallel(model)
+def with_a_fault(rank, world, kind, nan=True, fewer=False, again=False):
+    """A NaN in what one rank holds of the gradients, in one step; or fewer samples on one rank."""
+    inner = host()
+    model = wrapped(inner, kind)
     optimizer = torch.optim.SGD(inner.parameters(), 0.05)
     growth = grow(model, optimizer)
     germinate(growth, block(rank=rank))
     for step, batch in enumerate(batches(STEPS)):
         x, y = mine(batch, rank, world)
-        if fault == "uneven" and rank == 1:
+        if fewer and rank == 1:
             x, y = x[:3], y[:3]
         loss_of(model, (x, y)).backward()
-        if fault.startswith("nan") and step == 5 and rank == 1:
+        if nan and step == 5 and rank == 1:
             # Of one shard alone, or of what one rank holds: backward has spread whatever came before.
             part = getattr(inner.slot.seed.contract.bias.grad, "_local_tensor", inner.slot.seed.contract.bias.grad)
             part[0] = math.nan
         growth.measure()
-        if fault == "nan, then measured again":
+        if again:
             growth.measure()
         optimizer.step()
         optimizer.zero_grad()
@@ -335,32 +329,26 @@ def with_a_fault(rank, world, fault, kind="ddp"):
 def test_a_sample_that_is_not_finite_on_one_rank_is_dropped_on_all(kind):
     if kind == "ddp":
         # What one rank alone has made of an averaged gradient lets it go another way: that is said.
-        errors = {one.error for one in spawn(with_a_fault, 2, fault="nan", kind=kind)}
+        errors = {one.error for one in spawn(with_a_fault, 2, kind=kind)}
         assert len(errors) == 1
         assert "the weights of seed 'slot' are not the same on every rank" in errors.pop()
         return
-    found = values(with_a_fault, 2, fault="nan", kind=kind)
+    found = values(with_a_fault, 2, kind=kind)
     assert found[0] == found[1]
     assert found[0][:2] == (STEPS - 1, 1)
     assert found[0][4] == 1
 
 
 def test_measured_again_it_is_replaced_on_all_ranks_or_on_none():
-    found = values(with_a_fault, 2, fault="nan, then measured again", kind="fsdp")
+    found = values(with_a_fault, 2, kind="fsdp", again=True)
     assert found[0] == found[1]
     assert found[0][0] + found[0][1] == STEPS
 
 
 def overflowing(rank, world, kind):
     """Loss scaling: in one step the batch of one rank overflows, and the step is left out on all."""
-    model = host()
-    inner = model
-    if kind == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(model)
-    else:
-        model = DistributedDataParallel(model)
+    inner = host()
+    model = wrapped(inner, kind)
     optimizer = torch.optim.SGD(inner.parameters(), 0.05)
     growth = grow(model, optimizer)
     germinate(growth, block(rank=rank))
@@ -411,7 +399,7 @@ def test_a_hook_in_the_step_measures_what_was_averaged(micro, want):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_with_fewer_samples_agree_all_the_same(kind):
-    found = values(with_a_fault, 2, fault="uneven", kind=kind)
+    found = values(with_a_fault, 2, kind=kind, nan=False, fewer=True)
     assert found[0] == found[1]
     assert found[0][0] == STEPS
 
