@@ -9,7 +9,7 @@ from same import same
 from torch import nn
 
 from seedtriton import ConfigurationError, GrowthController, Stage, StateDictError, WiringError
-from seedtriton.growth.clients import check_weights, exchange, give_group, numbers, own_random_numbers, parted
+from seedtriton.growth.clients import check_weights, clip_apart, exchange, give_group, numbers, own_random_numbers, parted
 
 
 def run_to(step):
@@ -114,6 +114,27 @@ def test_clipping_parts_the_seeds_that_the_host_does_not_feel():
     assert len(wanted) > 0
     hidden = {i for ids in wanted.values() for i in ids}
     assert list(map(id, felt)) == [id(p) for p in listed if id(p) not in hidden]
+
+
+def test_a_clients_clipping_runs_once_on_what_is_felt_and_each_seed_behind_has_its_own_norm():
+    run = run_to(10)
+    listed, slots = list(run.model.parameters()), run.growth.slots
+    felt, behind = parted(listed, slots)
+    for number, parameter in enumerate(listed, start=1):
+        parameter.grad = torch.full_like(parameter, float(number))
+    calls = []
+
+    def clip(parameters, max_norm, norm_type):
+        calls.append((list(map(id, parameters)), max_norm, norm_type))
+        return "the host's norm"
+
+    before = [p.grad.clone() for p in felt]
+    assert clip_apart(clip, iter(listed), slots, 0.5, 2.0) == "the host's norm"
+    assert calls == [(list(map(id, felt)), 0.5, 2.0)]  # a second one would unscale the gradients again
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(felt, before))
+    assert behind
+    for seed in behind.values():
+        assert nn.utils.get_total_norm([p.grad for p in seed]) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_numbers_are_those_that_the_gates_had():
