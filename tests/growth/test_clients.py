@@ -9,7 +9,15 @@ from same import same
 from torch import nn
 
 from seedtriton import ConfigurationError, GrowthController, Stage, StateDictError, WiringError
-from seedtriton.growth.clients import check_weights, clip_apart, exchange, give_group, numbers, own_random_numbers, parted
+from seedtriton.growth.clients import (
+    check_weights,
+    clip_apart,
+    exchange,
+    give_group,
+    numbers,
+    own_random_numbers,
+    parted,
+)
 
 
 def run_to(step):
