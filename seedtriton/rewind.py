@@ -72,7 +72,9 @@ class State:
             tensor.grad = gradient
 
         self._undo.append(undo)
-        return () if gradient is None else (gradient,)
+        # Whoever prunes takes his hooks back: what averages gradients over ranks has some, and no module holds those.
+        hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
+        return [each for each in (gradient, *hooks) if each is not None]
 
 
 _KNOWN = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
