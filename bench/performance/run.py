@@ -90,9 +90,7 @@ def cases(part: str) -> list[Case]:
     return found + [Case(part, name, "fp32", count, ratio) for name, count, ratio in counts]
 
 
-def gradients_of(
-    sizes: Sequence[tuple[int, ...]], dtype: str, device: torch.device, offset: int = 0
-) -> list[Tensor]:
+def gradients_of(sizes: Sequence[tuple[int, ...]], dtype: str, device: torch.device, offset: int = 0) -> list[Tensor]:
     """Random gradients; "mixed" is bf16 with the vectors (norms and biases) in fp32."""
     generator = torch.Generator(device).manual_seed(0)
     found = []
@@ -203,9 +201,7 @@ class Bench:
         rows: dict[str, dict[str, Any]] = {}
         calls: dict[str, list[Call]] = {}
         for one in todo:
-            rows[one.name] = row(
-                case, one.name, elements=elements, bytes=least, note=_joined(one.about, note)
-            )
+            rows[one.name] = row(case, one.name, elements=elements, bytes=least, note=_joined(one.about, note))
             missing = one.missing()
             if missing:
                 rows[one.name]["note"] = missing
@@ -305,9 +301,7 @@ class Bench:
 
     # -- times -----------------------------------------------------------------------------------------------------
 
-    def _turns(
-        self, names: Sequence[str], once: Callable[[str], Any], number: int, least: int
-    ) -> dict[str, list[Any]]:
+    def _turns(self, names: Sequence[str], once: Callable[[str], Any], number: int, least: int) -> dict[str, list[Any]]:
         """Turns of all, each time in another order: ``number`` for each, or fewer when its time is spent.
 
         In one order, whoever came after a close relative would find its data in the caches, every time.
@@ -450,10 +444,10 @@ class Bench:
     def step(self) -> list[dict[str, Any]]:
         """Seconds of a whole training step with AdamW: without clipping, with ours, with torch's."""
         big = self.cuda and self.scale is None
-        layers, width, vocabulary, length = (12, 768, 50257, 512) if big else (2, 64, 512, 32)
+        layers, width, vocabulary, length = BIG_STEP if big else (2, 64, 512, 32)
         rows = []
         for kind in ("foreach", "fused"):
-            case = Case("step", f"transformer {layers} x {width}, AdamW {kind}, coefficient 1", "fp32")
+            case = Case("step", step_shape(layers, width, kind), "fp32")
             loops, losses = {}, {}
             for name in STEPS:
                 try:
@@ -483,34 +477,46 @@ class Bench:
 
     def growth(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows for more tensors, elements and segments, and the slope of each line on log-log paper."""
-        big = self.cuda and self.scale is None
-        tensors = [10, 100, 1000, 10_000, *([100_000] if big else [])]
-        elements = [10**power for power in range(3, 10 if big else 8)] + ([4 * 10**9] if big else [])
-        counts = [1, 2, 4, 16, 64, 256, 1024]
-        if self.scale is not None:
-            tensors, elements, counts = [10, 30, 100], [1000, 10_000, 100_000], [1, 8, 64]
-        axes: dict[str, list[tuple[int, list[tuple[int, ...]], int]]] = {
-            "tensors": [(n, n * [(1024,)], 2) for n in tensors],
-            "elements": [(n, [(n,)], 1) for n in elements],
-            "segments": [(n, 2 * counts[-1] * [(1024,)], n) for n in counts],
-        }
-        asked = [one for one in TASKS["telemetry"] if one.name in ("seedtriton", "seedtriton flat", "P2 native")]
-        asked.append(next(one for one in TASKS["norm"] if one.name == "P1 get_total_norm"))
         rows, fits = [], []
-        for axis, points in axes.items():
+        for axis, points in growth_points(self.cuda and self.scale is None, self.scale).items():
             lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
             for number, sizes, segments in points:
-                for task in ("telemetry", "norm"):
-                    name, dtype = f"{number} {axis}", "bf16" if axis == "elements" else "fp32"
-                    case = Case(task, name, dtype, segments, 1.0, sizes=sizes)
-                    for one in self.measure(case, [one for one in asked if one in TASKS[task]]):
-                        rows.append(one | {"task": f"growth of {axis}", "shape": name})
+                for case, asked in growth_cases(axis, number, sizes, segments):
+                    for one in self.measure(case, asked):
+                        rows.append(one | {"task": f"growth of {axis}", "shape": case.shape})
                         for field in ("gpu_us_median", "cpu_us_median"):
                             if one[field]:
                                 lines.setdefault((one["contender"], field), []).append((number, one[field]))
             for (contender, field), line in lines.items():
                 fits.append({"axis": axis, "contender": contender, "time": field, "slope": slope(line)})
         return rows, fits
+
+
+def growth_points(big: bool, scale: float | None) -> dict[str, list[tuple[int, list[tuple[int, ...]], int]]]:
+    """By axis: number, sizes of tensors, segments."""
+    tensors = [10, 100, 1000, 10_000, *([100_000] if big else [])]
+    elements = [10**power for power in range(3, 10 if big else 8)] + ([4 * 10**9] if big else [])
+    counts = [1, 2, 4, 16, 64, 256, 1024]
+    if scale is not None:
+        tensors, elements, counts = [10, 30, 100], [1000, 10_000, 100_000], [1, 8, 64]
+    return {
+        "tensors": [(n, n * [(1024,)], 2) for n in tensors],
+        "elements": [(n, [(n,)], 1) for n in elements],
+        "segments": [(n, 2 * counts[-1] * [(1024,)], n) for n in counts],
+    }
+
+
+def growth_cases(
+    axis: str, number: int, sizes: list[tuple[int, ...]], segments: int
+) -> list[tuple[Case, list[Contender]]]:
+    """The work of one point, and who does it."""
+    asked = [one for one in TASKS["telemetry"] if one.name in ("seedtriton", "seedtriton flat", "P2 native")]
+    asked.append(next(one for one in TASKS["norm"] if one.name == "P1 get_total_norm"))
+    name, dtype = f"{number} {axis}", "bf16" if axis == "elements" else "fp32"
+    return [
+        (Case(task, name, dtype, segments, 1.0, sizes=sizes), [one for one in asked if one in TASKS[task]])
+        for task in ("telemetry", "norm")
+    ]
 
 
 def slope(line: Sequence[tuple[float, float]]) -> float | None:
@@ -534,6 +540,14 @@ def _joined(*notes: str) -> str:
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+# Layers, width, vocabulary and length of the training step on a GPU.
+BIG_STEP = (12, 768, 50257, 512)
+
+
+def step_shape(layers: int, width: int, kind: str) -> str:
+    return f"transformer {layers} x {width}, AdamW {kind}, coefficient 1"
 
 
 STEPS = ("off", "seedtriton", "seedtriton flat", "P1 clip_grad_norm_", "P2 native + clip")
@@ -607,8 +621,11 @@ def describe(device: str) -> dict[str, Any]:
         except (OSError, subprocess.SubprocessError):
             clocks = None
         found |= {
-            "device": properties.name, "cuda": torch.version.cuda, "l2_bytes": properties.L2_cache_size,
-            "multiprocessors": properties.multi_processor_count, "clocks": clocks,
+            "device": properties.name,
+            "cuda": torch.version.cuda,
+            "l2_bytes": properties.L2_cache_size,
+            "multiprocessors": properties.multi_processor_count,
+            "clocks": clocks,
         }
     else:
         found["device"] = f"{torch.get_num_threads()} threads on a CPU"

@@ -48,6 +48,50 @@ def markdown(record, name):
     return "\n".join([*lines, "", *(f"![{text}](docs/{file})" for text, file in _files(record))])
 
 
+# What makes a row the same in two files.
+KEY = ("task", "shape", "dtype", "contender")
+# What the docs show of the predictions; the raw file has every row of the GPU report.
+PREDICTED = {
+    "norm": ("ResNet-50", "GPT-2", "Llama-3-8B / 8", "1000 x 64", "200M + 2000 x 1K", "one 1B"),
+    "telemetry": ("ResNet-50, 2", "GPT-2, 2 segments 100:1", "Llama-3-8B / 8", "1000 x 64"),
+    "clip 1": ("ResNet-50", "GPT-2", "Llama-3-8B / 8"),
+    "clip below 1": ("ResNet-50", "GPT-2", "Llama-3-8B / 8"),
+}
+
+
+def predictions(record, name, measured=None):
+    """What the model of model.py says of a GPU, with the measured times beside it once there are any."""
+    head, cards = record["header"], record["header"]["cards"]
+    names = [card["name"] for card in cards]
+    seen = {}
+    if measured:
+        seen = {tuple(row[key] for key in KEY): row["gpu_us_median"] for row in measured["rows"]}
+    titles = [*names, *([f"{measured['header']['device']}, measured"] if measured else [])]
+    lines = [
+        f"Predictions of a model, not measurements, at commit {head['commit']} ([raw output](bench/results/{name}), "
+        "[model.py](bench/performance/model.py)): no GPU was seen before. GPU µs of one call; in brackets, the time "
+        "in which a copy is taken to move as many bytes as have to move, over it.",
+        "",
+        f"| task | gradients | dtype | {' | '.join(titles)} |",
+        "|---" * (3 + len(titles)) + "|",
+    ]
+    for row in record["rows"]:
+        shown = row["shape"].startswith(PREDICTED.get(row["task"], ("-",))) and row["dtype"] in ("fp32", "bf16")
+        if row["contender"] == OURS and shown:
+            times = [(row[card["name"]], row["bytes"] / card["bandwidth"] / card["copy"] * 1e6) for card in cards]
+            cells = [f"{time:.0f} ({least / time:.0%})" for time, least in times]
+            if measured:
+                found = seen.get(tuple(row[key] for key in KEY))
+                cells.append("-" if found is None else f"{found:.0f}")
+            lines.append(f"| {row['task']} | {row['shape']} | {row['dtype']} | {' | '.join(cells)} |")
+    lines += ["", "The worst case of every goal of [NOTES.md](bench/NOTES.md), theirs over ours, as predicted:", ""]
+    lines += [f"| task | against | gradients | dtype | goal | {' | '.join(names)} |", "|---" * (5 + len(names)) + "|"]
+    for goal in record["goals"]:
+        what = [goal["task"], goal["peer"], ", ".join(goal["shapes"]), ", ".join(goal["dtypes"]), str(goal["goal"])]
+        lines.append("| " + " | ".join([*what, *(f"{goal[card]:.2f}" for card in names)]) + " |")
+    return "\n".join(lines)
+
+
 def _gpu(record):
     return record["header"].get("cuda") is not None
 

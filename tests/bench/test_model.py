@@ -1,0 +1,106 @@
+"""The model of GPU time: it answers for every row of the GPU report, and its parts do what they say."""
+
+import itertools
+import math
+
+import pytest
+
+from bench.performance import model, run, tables
+from bench.performance.contenders import TASKS
+from bench.performance.run import Case
+
+H200 = model.CARDS[0]
+
+
+@pytest.fixture(scope="module")
+def record():
+    return model.record()
+
+
+def test_every_row_of_the_gpu_report_has_a_prediction_for_every_card(record):
+    found = {(one["task"], one["shape"], one["dtype"], one["contender"]) for one in record["rows"]}
+    assert len(found) == len(record["rows"])
+    for part in run.PARTS[:3]:
+        for case, one in itertools.product(run.cases(part), TASKS[part]):
+            if "cuda" in one.devices:
+                assert (case.title, case.what, case.dtype, one.name) in found
+    for axis, points in run.growth_points(True, None).items():
+        assert {(f"growth of {axis}", f"{number} {axis}") for number, *_ in points} <= {key[:2] for key in found}
+    assert {key[3] for key in found if key[0] == "step"} == set(run.STEPS)
+    for one in record["rows"]:
+        assert one["time"] in ("gpu_us", "wall_us")
+        assert all(math.isfinite(one[card.name]) and one[card.name] > 0 for card in model.CARDS)
+
+
+def test_what_a_graph_cannot_hold_is_predicted_as_wall_time(record):
+    capturable = {one.name: one.capturable for task in TASKS.values() for one in task}
+    for one in record["rows"]:
+        if one["task"] != "step":
+            assert (one["time"] == "gpu_us") == capturable[one["contender"]]
+
+
+def test_a_contender_that_the_model_does_not_know_is_an_error():
+    stranger = TASKS["norm"][4].__class__("P99 somebody", print)
+    with pytest.raises(ValueError, match="no prediction for 'P99 somebody'"):
+        model.predict(H200, Case("norm", "1000 x 64", "fp32"), stranger)
+
+
+def time_of(card, shape, dtype="fp32", design=model.DESIGN):
+    return model.measure(card, model.work_of(Case("norm", shape, dtype)).items, design=design)
+
+
+def test_no_prediction_is_faster_than_the_bytes_and_large_ones_are_near_them():
+    for card in model.CARDS:
+        for shape in ("ResNet-50", "GPT-2", "one 1B"):
+            least = model.work_of(Case("norm", shape, "fp32")).bytes / card.roof
+            assert time_of(card, shape) > least
+        assert time_of(card, "one 1B") < 1.1 * least
+
+
+def test_each_part_of_the_time_is_felt():
+    base = time_of(H200, "ResNet-50", "bf16")
+    for part, more in (("near", 1e-6), ("far", 1e-6), ("fence", 1e-6), ("node", 1e-6)):
+        assert time_of(H200._replace(**{part: getattr(H200, part) + more}), "ResNet-50", "bf16") > base + 0.9e-6
+    assert time_of(H200._replace(bandwidth=1e12), "ResNet-50", "bf16") > 2 * base / 1.9
+    for change in ({"before": 9}, {"close": 30}, {"ahead": 1}, {"step": 1 << 30, "doubles": 900}):
+        assert time_of(H200, "ResNet-50", "bf16", model.DESIGN._replace(**change)) > base
+    assert model.resident(H200, model.DESIGN._replace(registers=128)) < model.resident(H200, model.DESIGN)
+
+
+def test_clipping_that_bites_moves_the_bytes_twice_more():
+    items = model.work_of(Case("clip", "one 1B", "fp32")).items
+    more = model.scale(H200, items, 0.5) - model.scale(H200, items, 1.0)
+    assert more == pytest.approx(2 * 4e9 / H200.roof, rel=0.01)
+
+
+def test_the_worst_ratio_of_a_goal(record):
+    goal = ("norm", "P5 vector_norm(flat)", ("GPT-2", "one 1B"), ("fp32",), 0.97)
+    found = {
+        (one["shape"], one["contender"]): one["H200"]
+        for one in record["rows"]
+        if (one["task"], one["dtype"]) == ("norm", "fp32")
+    }
+    ratios = [found[name, goal[1]] / found[name, "seedtriton"] for name in goal[2]]
+    assert model.reached(record["rows"], H200, goal) == min(ratios)
+
+
+def test_the_design_is_that_of_the_kernels():
+    gradient_sums = pytest.importorskip("seedtriton.kernels.gradient_sums", reason="needs Triton")
+    import torch
+
+    from seedtriton.kernels import _launch
+
+    assert model.DESIGN.warps == _launch.OPTIONS["num_warps"]
+    assert model.DESIGN.step == gradient_sums.BLOCK_BYTES[torch.float32, 32]
+    assert model.DESIGN.read_ahead == gradient_sums.SUM_BLOCK
+
+
+def test_the_table_says_that_it_predicts_and_shows_a_measurement_beside_it(record):
+    said = tables.predictions(record, "raw.json")
+    assert "Predictions of a model, not measurements" in said
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    assert all(line.count("|") == rows[0].count("|") for line in rows if line.startswith("| norm | GPT"))
+    one = next(one for one in record["rows"] if one["contender"] == "seedtriton" and one["task"] == "norm")
+    measured = {"header": {"device": "NVIDIA H200"}, "rows": [{**one, "gpu_us_median": 1234.4}]}
+    assert "NVIDIA H200, measured" in tables.predictions(record, "raw.json", measured)
+    assert "| 1234 |" in tables.predictions(record, "raw.json", measured)
