@@ -51,6 +51,11 @@ def performance_tables(path):
     return performance_report.markdown(read(path), path.name)
 
 
+def predicted_table(path):
+    """What a model says of GPUs, and the newest measurement beside it, as Markdown."""
+    return performance_report.predictions(read(path), path.name, of("gpu")[0])
+
+
 def headline_table(path):
     """The README's few figures, as Markdown."""
     others = [of(kind)[0] for kind in ("fresh-readiness", "new-readiness", "growth", "new-growth")]
@@ -67,6 +72,7 @@ TABLES = {
     "readiness": ("readiness", readiness_table),
     "growth": ("growth", growth_tables),
     "gpu": ("gpu", performance_tables),
+    "predicted": ("predicted-gpu", predicted_table),
     "bench": ("cpu", performance_tables),
     "parallel": ("parallel", parallel_table),
     "headline": ("readiness", headline_table),
@@ -76,7 +82,7 @@ PAGES = {
     "README.md": ("headline",),
     "docs/is-the-gate-right.md": ("readiness",),
     "docs/behind-the-host.md": ("growth",),
-    "docs/how-fast.md": ("gpu", "bench"),
+    "docs/how-fast.md": ("gpu", "predicted", "bench"),
     "docs/many-gpus.md": ("parallel",),
 }
 # What a block says while there is no raw output.
