@@ -20,6 +20,11 @@ __all__ = ["Unsupported", "release", "scale_", "scale_segments_", "unsupported"]
 
 # As in gradient_sums: blocks of equal bytes, two independent 128-bit loads and stores per thread.
 BLOCK_BYTES = 8192
+# Programs at most, which go from item to item: about as many as large GPUs hold at once. One for each item would take
+# tens of microseconds to come and go where nothing is scaled.
+PROGRAMS = 2048
+# Coefficients read at a time by every program, to leave when all are 1.
+COEFFICIENTS = tl.constexpr(128)
 
 
 @triton.jit
@@ -57,46 +62,77 @@ def _scale_run(  # type: ignore[no-untyped-def]
     tl.store(cell, z.to(DTYPE), mask=rest)
 
 
-_RUNTIME = ("addresses", "meta", "items", "chunk", "base", "coefficient", "norm", "norm_copy", "clear")
+@triton.jit
+def _any_scales(coefficients, num_segments):  # type: ignore[no-untyped-def]
+    """Whether any of them, in fp32, is not exactly 1."""
+    lane = tl.arange(0, COEFFICIENTS)
+    scales = tl.zeros([COEFFICIENTS], tl.int32)
+    for block in range(0, num_segments, COEFFICIENTS):
+        factor = tl.load(coefficients + block + lane, mask=block + lane < num_segments, other=1.0).to(tl.float32)
+        scales |= (factor != 1.0).to(tl.int32)
+    return tl.max(scales) != 0
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
-def _scale_kernel(  # type: ignore[no-untyped-def]
-    addresses: tl.int64, meta: tl.int64, items: tl.int32, chunk: tl.int32, base: tl.int64,
-    coefficient: tl.int64, norm: tl.int64, norm_copy: tl.int64, clear: tl.int32,
-    WIDE: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
-    """Scale x by its segment's coefficient, one program per item; nothing is read or written where that is 1.
-
-    addresses: int64 [slots], relative to ``base``
-    meta: int32, columns of the plan, 5 x [items] and more
-    coefficient: [segments], fp32, or fp64 with WIDE, rounded to fp32
-    clear: unless 0, a coefficient below 0 writes zeros
-    norm, norm_copy: one fp64 and, unless 0, the fp32 that becomes its copy
-    """
-    if (tl.program_id(0) == 0) & (norm_copy.to(tl.int64) != 0):
-        value = tl.load(norm.to(tl.int64).to(tl.pointer_type(tl.float64))).to(tl.float32)
-        tl.store(norm_copy.to(tl.int64).to(tl.pointer_type(tl.float32)), value)
-    item = tl.program_id(0)
-    columns = meta.to(tl.int64).to(tl.pointer_type(tl.int32)) + item
-    segment = tl.load(columns + items)
-    if WIDE:
-        factor = tl.load(coefficient.to(tl.int64).to(tl.pointer_type(tl.float64)) + segment).to(tl.float32)
-    else:
-        factor = tl.load(coefficient.to(tl.int64).to(tl.pointer_type(tl.float32)) + segment)
+@triton.jit
+def _scale_item(  # type: ignore[no-untyped-def]
+    item, addresses, meta, items, chunk, base, coefficients, clear, BYTES: tl.constexpr
+):
+    """Scale an item, unless the coefficient of its segment is 1."""
+    columns = meta + item
+    factor = tl.load(coefficients + tl.load(columns + items)).to(tl.float32)
     cleared = (clear != 0) & (factor < 0.0)
     if factor != 1.0:
         length = tl.load(columns)
         dtype = tl.load(columns + 2 * items)
         slot = tl.load(columns + 3 * items)
         offset = tl.load(columns + 4 * items).to(tl.int64) * chunk
-        address = base.to(tl.int64) + tl.load(addresses.to(tl.int64).to(tl.pointer_type(tl.int64)) + slot)
+        address = base + tl.load(addresses + slot)
         if dtype == 0:
             _scale_run(address + offset * 4, length, factor, cleared, tl.float32, BYTES)
         elif dtype == 1:
             _scale_run(address + offset * 2, length, factor, cleared, tl.bfloat16, BYTES)
         else:
             _scale_run(address + offset * 2, length, factor, cleared, tl.float16, BYTES)
+
+
+_RUNTIME = (
+    "addresses", "meta", "items", "num_segments", "chunk", "base", "coefficients", "norm", "norm_copy", "clear"
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _scale_kernel(  # type: ignore[no-untyped-def]
+    addresses: tl.int64, meta: tl.int64, items: tl.int32, num_segments: tl.int32, chunk: tl.int32, base: tl.int64,
+    coefficients: tl.int64, norm: tl.int64, norm_copy: tl.int64, clear: tl.int32,
+    WIDE: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """Scale x by its segment's coefficient, item after item; nothing is read or written where that is 1.
+
+    addresses: int64 [slots], relative to ``base``
+    meta: int32, columns of the plan, 5 x [items] and more
+    coefficients: [num_segments], fp32, or fp64 with WIDE, rounded to fp32
+    clear: unless 0, a coefficient below 0 writes zeros
+    norm, norm_copy: one fp64 and, unless 0, the fp32 that becomes its copy
+    """
+    first = tl.program_id(0)
+    if (first == 0) & (norm_copy.to(tl.int64) != 0):
+        value = tl.load(norm.to(tl.int64).to(tl.pointer_type(tl.float64))).to(tl.float32)
+        tl.store(norm_copy.to(tl.int64).to(tl.pointer_type(tl.float32)), value)
+    if WIDE:
+        table = coefficients.to(tl.int64).to(tl.pointer_type(tl.float64))
+    else:
+        table = coefficients.to(tl.int64).to(tl.pointer_type(tl.float32))
+    if _any_scales(table, num_segments):
+        for item in range(first, items, tl.num_programs(0)):
+            _scale_item(
+                item, addresses.to(tl.int64).to(tl.pointer_type(tl.int64)),
+                meta.to(tl.int64).to(tl.pointer_type(tl.int32)), items, chunk, base.to(tl.int64), table, clear, BYTES,
+            )  # fmt: skip
+
+
+def programs_for(items: int) -> int:
+    """Programs that scale so many items: each takes as many as the others, or one less."""
+    return -(-items // -(-items // PROGRAMS))
 
 
 def scale_(
@@ -149,9 +185,9 @@ def scale_segments_(
         tables = _launch.find_tables(tensors, segments, num_segments, device, ("scale",), distinct=True, flat=flat)
         tables.launch(
             _scale_kernel,
-            tables.items,
+            programs_for(tables.items),
             (
-                tables.addresses, tables.meta, tables.items, tables.plan.chunk,
+                tables.addresses, tables.meta, tables.items, num_segments, tables.plan.chunk,
                 0 if flat is None else flat.data_ptr(), coefficients.data_ptr(),
                 0 if copy is None else copy[0].data_ptr(), 0 if copy is None else copy[1].data_ptr(), int(clear),
             ),

@@ -103,7 +103,7 @@ class Design(NamedTuple):
     read_ahead: int = 1024
     sums_items: bool = True
     doubles: int = 2
-    scale_programs: int | None = None
+    scale_programs: int | None = 2048
 
 
 DESIGN = Design()
@@ -168,12 +168,16 @@ def measure(card: Card, items: Items, row: bool = True, design: Design = DESIGN)
 
 def scale(card: Card, items: Items, coefficient: float, design: Design = DESIGN) -> float:
     """Seconds of one launch that scales, or leaves at once where the coefficient is 1."""
-    programs = min(len(items.sizes), design.scale_programs or len(items.sizes))
+    most = design.scale_programs or len(items.sizes)
+    programs = min(len(items.sizes), most)
     waves = math.ceil(programs / (card.multiprocessors * resident(card, design)))
-    empty = card.node + card.far + waves * (2 * card.near + DISPATCH)
+    # A program for each item asks for its segment and then for the coefficient; programs that go from item to item ask
+    # for the coefficients alone before they leave.
+    empty = card.node + card.far + waves * ((1 if design.scale_programs else 2) * card.near + DISPATCH)
     if coefficient == 1.0:
         return empty
-    return empty + 2 * sum(items.sizes) / card.roof + card.far
+    rounds = math.ceil(len(items.sizes) / most)
+    return empty + 2 * sum(items.sizes) / card.roof + card.far + rounds * 2 * card.near
 
 
 # -- others -----------------------------------------------------------------------------------------------------------

@@ -73,6 +73,13 @@ def test_clipping_that_bites_moves_the_bytes_twice_more():
     assert more == pytest.approx(2 * 4e9 / H200.roof, rel=0.01)
 
 
+def test_few_programs_leave_sooner_than_one_for_each_item():
+    items = model.work_of(Case("clip", "Llama-3-8B / 8", "bf16")).items
+    assert len(items.sizes) > 15_000
+    each = model.scale(H200, items, 1.0, model.DESIGN._replace(scale_programs=None))
+    assert model.scale(H200, items, 1.0) < each / 2
+
+
 def test_the_worst_ratio_of_a_goal(record):
     goal = ("norm", "P5 vector_norm(flat)", ("GPT-2", "one 1B"), ("fp32",), 0.97)
     found = {
@@ -88,10 +95,11 @@ def test_the_design_is_that_of_the_kernels():
     gradient_sums = pytest.importorskip("seedtriton.kernels.gradient_sums", reason="needs Triton")
     import torch
 
-    from seedtriton.kernels import _launch
+    from seedtriton.kernels import _launch, gradient_scale
 
     assert model.DESIGN.warps == _launch.OPTIONS["num_warps"]
     assert model.DESIGN.step == gradient_sums.BLOCK_BYTES[torch.float32, 32]
+    assert model.DESIGN.scale_programs == gradient_scale.PROGRAMS
     assert model.DESIGN.read_ahead == gradient_sums.SUM_BLOCK
 
 

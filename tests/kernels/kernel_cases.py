@@ -961,6 +961,38 @@ def test_a_coefficient_of_exactly_one_touches_nothing(device):
         assert torch.equal(tensor.view(torch.int32), poison)
 
 
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_programs_that_scale_go_from_item_to_item(programs, device, monkeypatch):
+    monkeypatch.setattr(gradient_scale, "PROGRAMS", programs)
+    tensors = [random(size, torch.float32, device, 4) for size in (20000, 5, 40000, 300, 1)]
+    factors = torch.tensor([0.5, 1.0, -1.0, 3.0], device=device)
+    segments = [3, 0, 1, 2, 3]
+    tensors[2][:] = NAN  # its coefficient is 1
+    expected = [t * factors[k] if factors[k] > 0 else torch.zeros_like(t) for t, k in zip(tensors, segments)]
+    gradient_scale.scale_segments_(tensors, segments, factors, clear=True)
+    for tensor, right in zip(tensors, expected):
+        assert torch.equal(tensor.nan_to_num(7.0), right.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("different", [0, 127, 128, 299])
+def test_one_coefficient_of_many_that_is_not_one_is_seen(different, device):
+    tensors = [place(torch.full((2,), 3.0), device) for _ in range(300)]
+    factors = torch.ones(300, device=device)
+    factors[different] = 2.0
+    gradient_scale.scale_segments_(tensors, range(300), factors)
+    assert [tensor[0].item() for tensor in tensors] == [6.0 if k == different else 3.0 for k in range(300)]
+
+
+def test_programs_that_scale_have_equal_shares():
+    most = gradient_scale.PROGRAMS
+    for items in (1, 2, most - 1, most, most + 1, 2 * most, 15_361, 10**6):
+        programs = gradient_scale.programs_for(items)
+        assert programs <= min(items, most)
+        assert -(-items // programs) == -(-items // most)  # as few rounds as all of them would need
+        assert items > (-(-items // programs) - 1) * programs
+    assert gradient_scale.programs_for(15_361) == 1921
+
+
 @pytest.mark.parametrize("value", [NAN, INF, 0.0, -1.0, 1.0 + 2**-23])
 def test_scaling_by_special_coefficients(value, device):
     tensors = [random(n, torch.float32, device) for n in (1, 3000)]
