@@ -4,7 +4,6 @@ Importing this package imports torch and nothing else that is large; Triton is i
 operation on an accelerator.
 """
 
-import logging
 import sys
 
 from . import core, gradients, growth, report
@@ -54,5 +53,3 @@ _names = {
 }  # fmt: skip
 for _name, _module in _names.items():
     sys.modules[f"{__name__}.{_name}"] = globals()[_name] = _module
-
-logging.getLogger("seedtriton").addHandler(logging.NullHandler())

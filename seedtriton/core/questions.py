@@ -27,6 +27,10 @@ THREE_WAYS = (
     "controller evaluate="
 )
 SEED_FROZEN = "seed_frozen"
+RISES = (
+    "evaluate returns an accuracy or another score, which rises when blending helps: let it return the loss, or 1 - "
+    "the accuracy"
+)
 
 # What a missing ratio is called in a verdict: five answers, none of which passes.
 _MISSING = MappingProxyType(
@@ -308,7 +312,8 @@ def modes_agree(known: SeedEvidence, probe: BlendProbe | None, limit: float | No
     if (t >= limit and change > bound) or (t <= -limit and change < -bound):
         reason = (
             f"t of the blend gain {t:.3g} where the seed is trained, but {probe}: batch statistics or Dropout that "
-            "differ in evaluation mode, another loss, or what it learned holds for the training samples alone"
+            "differ in evaluation mode, another loss, or what it learned holds for the training samples alone; or "
+            f"{RISES}"
         )
         return Check("modes", MODES_DISAGREE, None, t, limit, reason)
     return Check("modes", "modes_agree", True, t, limit, "training and evaluation do not contradict each other")
@@ -324,6 +329,8 @@ def refused_by_probe_alone(
     if not against or not by_probe or status.probe is None or limit is None or t is None or t < limit:
         return checks
     words = f"by its gradients alone it would have passed, t of the blend gain {t:.3g}"
+    if 0.0 <= min(status.probe.changes) < max(status.probe.changes):
+        words += f"; unless {RISES}"
     return tuple(
         dataclasses.replace(check, reason=f"{check.reason}; {words}") if check in against else check for check in checks
     )

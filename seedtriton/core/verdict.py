@@ -92,6 +92,10 @@ class Verdict:
         """Answers that decide nothing and should be seen."""
         return tuple(check for check in self.checks if check.name in WARNINGS)
 
+    def __bool__(self) -> bool:
+        """Whether it passed: ``if growth.advance(slot):``."""
+        return self.passed
+
     def __str__(self) -> str:
         """One line that a person can read in a log."""
         head = f"{self.gate} {'passed' if self.passed else 'refused'} {self.seed!r} for {self.target}"

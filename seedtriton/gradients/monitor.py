@@ -177,6 +177,8 @@ class GradientMonitor(Windows):
         counts = _counts(self.tag, tag)
         self._refresh_if_stale()
         given = None if gradients is None else self._watched.check(gradients)
+        if not counts:
+            self._rounds.note_other(tag)
         if not counts or not self._rounds.due(every):
             if given is None:
                 self._discard()

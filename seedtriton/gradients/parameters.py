@@ -85,6 +85,13 @@ def _gets_no_gradient(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor._is_view() and not tensor.requires_grad
 
 
+def _by_name(seeds: object) -> dict[str, ParameterSource]:
+    if not isinstance(seeds, Mapping):
+        what = f"a {type(seeds).__name__}"
+        raise ConfigurationError(f"seeds must be a mapping of names to modules, {{'adapter': module}}, got {what}")
+    return {name: ParameterSource(seed) for name, seed in seeds.items()}
+
+
 class CallOnLoad:
     """A load hook: after ``load_state_dict(assign=True)`` the parameters are other objects.
 
@@ -140,10 +147,10 @@ class Watched:
     def __init__(
         self, host: Parameters, seeds: Mapping[str, Parameters], alphas: Mapping[str, Any], ranks: Ranks | None = None
     ) -> None:
+        self._seeds = _by_name(seeds)
         if unknown := sorted(set(alphas) - set(seeds)):
             raise ConfigurationError(f"alphas for unknown seeds {unknown}; seeds are {sorted(seeds)}")
         self._host = ParameterSource(host)
-        self._seeds = {name: ParameterSource(seed) for name, seed in seeds.items()}
         self._alphas = {name: Alpha.of(alpha) for name, alpha in alphas.items()}
         self.ranks = ranks
         self.holding = Holding({}, replicated=True)

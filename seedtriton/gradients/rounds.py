@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..core.errors import ConfigurationError
+from ..core.evidence import NEVER_MEASURED, SeedEvidence
 from .loss_scale import table_of
 from .progress import StepCounter
 from .row import APPEND, REPLACE, REPLACE_USABLE
@@ -15,6 +16,7 @@ from .row import APPEND, REPLACE, REPLACE_USABLE
 # Measurements without a step of a known optimizer after which nobody waits for it any more, and every call is a sample
 # again: more than people accumulate micro-batches, and so many times what was the most so far.
 PATIENCE, TIMES = 64, 4
+TAGS_KEPT = 8  # of other losses, to name them
 
 
 def nothing() -> None:
@@ -25,6 +27,7 @@ def check_every(every: int) -> None:
     """ConfigurationError unless a measurement in so many steps is possible."""
     if type(every) is not int or every < 1:
         raise ConfigurationError(f"every must be a whole number of optimizer steps of at least 1, got {every!r}")
+TAGS_KEPT = 8  # of other losses, to name them
 
 
 class Rounds:
@@ -43,6 +46,7 @@ class Rounds:
         self._calls = 0  # measurements in this round
         self._most = 0  # in any round that ended with a step
         self._turns = 0  # rounds that ``due`` was asked about
+        self._others: list[str | None] = []  # tags of calls for another loss
         self.begun: Callable[[], None] = nothing
 
     @property
@@ -67,6 +71,17 @@ class Rounds:
         if not due:
             self.pass_over()
         return due
+
+    def note_other(self, tag: str | None) -> None:
+        """A call for another loss, of which nothing is measured; to be named where that was every call."""
+        if tag not in self._others and not torch.compiler.is_compiling():
+            self._others = [*self._others, tag][:TAGS_KEPT]
+
+    def others(self, known: SeedEvidence, own: str | None) -> str | None:
+        """What to say of a seed that was never measured, if there were calls for other losses."""
+        if known.status != NEVER_MEASURED or not self._others:
+            return None
+        return f"measure() was called with the tags {self._others}, and {own!r} counts here"
 
     def pass_over(self) -> None:
         """Count a call that is not measured: it waits for its step as well."""

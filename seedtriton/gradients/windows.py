@@ -229,7 +229,7 @@ class Windows(Ring):
     def _explained(self, known: SeedEvidence, piles: str | None) -> SeedEvidence:
         """With what is known of the parameters in its reason; what needs a hand goes to the log, once."""
         silent = known.frozen or known.status == NO_GRADIENT
-        found = self._watched.adapter_of(known.seed) if silent else None, piles
+        found = self._watched.adapter_of(known.seed) if silent else None, piles, self._rounds.others(known, self.tag)
         said = [words for words in found if words is not None]
         for words in said:
             if words not in self._said:

@@ -13,6 +13,7 @@ from ..core.errors import ConfigurationError, SeedtritonError, StateDictError, W
 from ..core.lifecycle import RESTING, Stage, stage_named
 from ..core.state import check_state
 from . import digest
+from .arguments import check_seeds
 from .life import Life, Position
 from .schedulers import own_value
 from .slot import SeedSlot
@@ -82,6 +83,7 @@ def restore_slots(model: nn.Module, state: object, seeds: Mapping[str, SeedOrFac
         WiringError: the slots are not empty, or a seed is unfit.
         ConfigurationError: a slot's seed is missing. In each case nothing has changed.
     """
+    check_seeds(seeds)
     model = unwrap(model)
     slots = slots_of(model)
     occupied = [name for name, slot in slots.items() if slot.stage is not Stage.DORMANT]
@@ -110,6 +112,7 @@ def load(
         WiringError: the slots are neither empty nor as ``restore_slots`` left them, or a seed is unfit.
         ConfigurationError: a slot's seed is missing, or an impossible value. In each case nothing has changed.
     """
+    check_seeds(seeds)
     values = _read(state)
     check_slots(values, wiring.slots)
     occupied = [name for name, slot in wiring.slots.items() if slot.stage is not Stage.DORMANT]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import WiringError
-from ..core.evidence import SeedEvidence
 from ..core.gates import QualityGates
 from ..core.harm import FADE
 from ..core.lifecycle import RESTING, Stage
@@ -28,6 +27,7 @@ from ..gradients.parameters import Gradients
 from ..report.events import Event
 from ..report.sinks import Sink, Telemetry
 from . import checkpoint
+from .arguments import check_model, check_optimizer, check_schedule, check_settings
 from .blending import ADD
 from .isolation import Isolation
 from .judging import Judge, trainable
@@ -78,8 +78,9 @@ class GrowthController(Prober):
 
     Raises:
         WiringError: the model has no slot, an optimizer that cannot be watched, a scheduler of another optimizer.
-        ConfigurationError: an impossible number of epochs or steps, both totals, a gate that moves no seed, an unknown
-            ``on_harm``, or no optimizer.
+        ConfigurationError: something of another kind than said here (a dict of thresholds, a list of optimizers, the
+            path of a file as ``sinks``), an impossible number of epochs or steps, both totals, a gate that moves no
+            seed, or an unknown ``on_harm``.
     """
 
     VERSION = checkpoint.VERSION
@@ -108,7 +109,11 @@ class GrowthController(Prober):
         ranks: Ranks | Literal["auto"] | None = "auto",
     ) -> None:
         """Find the slots and wire monitor and gates to them."""
+        check_model(model)
+        check_optimizer(optimizer)
+        check_settings(thresholds, schedule, schedulers, auto_advance, evaluate)
         ranks = ranks_of(ranks)
+        self.telemetry = Telemetry(sinks_of(sinks, ranks))
         self.slots: Mapping[str, SeedSlot] = slots_of(unwrap(model), ranks)
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
         check_rests(self.rests)
@@ -121,7 +126,6 @@ class GrowthController(Prober):
         super().__init__(wiring, position, evaluate)
         self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
-        self.telemetry = Telemetry(sinks_of(sinks, wiring.ranks))
         self.monitor.at_each_step(self._position.take_step)
         self._mover = Mover(self._wiring, self._position, self.rests, self.telemetry)
         self._move = self._mover.move
@@ -168,6 +172,7 @@ class GrowthController(Prober):
             WiringError: the slot is occupied, or the seed is unfit: no trainable parameter, another shape,
                 parameters of the host or of another seed; nothing has changed.
         """
+        check_schedule(schedule)
         place = self._mover.dormant(slot, schedule or self.schedule)
         module = seed_module(seed)
         dormant = self._judge.status_of(slot, place, None, trainable(module))
@@ -337,10 +342,6 @@ class GrowthController(Prober):
             self._mover.remove(life, reason, initiator)
         else:
             self._mover.fade(life, reason, initiator, ramp)
-
-    def evidence(self) -> dict[str, SeedEvidence]:
-        """What is known of every living seed: now, by a copy to the host; of many ranks, what they last agreed on."""
-        return self.monitor.now()
 
     def state_dict(self) -> dict[str, Any]:
         """Where every seed is in its life: plain values and tensors, for ``torch.load(weights_only=True)``.

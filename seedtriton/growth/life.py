@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from ..core.schedules import HOLD, STEEPNESS, AlphaController, AlphaSchedule
 from ..core.state import check_state
 from .digest import Unchecked
 from .slot import SeedSlot
+
+logger = logging.getLogger("seedtriton")
 
 LOSSES_KEPT = 16  # epochs of which the loss is remembered, to know what is usual
 
@@ -216,6 +219,7 @@ class Position:
     unchecked: Unchecked | None = None  # weights that are to be loaded before the next step
     total_epochs: int | None = None
     total_steps: int | None = None
+    warned_of_mode: bool = False
 
     def __post_init__(self) -> None:
         for name in ("total_epochs", "total_steps"):
@@ -245,10 +249,22 @@ class Position:
         """Count an optimizer step, and move every alpha that is on its way; WiringError as from ``check_weights``."""
         self.check_weights()
         self.step += 1
+        if not self.warned_of_mode:
+            self.warn_of_mode()
         for life in self.lives.values():
             if life.alpha.mode != HOLD:
                 life.slot.set_alpha(life.alpha.step())
         self.tell()
+
+    def warn_of_mode(self) -> None:
+        """Say once that a seed is measured in eval mode, in which it does not learn what it would in training."""
+        still = [name for name, life in self.lives.items() if not life.slot.training]
+        if still:
+            self.warned_of_mode = True
+            logger.warning(
+                "slots %s are measured in eval mode, where Dropout is off and batch norms keep their statistics: call "
+                "model.train() behind the validation, before the next step", still,
+            )  # fmt: skip
 
     def check_weights(self) -> None:
         """WiringError, once, when somebody has loaded other weights than those that were saved; see ``digest``."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigurationError, WiringError
 from ..core.lifecycle import Stage
 from . import blending
+from .arguments import check_seeds
 from .checkpoint import restore_slots
 from .inserting import InsertedSlot, changed_in, take_out
 from .slot import SeedSlot
@@ -125,6 +126,7 @@ def load_grown(
         StateDictError: ``growth`` does not fit.
         RuntimeError: what ``load_state_dict`` raises about weights.
     """
+    check_seeds(seeds)
     slots = slots_of(unwrap(model))
     held = [name for name in slots if any(key.startswith(f"{name}.seed.") for key in state_dict)]
     if sorted(held) != sorted(seeds):

@@ -8,6 +8,7 @@ from typing import overload
 from torch import nn
 
 from ..core.errors import ConfigurationError
+from ..core.evidence import SeedEvidence
 from ..core.pairs import PairProbe
 from ..core.probe import BlendProbe
 from .following import Followers
@@ -47,6 +48,10 @@ class Prober:
     def progress(self) -> float | None:
         """Share of ``total_epochs`` or ``total_steps`` that is done, at most 1; None when neither was told."""
         return self._position.progress
+
+    def evidence(self) -> dict[str, SeedEvidence]:
+        """What is known of every living seed: now, by a copy to the host; of many ranks, what they last agreed on."""
+        return self._wiring.monitor.now()
 
     def follow(self, model: nn.Module) -> None:
         """Keep the slots of a copy of the model in step with its own: seeds, stages and alpha, not the weights.

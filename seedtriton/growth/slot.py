@@ -29,7 +29,7 @@ from .isolation import (
     leaks,
     uses_group_norm,
 )
-from .randomness import SeedRandom
+from .randomness import Learned, SeedRandom
 from .slot_state import SavedSlot
 from .trying import (
     check_features,
@@ -39,6 +39,7 @@ from .trying import (
     normal_tensors,
     own_tensors,
     prepare,
+    raise_named,
     seed_module,
     slot_named,
 )
@@ -142,7 +143,8 @@ class SeedSlot(nn.Module):
         with a seed that trains or is blended what comes out has memory of its own.
 
         Raises:
-            WiringError: features that no seed can take, or a seed that does not keep shape and dtype.
+            WiringError: features that no seed can take, a seed that does not keep shape and dtype, or one that fails;
+                then what it raised is the cause.
         """
         mode = self._mode
         if mode is None or (mode == BEHIND and not torch.is_grad_enabled()):
@@ -160,9 +162,10 @@ class SeedSlot(nn.Module):
         wall = looking or self._group_norm
         given = given_to(inner, chain((alpha,), seed.parameters()), copy=self._copy_input, wall=wall)
         if mode == BLENDED:
-            return blending.blend(features, self._candidate(features, inner, seed(given)), alpha)
+            output = seed(given) if compiling else _run(self, seed, given)[0]
+            return blending.blend(features, self._candidate(features, inner, output), alpha)
         version = given._version if looking else 0
-        output, learned = (seed(given), None) if compiling else self.random.run(seed, given, looking)
+        output, learned = (seed(given), None) if compiling else _run(self, seed, given, looking)
         full = self._candidate(features, inner, output)
         if looking:
             if self._handed_on is None:
@@ -406,6 +409,16 @@ class SeedSlot(nn.Module):
         # From the number on the host: a trip through half precision would have rounded the tensor.
         fresh = torch.full((), self._alpha_value, dtype=torch.float32, device=alpha.device)
         self.alpha = fresh.requires_grad_(wanted)
+
+
+def _run(
+    slot: SeedSlot, seed: nn.Module, given: Tensor, looking: bool | None = None
+) -> tuple[Tensor, Learned | None]:
+    """The seed's output, behind the host on its own random numbers; ``looking`` None: it is blended."""
+    try:
+        return (seed(given), None) if looking is None else slot.random.run(seed, given, looking)
+    except Exception as error:
+        raise_named(error, seed, given, slot.name)
 
 
 def _before_load(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..report.events import Event
 from ..report.sinks import LogSink, Sink
+from .arguments import listed_sinks
 from .life import Position
 from .slot import SeedSlot
 
@@ -19,10 +20,11 @@ _OF_EPOCH, _OF_SLOT = 4, 4
 def sinks_of(
     sinks: Iterable[Sink | Callable[[Event], None]] | None, ranks: Ranks | None
 ) -> list[Sink | Callable[[Event], None]]:
-    """Who takes the events: a log unless told; nobody on ranks that do not tell."""
+    """Who takes the events: a log unless told; nobody on ranks that do not tell. ConfigurationError for no sinks."""
+    found: list[Sink | Callable[[Event], None]] = [LogSink()] if sinks is None else listed_sinks(sinks)
     if ranks is not None and not ranks.tells:
         return []
-    return [LogSink()] if sinks is None else list(sinks)
+    return found
 
 
 def facts_of(position: Position, slots: Mapping[str, SeedSlot]) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,15 @@ from torch.nn.parameter import is_lazy
 from ..core.errors import ConfigurationError, WiringError
 from ..gradients.noticing import is_shard
 from ..parallel.sharding import fully_sharded
+from .arguments import made_by
 from .isolation import handed_on, leaks, uses_group_norm
 from .randomness import undisturbed
+
+# What a mistake in a seed's forward raises; of exactly these types.
+_FAILURES = (
+    RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError, NameError,
+    NotImplementedError, ZeroDivisionError, UnboundLocalError,
+)  # fmt: skip
 
 
 class Tried(NamedTuple):
@@ -36,11 +43,11 @@ class Tried(NamedTuple):
 
 
 def seed_module(seed: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """The seed itself, or what its factory makes; ConfigurationError when that is no module.
+    """The seed itself, or what its factory makes; ConfigurationError when that is no module, or wants arguments.
 
     Parameters and buffers that were made in inference mode could never learn: the module gets copies that can.
     """
-    module = seed if isinstance(seed, nn.Module) else seed() if callable(seed) else seed
+    module = seed if isinstance(seed, nn.Module) or not callable(seed) else made_by(seed, "a seed")
     if not isinstance(module, nn.Module):
         raise ConfigurationError(f"a seed is a module or a factory of one, got {type(module).__name__}")
     _leave_inference_mode(module)
@@ -146,11 +153,29 @@ def _try(seed: nn.Module, probe: Tensor, dtype: torch.dtype | None, name: str | 
     with undisturbed(seed, probe.device), torch.enable_grad():
         features = probe.detach().to(dtype, copy=True)
         version = features._version
-        output = seed(features)
+        try:
+            output = seed(features)
+        except Exception as error:
+            raise_named(error, seed, features, name)
     check_output(features, output, name)
     wrote = features._version != version or may_write(seed)
     leaky = leaks(output, own_tensors(seed)) > 0
     return Tried(uses_group_norm(output), wrote, leaky, handed_on(probe.detach().to(output.dtype), output), True)
+
+
+def raise_named(error: Exception, seed: nn.Module, features: Tensor, name: str | None) -> NoReturn:
+    """Raise what a seed's forward pass has raised again, as the cause of a WiringError that names the slot.
+
+    An error of a kind of its own goes on as it is: it tells somebody outside that memory has run out, or that a
+    checkpoint has recomputed enough.
+    """
+    if type(error) not in _FAILURES:
+        raise error
+    raise WiringError(
+        f"{slot_named(name)}: its seed, {type(seed).__name__}, failed on features {tuple(features.shape)} "
+        f"{features.dtype}: {type(error).__name__}: {error}. A seed takes the features that its slot is called with, "
+        "and returns features of the same shape"
+    ) from error
 
 
 def _autocasting(device: torch.device) -> bool:

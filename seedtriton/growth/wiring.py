@@ -61,6 +61,10 @@ class Wiring:
 
     def slot(self, name: str) -> SeedSlot:
         """The slot of this name; ConfigurationError when there is none."""
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"a slot is told by its path in the model, one of {sorted(self.slots)}, not by a {type(name).__name__}"
+            )
         if name not in self.slots:
             raise ConfigurationError(f"the model has no slot {name!r}; its slots are {sorted(self.slots)}")
         return self.slots[name]

@@ -430,6 +430,16 @@ def test_training_and_evaluation_that_contradict_each_other_are_told():
         assert not judge(blend_gain_t=t, probe=probed(changes=changes, errors=(error, error))).warnings
 
 
+@pytest.mark.parametrize(
+    "changes, suspected",
+    [((0.2, 0.5), True), ((0.0, 0.5), True), ((0.0, 0.0), False), ((-0.01, 0.5), False), ((0.5, -0.01), False)],
+)
+def test_a_loss_that_never_falls_where_gradients_say_it_should_may_be_an_accuracy(changes, suspected):
+    verdict = judge(probe=probed(changes=changes, errors=None, spread=None))
+    said = [check for check in verdict.failed if "evaluate returns an accuracy" in check.reason]
+    assert bool(said) is suspected
+
+
 def test_a_seed_that_the_probe_alone_refuses_is_told_so():
     alone = judge(probe=probed(-0.5))
     assert all("by its gradients alone it would have passed, t of the blend gain 10" in c.reason for c in alone.failed)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import seedtriton.growth.randomness as randomness
-from seedtriton import GrowthController, SeedSlot, Stage, StraightThrough
+from seedtriton import GrowthController, SeedSlot, Stage, StraightThrough, WiringError
 from seedtriton.growth.randomness import SeedRandom
 from seedtriton.growth.slot import ISOLATION_CHECKS
 
@@ -111,7 +111,7 @@ def test_an_exception_in_the_seed_puts_the_numbers_back():
             raise KeyError("seed")
 
     slot, before = behind(SeedSlot(), Failing(6)), torch.random.get_rng_state()
-    with pytest.raises(KeyError):
+    with pytest.raises(WiringError, match="KeyError"):
         slot(torch.zeros(2, 6))
     assert torch.equal(torch.random.get_rng_state(), before)
 
