@@ -11,7 +11,7 @@ SANITIZED := "mixed_dtype or zero_size or nan_and_inf"
 
 LIVES := tests/growth tests/gradients/test_fuzz.py
 
-.PHONY: demo test test-unit test-lives test-rest test-parallel test-clients test-kernels test-wheel test-gpu sanitize-gpu check bench bench-cpu bench-gpu clean
+.PHONY: demo test test-unit test-lives test-rest test-parallel test-clients test-kernels test-wheel test-gpu sanitize-gpu check docs bench bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -60,6 +60,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The site of docs/ into build/site: strict, so that a dead link or a name that is gone is an error. No network.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
 		--benchmark-group-by=group
@@ -78,5 +82,5 @@ clean:
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,dev,clients]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,dev,clients,docs]"
 	touch $@

@@ -1,0 +1,259 @@
+"""Every block of Python in README and docs/ runs, or says why not; pages that the code writes are up to date."""
+
+import dataclasses
+import re
+import textwrap
+
+import messages
+import pages
+import pytest
+import torch
+import yaml
+from test_house import PUBLIC
+from torch import nn
+from written import BLOCKS, FRAGMENT, NEW_PROCESS, PAGES, ROOT, names_of_a_script, run
+
+import seedtriton
+from seedtriton import GateThresholds, GrowthController, SeedSlot
+from seedtriton.testing import assert_isolated
+
+# --- blocks of code ---
+
+SECTIONS = list(dict.fromkeys((block.page, block.section) for block in BLOCKS if block.runs))
+
+
+def a_batch(names, tmp_path):
+    """One step of a loop, in which one is within."""
+    names["batch"] = names["loader"][0]
+
+
+def a_batch_in_parts(names, tmp_path):
+    names["batch"] = names["loader"]
+
+
+def a_step_function(names, tmp_path):
+    def train_step(batch):
+        names["loss_of"](batch).backward()
+        names["growth"].measure()
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
+
+    names |= {"train_step": train_step, "batches": names["loader"] * 4}
+
+
+def a_gan(names, tmp_path):
+    generator = nn.Sequential()
+    for name, layer in {"first": nn.Linear(2, 4), "slot": SeedSlot(), "last": nn.Linear(4, 3)}.items():
+        generator.add_module(name, layer)
+    discriminator = nn.Linear(3, 1)
+    names |= {
+        "generator": generator,
+        "discriminator": discriminator,
+        "generator_optimizer": torch.optim.Adam(generator.parameters()),
+        "discriminator_optimizer": torch.optim.Adam(discriminator.parameters()),
+        "loader": [torch.randn(8, 3) for _ in range(3)],
+        "noise": lambda: torch.randn(8, 2),
+        "discriminator_loss": lambda real, fake: (fake - real).mean(),
+        "generator_loss": lambda fake: -fake.mean(),
+    }
+
+
+def layers_without_a_slot(names, tmp_path):
+    names["model"] = nn.Sequential()
+    names["model"].add_module("layers", nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.1)
+
+
+def a_file(names, tmp_path):
+    names["path"] = tmp_path / "run.pt"
+
+
+def weights_of_a_fossil(names, tmp_path):
+    grown = names_of_a_script()
+    grown["model"][1].germinate(nn.Linear(4, 4))
+    grown["model"][1].set_alpha(1.0)
+    names["saved"] = {"model": grown["model"].state_dict()}
+
+
+def two_groups(names, tmp_path):
+    model = names["model"]
+    model.backbone, model.adapter = nn.Linear(4, 4), nn.Linear(4, 4)
+    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    names["loss"] = model.adapter(model.backbone(torch.randn(8, 4))).square().mean()
+
+
+def one_measurement(names, tmp_path):
+    names["loss_of"](names["loader"][0]).backward()
+    names["growth"].measure()
+
+
+# What a section takes for granted beyond ``names_of_a_script``; made anew for a block of a new process.
+GIVEN = {
+    "Clipping": a_batch,
+    "Loss scaling (AMP)": a_batch,
+    "Accumulation": a_batch_in_parts,
+    "A test for your loop": a_step_function,
+    "Several losses in one step (GAN)": a_gan,
+    "Checkpoints: stop and resume": a_file,
+    "Deployment": weights_of_a_fossil,
+    "A model whose code is not yours": layers_without_a_slot,
+    "Without slots": two_groups,
+    "Which tensor": one_measurement,
+}
+
+
+def names_for(section, code, tmp_path):
+    """A script in whose middle this code stands: with a controller and a seed, unless it makes its own."""
+    torch.manual_seed(0)
+    names = names_of_a_script()
+    if "GrowthController(" not in code:
+        names["growth"] = GrowthController(names["model"], names["optimizer"])
+        if ".germinate(" not in code and "load_" not in code:
+            names["growth"].germinate("1", nn.Linear(4, 4))
+    if section in GIVEN:
+        GIVEN[section](names, tmp_path)
+    return names
+
+
+@pytest.mark.parametrize("page, section", SECTIONS, ids=lambda text: text)
+def test_the_blocks_of_a_section_run_one_after_the_other(page, section, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = [block for block in BLOCKS if (block.page, block.section) == (page, section) and block.runs]
+    try:
+        names = None
+        for block in found:
+            if names is None or block.note == NEW_PROCESS:
+                names = names_for(section, block.code, tmp_path)
+            run(block.code, names)
+    finally:
+        torch.set_num_threads(threads)
+    if shown := shown_in(page, section):
+        assert_printed(shown, capsys.readouterr().out)
+
+
+def shown_in(page, section):
+    """The lines that a section shows of what its script prints."""
+    [text] = [path.read_text("utf-8") for path in PAGES if path.name == page]
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    [part] = [part for part in parts if part.partition("\n")[0].lstrip("# ") == section]
+    return re.findall(r"^```\n(epoch 1:.*?)```", part, flags=re.DOTALL | re.MULTILINE)
+
+
+def assert_printed(shown, printed):
+    """Each line that is shown was printed, but for its numbers and what follows "..."."""
+    number = r"-?\b\d+\.\d+"
+    lines = [re.sub(number, "#", line) for line in printed.splitlines()]
+    wanted = [re.sub(number, "#", line).removesuffix(" ...") for block in shown for line in block.splitlines()]
+    assert [line for line in wanted if not any(other.startswith(line) for other in lines)] == []
+
+
+def test_the_quickstart_shows_what_its_first_script_prints():
+    sections = [section for page, section in SECTIONS if page == "quickstart.md"]
+    assert [bool(shown_in("quickstart.md", section)) for section in sections] == [True, False, False]
+    with pytest.raises(AssertionError):
+        assert_printed(["epoch 1: G2 passed 'slot' ...\n"], "epoch 1: G2 refused 'slot' for BLENDING")
+    assert_printed(["epoch 1: t 4.2 passed ...\n"], "epoch 1: t -17.03 passed and more")
+
+
+@pytest.mark.parametrize("section", ["Averages of the weights (EMA)", "Several losses in one step (GAN)"])
+def test_the_loops_of_recipes_leave_the_host_as_it_would_be_without_the_seed(section, tmp_path):
+    [block] = [block for block in BLOCKS if (block.page, block.section) == ("recipes.md", section)]
+    loop = re.compile(r"(.*?)^for (\w+) in loader:\n(.*)", re.DOTALL | re.MULTILINE)
+    setup, variable, body = loop.fullmatch(block.code).groups()
+    names = names_for(section, block.code, tmp_path)
+    run(setup, names)
+    step, data = textwrap.dedent(body), names["loader"]
+    others = [names[name] for name in ("ema", "discriminator", "discriminator_optimizer") if name in names]
+    assert_isolated(lambda i: run(step, names | {variable: data[i % 3]}), names["growth"], *others)
+
+
+def test_sections_that_are_given_something_exist_and_run():
+    assert {section for _, section in SECTIONS} >= GIVEN.keys()
+    assert len(SECTIONS) > 15
+
+
+def test_a_block_that_does_not_run_says_why():
+    fragments = [block for block in BLOCKS if not block.runs]
+    assert all(len(block.note) > len(FRAGMENT) + 20 for block in fragments)
+    assert {block.page for block in fragments} <= {"clients.md", "many-gpus.md", "recipes.md"}
+    assert sum(block.page == "recipes.md" for block in fragments) == 1
+    for block in fragments:
+        compile(block.code, block.page, "exec")
+
+
+def test_every_block_of_python_is_found():
+    fences = [re.findall(r"^ *```(?:python|py)\b", page.read_text("utf-8"), flags=re.MULTILINE) for page in PAGES]
+    assert sum(map(len, fences)) == len(BLOCKS)
+    assert all(block.note in ("", NEW_PROCESS) or block.note.startswith(FRAGMENT) for block in BLOCKS)
+
+
+# --- pages that the code writes ---
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_what_the_code_writes_into_a_page_is_up_to_date(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert pages.with_blocks(page, text) == text, "python tests/pages.py --write"
+
+
+def test_every_limit_is_explained_with_its_default():
+    table = pages.limits()
+    for item in dataclasses.fields(GateThresholds):
+        assert re.search(rf"^\| `{item.name}` \| .+ \| .{{15,}} \|$", table, flags=re.MULTILINE), item.name
+    assert table.count("\n") == len(dataclasses.fields(GateThresholds)) + 1
+    assert "| `min_samples` | `32` |" in table
+
+
+def test_every_question_with_a_limit_names_it():
+    table = pages.questions()
+    switching = {item.name for item in dataclasses.fields(GateThresholds)} - {"ratio"}
+    never_a_switch = {"min_probed_gain_t", "max_loss_rise", "harm_epochs", "lasting_harm_epochs"}
+    assert switching - {*re.findall(r"\(`(\w+)`\)", table)} == never_a_switch
+    assert [line[2:4] for line in table.splitlines()[2:]] == ["G0", "G1", "G2", "G3", "G5"]
+
+
+def test_messages_are_read_as_a_reader_meets_them(tmp_path):
+    found = messages.messages()
+    assert "the model has no slot <slot>; its slots are …" in found["ConfigurationError"]["growth/wiring.py"] or any(
+        "has no slot" in text for text in found["ConfigurationError"]["growth/wiring.py"]
+    )
+    assert sum(len(texts) for places in found.values() for texts in places.values()) > 250
+    assert found.keys() == {"ConfigurationError", "WiringError", "TransitionError", "StateDictError"}
+    shown = messages.as_markdown()
+    assert "### WiringError" in shown
+    assert "- cannot move" not in shown, "TransitionError words its message itself"
+    assert messages.escaped("a_b <x> [1]") == r"a\_b \<x\> \[1\]"
+
+
+# --- the site ---
+
+
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+
+
+def test_the_site_is_strict_and_needs_no_network():
+    assert SITE["strict"] is True
+    assert SITE["theme"]["font"] is False
+    assert set(SITE["validation"].values()) == {"warn"}
+    assert "http" not in (ROOT / "mkdocs.yml").read_text("utf-8")
+
+
+def test_every_page_is_in_the_menu():
+    def listed(entries):
+        for entry in entries:
+            for target in entry.values():
+                yield from listed(target) if isinstance(target, list) else [target]
+
+    assert sorted(listed(SITE["nav"])) == sorted(page.name for page in PAGES if page.parent == ROOT / "docs")
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    listed = re.findall(r"^::: ([\w.]+)", (ROOT / "docs" / "api.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    names = {name.rpartition(".")[2] for name in listed}
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    shown = {name for name in PUBLIC["seedtriton"].split() if not name.startswith("_")} - {"ops", "telemetry"}
+    shown |= {*PUBLIC["seedtriton.report"].split(), *PUBLIC["seedtriton.testing"].split()}
+    assert {name for name in shown if name not in names and f"`{name}`" not in text} == set()
+    assert hasattr(seedtriton, "ops")
