@@ -25,6 +25,7 @@ def test_demo_fossilizes_the_healthy_seed_and_refuses_the_sabotaged_one(tmp_path
     # What makes it worth showing: the bare ratio of the original gate passed it every time.
     ratios = [check for event in refused for check in event["checks"] if check["question"] == "gradient_ratio"]
     assert all(check["passed"] for check in ratios)
+    assert max(check["value"] for check in ratios) > 1000 * 0.05, "the README says so beside the picture"
     output = capsys.readouterr().out
     assert "seed_in_no_optimizer" in output
     assert (tmp_path / "lifecycle.png").read_bytes()[:4] == b"\x89PNG"
