@@ -27,7 +27,8 @@ test-lives: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not gpu" $(LIVES)
 
 test-rest: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu" tests $(LIVES:%=--ignore=%) --ignore=tests/parallel --ignore=tests/clients
+	$(BIN)/python -m pytest -q -m "not gpu" tests $(LIVES:%=--ignore=%) --ignore=tests/parallel --ignore=tests/clients \
+		--ignore=tests/kernels/emulator
 
 # Two and four processes each, on loopback, with time limits: behind the others, for it wants both cores.
 test-parallel: $(STAMP)
@@ -40,6 +41,7 @@ test-clients: $(STAMP)
 # The interpreter has to be on before the process starts, so it is a process of its own.
 test-kernels: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels/interpreter
+	$(BIN)/python -m pytest -q tests/kernels/emulator
 
 # sdist -> wheel -> an empty environment, where the package and its kernels must be importable.
 test-wheel: $(STAMP)

@@ -3,7 +3,6 @@
 The interpreter knows nothing of vector width, registers and memory order; the compiled code says.
 """
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -13,18 +12,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from compiling import TARGETS, broken, compiled  # noqa: E402
 
 from seedtriton.gradients.row import LAYOUT  # noqa: E402
-from seedtriton.kernels import _launch, _row, gradient_scale, gradient_sums  # noqa: E402
+from seedtriton.kernels import _launch, gradient_scale, gradient_sums  # noqa: E402
 
 REGISTERS = 64  # 4 programs of 256 threads fill the 65 536 registers of a multiprocessor
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -50,17 +43,6 @@ def sums(variant, target, kernel=gradient_sums._sums_kernel):
     layout = LAYOUT if variant[2] else gradient_sums.SUMS_LAYOUT
     constants = gradient_sums._constants(*variant, 1e-6, layout, target.warp_size)
     return compiled(kernel, constants, target)
-
-
-def compiled(kernel, constants, target):
-    """The kernel compiled as the launcher asks for it; run-time arguments are never specialised."""
-    values = iter(constants)
-    names = [parameter.name for parameter in kernel.params]
-    constexprs = {p.name: next(values) for p in kernel.params if p.is_constexpr}
-    signature = {p.name: "constexpr" if p.is_constexpr else p.annotation_type for p in kernel.params}
-    assert all(signature[name] for name in names)
-    source = triton.compiler.ASTSource(kernel, signature, constexprs)
-    return triton.compile(source, target=target, options=dict(_launch.OPTIONS))
 
 
 def code(kernel):
@@ -171,21 +153,6 @@ def test_squares_are_fused_multiply_adds_by_request():
     assert "fma.rn.f32" in kernel.asm["ptx"]
 
 
-def broken(tmp_path, old, new):
-    """The sums kernel with one thing changed, from copies of its sources."""
-    copies = []
-    for original in (_row, gradient_sums):
-        path = tmp_path / f"broken_{Path(original.__file__).name}"
-        path.write_text(Path(original.__file__).read_text().replace(old, new))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        copies.append(importlib.util.module_from_spec(spec))
-        spec.loader.exec_module(copies[-1])
-    assert any(old in Path(original.__file__).read_text() for original in (_row, gradient_sums))
-    row, sums_of = copies
-    sums_of._row = row
-    return sums_of._sums_kernel
-
-
 @pytest.mark.parametrize("target", [TARGETS["sm_90"], TARGETS["gfx942"]], ids=["sm_90", "gfx942"])
 def test_this_lane_fails_without_the_alignment_hint(target, tmp_path):
     hint = "tl.multiple_of((address + head * SIZE).to(tl.pointer_type(DTYPE)), 16)"
@@ -193,20 +160,20 @@ def test_this_lane_fails_without_the_alignment_hint(target, tmp_path):
         "(address + head * SIZE).to(tl.pointer_type(DTYPE))",
         "tl.multiple_of(address + head * SIZE, 16).to(tl.pointer_type(DTYPE))",
     ):
-        kernel = sums(VARIANTS["sums"], target, broken(tmp_path, hint, weaker))
+        kernel = sums(VARIANTS["sums"], target, broken(tmp_path, hint, weaker)._sums_kernel)
         with pytest.raises(AssertionError, match="wide loads in main loops"):
             assert_good(kernel, tmp_path, expected_loads(VARIANTS["sums"], target), counts=2)
 
 
 @pytest.mark.parametrize("target", [TARGETS["sm_90"], TARGETS["gfx942"]], ids=["sm_90", "gfx942"])
 def test_this_lane_fails_without_acquire_and_release(target, tmp_path):
-    kernel = sums(VARIANTS["sums"], target, broken(tmp_path, 'sem="acq_rel"', 'sem="relaxed"'))
+    kernel = sums(VARIANTS["sums"], target, broken(tmp_path, 'sem="acq_rel"', 'sem="relaxed"')._sums_kernel)
     with pytest.raises(AssertionError):
         assert_good(kernel, tmp_path, expected_loads(VARIANTS["sums"], target), counts=2)
 
 
 def test_this_lane_fails_when_registers_run_out(tmp_path):
     target = TARGETS["sm_100"]
-    kernel = sums(VARIANTS["row"], target, broken(tmp_path, "@triton.jit(noinline=True)", "@triton.jit"))
+    kernel = sums(VARIANTS["row"], target, broken(tmp_path, "@triton.jit(noinline=True)", "@triton.jit")._sums_kernel)
     with pytest.raises(AssertionError, match="registers"):
         assert_good(kernel, tmp_path, expected_loads(VARIANTS["row"], target), counts=3)
