@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +20,7 @@ from .slot import SeedSlot
 from .slot_state import SavedSlot
 from .together import taken, told_of
 from .trying import seed_module
-from .wiring import Wiring, refuse_shared, slots_of, unwrap
+from .wiring import Wiring, in_seed_of, refuse_shared, slots_of, unwrap
 
 VERSION = 1
 LATER: Mapping[str, Any] = MappingProxyType({"loss": None, "losses": (), "epoch_began": 0, "epoch_steps": 0})
@@ -92,6 +92,7 @@ def restore_slots(model: nn.Module, state: object, seeds: Mapping[str, SeedOrFac
     values = _read(state)
     check_slots(values, slots)
     modules = _modules(values, seeds, slots)
+    slots |= _inner(values, slots, modules)
     before = {name: slot.lifecycle_state() for name, slot in slots.items()}
     try:
         _fill(model, slots, values, modules)
@@ -116,16 +117,21 @@ def load(
     values = _read(state)
     check_slots(values, wiring.slots)
     occupied = [name for name, slot in wiring.slots.items() if slot.stage is not Stage.DORMANT]
-    restored = all(slot.stage is _saved_stage(values["slots"][name]) for name, slot in wiring.slots.items())
+    restored = wiring.slots.keys() == values["slots"].keys()
+    restored = restored and all(s.stage is _saved_stage(values["slots"][name]) for name, s in wiring.slots.items())
     if position.lives or (occupied and not restored):
         raise WiringError(f"slots {occupied} are not empty: load into a freshly built model and controller")
-    lives = _check(values, wiring)
     modules = {} if occupied else _modules(values, seeds, wiring.slots)
+    inner = _inner(values, wiring.slots, modules)
+    lives = _check(values, wiring, {**wiring.slots, **inner})
     before = {name: slot.lifecycle_state() for name, slot in wiring.slots.items()}, _monitor_state(wiring)
+    wiring.slots.update(inner)
     try:
         _restore(wiring, values, lives, modules)
     except Exception as error:
         _undo(wiring, *before, modules)
+        for name in inner:
+            del wiring.slots[name]
         if isinstance(error, SeedtritonError):
             raise
         raise StateDictError(f"GrowthController: the state does not fit these seeds: {error!r}") from error
@@ -142,8 +148,8 @@ def exchange(wiring: Wiring, position: Position, state: object, seeds: Mapping[s
     """The seeds of ``state`` for those that are there, see ``clients.exchange``."""
     values = _read(state)
     check_slots(values, wiring.slots)
-    _check(values, wiring)
     modules = _modules(values, seeds, wiring.slots)
+    _check(values, wiring, {**wiring.slots, **_inner(values, wiring.slots, modules)})
     occupied = {name: slot for name, slot in wiring.slots.items() if slot.seed is not None}
     for name in occupied:
         wiring.refuse_leaving(name)
@@ -154,6 +160,8 @@ def exchange(wiring: Wiring, position: Position, state: object, seeds: Mapping[s
             wiring.groups.remove(slot)
             wiring.leave(name)
         slot.vacate()
+    for name in [name for name in wiring.slots if in_seed_of(name, wiring.slots)]:
+        del wiring.slots[name]
     position.lives = {}
     load(wiring, position, state, modules, check_weights=True)
 
@@ -164,9 +172,9 @@ def _monitor_state(wiring: Wiring) -> dict[str, Any]:
 
 
 def check_slots(values: Mapping[str, Any], own: Mapping[str, SeedSlot]) -> None:
-    """StateDictError unless a saved state is whole as far as its slots go, and they are these."""
+    """StateDictError unless a saved state is whole as far as its slots go, and they are these; see also ``_inner``."""
     kind, slots = "GrowthController", values["slots"]
-    if not isinstance(slots, dict) or slots.keys() != own.keys():
+    if not isinstance(slots, dict) or not all(type(name) is str for name in slots) or _outer(slots) != _outer(own):
         found = sorted(map(str, slots)) if isinstance(slots, dict) else slots
         raise StateDictError(f"{kind}: the state is of slots {found}, the model has {sorted(own)}")
     for name, entry in slots.items():
@@ -177,7 +185,36 @@ def check_slots(values: Mapping[str, Any], own: Mapping[str, SeedSlot]) -> None:
             digest.checked(entry["digest"], name)
 
 
-def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
+def _outer(slots: Iterable[str]) -> set[str]:
+    """Those that are not in the seed of another."""
+    names = list(slots)
+    return {name for name in names if not in_seed_of(name, names)}
+
+
+def _inner(
+    values: Mapping[str, Any], own: Mapping[str, SeedSlot], modules: Mapping[str, nn.Module]
+) -> dict[str, SeedSlot]:
+    """The slots of a saved state that the model gets with these seeds.
+
+    Raises:
+        StateDictError: a seed has no such slot.
+    """
+    found = {
+        f"{name}.seed.{path}": place
+        for name, module in modules.items()
+        for path, place in module.named_modules()
+        if isinstance(place, SeedSlot)
+    }
+    coming = [name for name in values["slots"] if name not in own]
+    missing = [name for name in coming if name not in found]
+    if missing:
+        raise StateDictError(f"GrowthController: the state is of slots {missing} in seeds, and these seeds have none")
+    for name in coming:
+        found[name].name = name
+    return {name: found[name] for name in coming}
+
+
+def _check(values: Mapping[str, Any], wiring: Wiring, own_slots: Mapping[str, SeedSlot]) -> list[Life]:
     """The seeds' lives in a saved state; StateDictError unless it fits this model and optimizer."""
     kind, accuracy, sizes = "GrowthController", values["accuracy"], values["group_sizes"]
     counts = ("epoch", "step", "epoch_began", "epoch_steps")
@@ -204,7 +241,7 @@ def _check(values: Mapping[str, Any], wiring: Wiring) -> list[Life]:
             f"{kind}: outside the seeds the saved optimizer had groups of {saved} parameters, this one has {own}: "
             "load before anything else, into an optimizer built as at the beginning"
         )
-    lives = [Life.from_state_dict(entry, wiring.slots) for entry in values["lives"]]
+    lives = [Life.from_state_dict(entry, own_slots) for entry in values["lives"]]
     living = [name for name, entry in slots.items() if _holds_seed(entry) and not _is_fossil(entry)]
     if sorted(life.name for life in lives) != sorted(living):
         raise StateDictError(f"{kind}: lives of {[life.name for life in lives]}, living seeds in {living}")
@@ -219,7 +256,7 @@ def _read(state: object) -> Mapping[str, Any]:
 def _modules(
     values: Mapping[str, Any], seeds: Mapping[str, SeedOrFactory], slots: Mapping[str, SeedSlot]
 ) -> dict[str, nn.Module]:
-    unknown = sorted(set(seeds) - set(slots))
+    unknown = sorted(set(seeds) - {*slots, *values["slots"]})
     missing = [name for name, entry in values["slots"].items() if _holds_seed(entry) and name not in seeds]
     if unknown or missing:
         raise ConfigurationError(

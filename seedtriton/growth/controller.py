@@ -114,7 +114,8 @@ class GrowthController(Prober):
         check_settings(thresholds, schedule, schedulers, auto_advance, evaluate)
         ranks = ranks_of(ranks)
         self.telemetry = Telemetry(sinks_of(sinks, ranks))
-        self.slots: Mapping[str, SeedSlot] = slots_of(unwrap(model), ranks)
+        slots = slots_of(unwrap(model), ranks)
+        self.slots: Mapping[str, SeedSlot] = slots
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
         check_rests(self.rests)
         position = Position(total_epochs=total_epochs, total_steps=total_steps)
@@ -122,7 +123,7 @@ class GrowthController(Prober):
         self.on_harm = check_on_harm(on_harm)
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
-        wiring = Wiring(model, self.slots, optimizer, schedulers, window, quarantine, tag, ranks)
+        wiring = Wiring(model, slots, optimizer, schedulers, window, quarantine, tag, ranks)
         super().__init__(wiring, position, evaluate)
         self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
@@ -238,6 +239,7 @@ class GrowthController(Prober):
             WiringError: with ``strict``, a seed that was never measured; nothing has changed.
             Exception: what ``evaluate`` raises passes through; the epoch has been counted by then.
         """
+        self._wiring.find()
         told = told_of(*check_told(accuracy, loss), self.slots)
         evidence, everybody = self._wiring.read("end_epoch()", self._facts(), told, strict=strict)
         accuracy, loss = taken(everybody, self.slots)

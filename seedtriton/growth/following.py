@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Mapping
 
@@ -11,7 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..core.errors import WiringError
 from .slot import SeedSlot
-from .wiring import unwrap
+from .wiring import in_seed_of, unwrap
+
+logger = logging.getLogger("seedtriton")
 
 
 class Followers:
@@ -33,11 +36,13 @@ class Followers:
         """
         inner = unwrap(model.module if isinstance(model, AveragedModel) else model)
         own = {name: module for name, module in inner.named_modules() if isinstance(module, SeedSlot)}
-        if own.keys() != self._slots.keys():
+        strange = [name for name in own.keys() - self._slots.keys() if not in_seed_of(name, own)]
+        if strange or self._slots.keys() - own.keys():
             raise WiringError(f"a copy of the model has its slots {sorted(self._slots)}, this one has {sorted(own)}")
+        own = {name: own[name] for name in self._slots}
         if any(own[name] is slot for name, slot in self._slots.items()):
             raise WiringError("a model cannot follow itself: give a copy of it, AveragedModel(model) or a deepcopy")
-        self._copies.append(_Copy(own, self._slots))
+        self._copies.append(_Copy(inner, own, self._slots))
         self.step()
 
     def step(self) -> None:
@@ -48,19 +53,34 @@ class Followers:
 class _Copy:
     """One copy, by weak references: it ends when its owner lets it go."""
 
-    def __init__(self, own: Mapping[str, SeedSlot], slots: Mapping[str, SeedSlot]) -> None:
+    def __init__(self, model: nn.Module, own: Mapping[str, SeedSlot], slots: Mapping[str, SeedSlot]) -> None:
+        self._model = weakref.ref(model)
         self._own = {name: weakref.ref(slot) for name, slot in own.items()}
+        self._missing: set[str] = set()
         # Of which seed the copy's is one: another in the same slot is copied anew.
         self._of = {name: _ref(slots[name].seed) for name, slot in own.items() if slot.seed is not None}
 
     def step(self, slots: Mapping[str, SeedSlot]) -> bool:
         """Whether the copy is still there."""
+        if len(self._own) < len(slots):
+            self._find(slots)
         for name, ref in self._own.items():
             place = ref()
             if place is None:
                 return False
             self._mirror(name, slots[name], place)
         return True
+
+    def _find(self, slots: Mapping[str, SeedSlot]) -> None:
+        """Look for slots that the model has got since; what a copy has not got is said once."""
+        modules = {} if (model := self._model()) is None else dict(model.named_modules())
+        for name in slots.keys() - self._own.keys():
+            place = modules.get(name)
+            if isinstance(place, SeedSlot):
+                self._own[name] = weakref.ref(place)
+            elif name not in self._missing:
+                self._missing.add(name)
+                logger.warning("a copy that follows the model has no slot %r, and will miss what grows there", name)
 
     def _mirror(self, name: str, slot: SeedSlot, place: SeedSlot) -> None:
         if place.seed is not None and self._of.get(name, _nothing)() is not slot.seed:

@@ -97,7 +97,9 @@ class SeedGroups:
     def of(self, slot: SeedSlot) -> list[int]:
         """Indices of the optimizer's groups that hold parameters of this slot and no others."""
         # Looked up by parameter: the optimizer's load_state_dict makes new dicts of its groups.
-        own = {id(parameter) for parameter in slot.parameters()}
+        inner = [module for module in slot.modules() if isinstance(module, SeedSlot) and module is not slot]
+        theirs = {id(parameter) for place in inner for parameter in place.parameters()}
+        own = {id(parameter) for parameter in slot.parameters()} - theirs
         held = [[id(parameter) in own for parameter in group["params"]] for group in self.optimizer.param_groups]
         return [index for index, inside in enumerate(held) if inside and all(inside)]
 

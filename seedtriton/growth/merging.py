@@ -15,7 +15,7 @@ from .checkpoint import restore_slots
 from .inserting import InsertedSlot, changed_in, take_out
 from .slot import SeedSlot
 from .trying import seed_module
-from .wiring import slots_of, unwrap
+from .wiring import in_seed_of, slots_of, unwrap
 
 _WAY = (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
 
@@ -85,7 +85,7 @@ def merge_fossils(model: nn.Module) -> list[str]:
                 f"the fossil in {name!r} has alpha {slot.alpha_value:.3g}, and only one of alpha 1 can take the slot's "
                 "place: give its schedule the target 1, or keep the slot"
             )
-    for name, slot in slots.items():
+    for name, slot in reversed(slots.items()):  # what lies in a seed before the seed changes its path
         parent, _, own = name.rpartition(".")
         if isinstance(slot, InsertedSlot) and slot.seed is None:
             take_out(model.get_submodule(parent))
@@ -128,7 +128,8 @@ def load_grown(
     """
     check_seeds(seeds)
     slots = slots_of(unwrap(model))
-    held = [name for name in slots if any(key.startswith(f"{name}.seed.") for key in state_dict)]
+    names = [*slots, *(name for name in sorted(seeds) if name not in slots and in_seed_of(name, seeds))]
+    held = [name for name in names if any(key.startswith(f"{name}.seed.") for key in state_dict)]
     if sorted(held) != sorted(seeds):
         raise ConfigurationError(f"the state has seeds in slots {held}, and seeds= names {sorted(seeds)}")
     if growth is not None:
@@ -141,7 +142,10 @@ def load_grown(
                 "state_dict, seeds, growth=saved['growth'])"
             )
         for name in held:
-            _put_in(slots[name], seed_module(seeds[name]), float(state_dict[f"{name}.alpha"]))
+            place = unwrap(model).get_submodule(name)
+            if not isinstance(place, SeedSlot):
+                raise ConfigurationError(f"{name!r} is no slot of the seed around it, {type(place).__name__}")
+            _put_in(place, seed_module(seeds[name]), float(state_dict[f"{name}.alpha"]))
     unwrap(model).load_state_dict(state_dict)
     return model
 

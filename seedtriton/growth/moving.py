@@ -76,6 +76,7 @@ class Mover:
             # From now on its parameters are the host's; they stay where they are in the optimizer.
             monitor.remove_seed(life.name)
             del self._position.lives[life.name]
+            self._wiring.find()
             self.emit("fossilized", life.name, alpha=life.slot.alpha_value)
         else:
             # Evidence belongs to a stage: what the seed did behind the host says nothing of the blend.

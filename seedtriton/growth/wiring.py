@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import SeedEvidence
+from ..core.lifecycle import Stage
 from ..gradients.monitor import GradientMonitor
 from .groups import SeedGroups
 from .slot import SeedSlot
@@ -26,7 +27,7 @@ class Wiring:
 
     Args:
         model: the module itself, see ``unwrap``.
-        slots: ``slots_of`` it.
+        slots: ``slots_of`` it; ``find`` adds to them.
         optimizer: what trains the host and gets a group per seed; wrappers are looked through.
         schedulers: of its learning rates.
         window: samples that the monitor keeps.
@@ -41,7 +42,7 @@ class Wiring:
     def __init__(
         self,
         model: nn.Module,
-        slots: Mapping[str, SeedSlot],
+        slots: dict[str, SeedSlot],
         optimizer: Any,
         schedulers: Iterable[Any],
         window: int,
@@ -66,8 +67,31 @@ class Wiring:
                 f"a slot is told by its path in the model, one of {sorted(self.slots)}, not by a {type(name).__name__}"
             )
         if name not in self.slots:
-            raise ConfigurationError(f"the model has no slot {name!r}; its slots are {sorted(self.slots)}")
+            self.find()
+        if name not in self.slots:
+            known = f"its slots are {sorted(self.slots)}"
+            if not isinstance(dict(self.model.named_modules()).get(name), SeedSlot):
+                raise ConfigurationError(f"the model has no slot {name!r}; {known}")
+            if self.ranks is not None:
+                raise WiringError(
+                    f"slot {name!r} came into the model after the controller was made, and on many ranks it is not "
+                    f"looked for again; {known}: make the controller when all slots are there"
+                )
+            raise WiringError(
+                f"slot {name!r} lies in a seed that is not permanent yet, and would come and go with it; {known}"
+            )
         return self.slots[name]
+
+    def find(self) -> None:
+        """Take in the slots that the model has got since: put in later, or in a seed that is a fossil by now.
+
+        Of this process alone: on many ranks all would have to be asked.
+        """
+        if self.ranks is None:
+            for name, slot in slots_in(self.model).items():
+                if name not in self.slots:
+                    slot.name = name
+                    self.slots[name] = slot
 
     def put_in(
         self,
@@ -243,13 +267,25 @@ def _shells(model: nn.Module) -> Iterator[nn.Module]:
         yield from _shells(inner)
 
 
+def slots_in(model: nn.Module) -> dict[str, SeedSlot]:
+    """The slots of this very model by their path; without those in a seed that is not permanent, which go with it."""
+    own = {name: module for name, module in model.named_modules() if isinstance(module, SeedSlot)}
+    coming = [name for name, slot in own.items() if slot.stage is not Stage.FOSSILIZED]
+    return {name: slot for name, slot in own.items() if not in_seed_of(name, coming)}
+
+
+def in_seed_of(name: str, slots: Iterable[str]) -> bool:
+    """Whether a slot of this path lies in the seed of one of these."""
+    return any(name.startswith(f"{slot}.seed.") for slot in slots)
+
+
 def slots_of(model: nn.Module, ranks: Ranks | None = None) -> dict[str, SeedSlot]:
     """The slots of a model by their path in it, which they are told; WiringError when there is none.
 
     Of many ranks, those in any rank's model, in the same order on each: one that is elsewhere has a stand-in here,
     whose seed lives the same life and computes nothing.
     """
-    own = {name: module for name, module in model.named_modules() if isinstance(module, SeedSlot)}
+    own = slots_in(model)
     found = [list(own)] if ranks is None else ranks.objects(list(own), "GrowthController()")
     names = dict.fromkeys(name for theirs in found for name in theirs)
     slots = {name: own.get(name) or SeedSlot() for name in names}

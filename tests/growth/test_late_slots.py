@@ -1,0 +1,180 @@
+"""Slots that the model gets after its controller: put in later, or inside a seed that has become permanent."""
+
+import copy
+
+import pytest
+import torch
+from networks import Residual
+from scripts import Script, TwoSlots
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from seedtriton import (
+    AlphaSchedule,
+    GateThresholds,
+    SeedSlot,
+    Stage,
+    StateDictError,
+    WiringError,
+    insert_slot,
+    load_grown,
+    merge_fossils,
+    restore_slots,
+)
+
+INNER = "early.seed.slot"
+
+
+class WithSlot(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.slot = Residual(6, 16), SeedSlot()
+
+    def forward(self, x):
+        return self.slot(self.inner(x))
+
+
+def fossil():
+    """A script whose seed in "early" is permanent, and has a slot in it; behind it little is left to learn."""
+    script = Script(thresholds=GateThresholds(min_blend_gain_t=0.5), schedule=AlphaSchedule(steps=8, curve="linear"))
+    script.growth.germinate("early", WithSlot(), probe=torch.randn(2, 6))
+    while script.growth.slots["early"].stage is not Stage.FOSSILIZED:
+        script.epoch()
+        assert script.growth.epoch < 40
+    return script
+
+
+def grown():
+    script = fossil()
+    assert INNER in script.growth.slots
+    script.growth.germinate(INNER, Residual(6, 4))
+    script.epochs(2)
+    return script
+
+
+def saved(script):
+    states = script.growth.state_dict(), script.model.state_dict(), script.optimizer.state_dict()
+    return copy.deepcopy((*states, script.generator.get_state()))
+
+
+def seeds():
+    return {"early": WithSlot, INNER: lambda: Residual(6, 4)}
+
+
+def test_a_slot_that_is_put_in_later_is_found_by_its_name_and_at_the_end_of_an_epoch():
+    script = Script()
+    insert_slot(script.model, "second")
+    assert script.growth.germinate("second.growth_slot", Residual(6))
+    insert_slot(script.model, "first")
+    (verdict,) = script.epoch()
+    assert verdict.seed == "second.growth_slot"
+    assert list(script.growth.slots) == ["early", "late", "second.growth_slot", "first.growth_slot"]
+    script.epochs(2)
+    evidence = script.growth.evidence()["second.growth_slot"]
+    assert evidence.in_optimizer
+    assert evidence.samples > 32
+
+
+def test_a_slot_in_a_seed_waits_until_that_seed_is_permanent():
+    script = Script()
+    script.growth.germinate("early", WithSlot(), probe=torch.randn(2, 6))
+    with pytest.raises(WiringError, match=r"'early.seed.slot' lies in a seed that is not permanent yet"):
+        script.growth.germinate(INNER, Residual(6))
+    assert INNER not in script.growth.slots
+    script.growth.prune("early")
+    script.epochs(4)
+    assert script.growth.slots["early"].stage is Stage.DORMANT
+
+
+def test_a_slot_in_a_fossil_is_found_and_lives_a_life_of_its_own():
+    script = grown()
+    growth = script.growth
+    assert growth.slots[INNER].name == INNER
+    assert growth.evidence()[INNER].in_optimizer
+    assert len(growth.optimizer.param_groups) == 3
+    while growth.slots[INNER].stage is not Stage.BLENDING:
+        script.epoch()
+        assert growth.epoch < 60
+    growth.prune(INNER)
+    assert len(growth.optimizer.param_groups) == 2
+    assert growth.slots["early"].stage is Stage.FOSSILIZED
+
+
+def test_a_run_with_a_seed_in_a_seed_goes_on_bit_for_bit():
+    script = grown()
+    growth, model, optimizer, order = saved(script)
+    script.epochs(3)
+    again = Script(thresholds=GateThresholds(min_blend_gain_t=0.5), schedule=AlphaSchedule(steps=8, curve="linear"))
+    again.growth.load_state_dict(growth, seeds())
+    again.model.load_state_dict(model)
+    again.optimizer.load_state_dict(optimizer)
+    again.generator.set_state(order)
+    assert list(again.growth.slots) == list(script.growth.slots)
+    again.epochs(3)
+    for (name, mine), theirs in zip(again.model.state_dict().items(), script.model.state_dict().values()):
+        assert torch.equal(mine, theirs), name
+    assert again.growth.slots[INNER].stage is script.growth.slots[INNER].stage
+    assert again.growth.state_dict()["slots"].keys() == script.growth.state_dict()["slots"].keys()
+
+
+def test_the_same_by_restoring_the_slots_first():
+    growth, model, optimizer, _ = saved(grown())
+    fresh = TwoSlots()
+    restore_slots(fresh, growth, seeds())
+    fresh.load_state_dict(model)
+    again = Script(model=fresh)
+    again.growth.load_state_dict(growth)
+    again.optimizer.load_state_dict(optimizer)
+    again.epochs(1)
+    assert again.growth.slots[INNER].stage is Stage.TRAINING
+
+
+def test_a_state_of_a_slot_that_the_seed_has_not_got_changes_nothing():
+    growth, *_ = saved(grown())
+    script = Script()
+    with pytest.raises(StateDictError, match=r"slots \['early.seed.slot'\] in seeds, and these seeds have none"):
+        script.growth.load_state_dict(growth, {**seeds(), "early": lambda: Residual(6)})
+    assert list(script.growth.slots) == ["early", "late"]
+    assert script.growth.slots["early"].stage is Stage.DORMANT
+    damaged = copy.deepcopy(growth)
+    damaged["monitor"]["ring"] = torch.zeros(1)
+    with pytest.raises(StateDictError):
+        script.growth.load_state_dict(damaged, seeds())
+    assert list(script.growth.slots) == ["early", "late"]
+    assert len(script.optimizer.param_groups) == 1
+    script.growth.load_state_dict(growth, seeds())
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_grown_model_is_rebuilt_with_both_and_merged(with_state):
+    script = grown()
+    growth, model, *_ = saved(script)
+    rebuilt = load_grown(TwoSlots(), model, seeds(), growth if with_state else None)
+    with torch.no_grad():
+        expected = script.model.eval()(script.x)
+        assert torch.equal(rebuilt.eval()(script.x), expected)
+        script.growth.prune(INNER)
+        assert merge_fossils(script.model) == ["early"]
+        assert torch.equal(script.model(script.x), expected)
+    assert [path for path, _ in script.model.named_modules() if "slot" in path] == ["early.slot"]
+
+
+def test_an_average_follows_into_the_seed_of_a_seed():
+    script = fossil()
+    average = AveragedModel(script.model)
+    script.growth.follow(average)
+    script.growth.germinate(INNER, Residual(6, 4))
+    mirrored = average.module.get_submodule(INNER)
+    assert mirrored.stage is Stage.TRAINING
+    assert mirrored.seed is not script.growth.slots[INNER].seed
+    average.update_parameters(script.model)
+
+
+def test_a_copy_without_a_later_slot_is_told_once(caplog):
+    script = Script()
+    average = AveragedModel(script.model)
+    script.growth.follow(average)
+    insert_slot(script.model, "second")
+    script.growth.germinate("second.growth_slot", Residual(6))
+    script.epoch()
+    assert caplog.text.count("has no slot 'second.growth_slot'") == 1
