@@ -224,11 +224,11 @@ class Tables:
         for segment, (more_tensors, more_elements) in enumerate(outside):
             tensors[segment] += more_tensors
             elements[segment] += more_elements
-        # Partial sums, closed segments (two columns), the two counts of each segment and the addresses of the table of
-        # tensors, which stay, and marks: as many as there are, no rectangle. The item of a plan without elements marks
-        # a tensor that is not there.
+        # Partial sums, closed segments (two columns), the two counts of each segment, what of it is gone, the addresses
+        # of the table of tensors, which stay, and marks: as many as there are, no rectangle. The item of a plan without
+        # elements marks a tensor that is not there.
         marked = max(self.slots, 1)
-        fixed = torch.tensor(tensors + elements, dtype=torch.float64, **host).view(torch.int64)
+        fixed = torch.tensor([*tensors, *elements, *[0] * segments], dtype=torch.float64, **host).view(torch.int64)
         fixed = torch.cat([fixed, torch.tensor(noted.addresses, dtype=torch.int64, **host)]).view(torch.float64)
         begin = self.items + 2 * segments
         self.work = torch.zeros(begin + len(fixed) + marked, dtype=torch.float64, device=device)

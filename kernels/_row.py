@@ -41,7 +41,7 @@ def _scalar_or(address, default):  # type: ignore[no-untyped-def]
 @triton.jit
 def marks_of(work, items, num_segments):  # type: ignore[no-untyped-def]
     """Where the marks of the tensors are."""
-    return (work + items + 4 * num_segments + TABLE_ADDRESSES).to(tl.pointer_type(tl.int64))
+    return (work + items + 5 * num_segments + TABLE_ADDRESSES).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
@@ -139,6 +139,46 @@ def clear_segment(  # type: ignore[no-untyped-def]
 # The steps of ``finish`` are not inlined: the compiler would compute their addresses at the start of every program and
 # keep them in registers across the loads, 128 of them on sm_90 instead of 48; and what one step holds is free for the
 # next, so that 256 segments fit into 64 registers on sm_100.
+@triton.jit
+def _row_before(places, num_segments, QUANTITIES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many samples come before this one, whether it replaces the newest row, and where its own begins."""
+    # Addresses that stay are read here: as arguments they would take registers from the start.
+    fixed = places + 2 * num_segments
+    before = tl.load(tl.load(fixed + 3).to(tl.pointer_type(tl.int64)))
+    replaced = before < tl.load(tl.load(fixed + 1).to(tl.pointer_type(tl.int64)))
+    row = tl.load(fixed).to(tl.pointer_type(tl.float64))
+    return before, replaced, row + (before % tl.load(fixed + 2)) * num_segments * QUANTITIES
+
+
+@triton.jit(noinline=True)
+def _note_gone(  # type: ignore[no-untyped-def]
+    places, work, items, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, QUANTITIES: tl.constexpr,
+    GUARDED: tl.constexpr,
+):  # fmt: skip
+    """NaN of each segment that is guarded and not finite in a row that is replaced, 0 of all others."""
+    segment = tl.arange(0, SEGMENTS)
+    inside = segment < num_segments
+    _, replaced, row = _row_before(places, num_segments, QUANTITIES)
+    sumsq = tl.load(row + segment * QUANTITIES + SUMSQ, mask=inside & replaced, other=0.0)
+    mode = tl.load(places + num_segments + segment, mask=inside & ~(sumsq < float("inf")), other=0)
+    tl.store(work + items + 4 * num_segments + segment, tl.where((mode & GUARDED) != 0, float("nan"), 0.0), mask=inside)
+
+
+@triton.jit(noinline=True)
+def _write_gone(  # type: ignore[no-untyped-def]
+    row, work, items, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, QUANTITIES: tl.constexpr
+):
+    """What was gone in an earlier micro-batch is so in the row; the summary is of the gradients that are there now."""
+    segment = tl.arange(0, SEGMENTS)
+    inside = segment < num_segments
+    cell = row + segment * QUANTITIES + SUMSQ
+    gone = tl.load(work + items + 4 * num_segments + segment, mask=inside, other=0.0)
+    sumsq = tl.load(cell, mask=inside, other=0.0) + gone
+    # Everybody has read the sums, here and in the step before, before anybody writes.
+    tl.debug_barrier()
+    tl.store(cell, sumsq, mask=inside)
+
+
 @triton.jit(noinline=True)
 def _open_row(  # type: ignore[no-untyped-def]
     places, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr
@@ -149,19 +189,14 @@ def _open_row(  # type: ignore[no-untyped-def]
     """
     segment = tl.arange(0, SEGMENTS)
     inside = segment < num_segments
-    # Addresses that stay are read here: as arguments they would take registers from the start.
-    fixed = places + 2 * num_segments
-    samples_cell = tl.load(fixed + 1).to(tl.pointer_type(tl.int64))
-    before = tl.load(tl.load(fixed + 3).to(tl.pointer_type(tl.int64)))
-    replaced = before < tl.load(samples_cell)
-    row = tl.load(fixed).to(tl.pointer_type(tl.float64))
-    row += (before % tl.load(fixed + 2)) * num_segments * QUANTITIES
+    before, replaced, row = _row_before(places, num_segments, QUANTITIES)
     cell = row + segment * QUANTITIES + EXTRA
     sumsq = tl.load(row + segment * QUANTITIES + SUMSQ, mask=inside & replaced, other=float("inf"))
     extra = tl.load(cell, mask=sumsq < float("inf"), other=float("nan"))
     # Everybody has read the count and the row before anybody writes.
     tl.debug_barrier()
-    tl.store(samples_cell, before + 1)
+    fixed = places + 2 * num_segments
+    tl.store(tl.load(fixed + 1).to(tl.pointer_type(tl.int64)), before + 1)
     tl.store(tl.load(fixed + 4).to(tl.pointer_type(tl.int64)), before)
     tl.store(cell, extra, mask=inside)
     return row
@@ -241,13 +276,16 @@ def _write_row(  # type: ignore[no-untyped-def]
 @triton.jit(noinline=True)
 def _close_row(  # type: ignore[no-untyped-def]
     row, places, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, EXTRA: tl.constexpr,
-    QUANTITIES: tl.constexpr,
+    QUANTITIES: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """How many samples come before one that replaces this row if it is usable; ``_open_row`` said it for any row."""
     segment = tl.arange(0, SEGMENTS)
-    sumsq = tl.load(row + segment * QUANTITIES + SUMSQ, mask=segment < num_segments, other=0.0)
+    inside = segment < num_segments
+    sumsq = tl.load(row + segment * QUANTITIES + SUMSQ, mask=inside, other=0.0)
+    # What is not finite in a guarded segment keeps no optimizer from its step.
+    mode = tl.load(places + num_segments + segment, mask=inside & ~(sumsq < float("inf")), other=GUARDED)
     # What the host has in the place of a gain: 1 if the step will be skipped, else 0.
-    bad = tl.where(sumsq < float("inf"), tl.load(row + EXTRA), 1.0)
+    bad = tl.where((mode & GUARDED) != 0, tl.load(row + EXTRA), 1.0)
     numbers = tl.load(places + 2 * num_segments + 4).to(tl.pointer_type(tl.int64))
     tl.store(numbers + 1, tl.load(numbers) + tl.max(bad).to(tl.int64))
 
@@ -303,6 +341,7 @@ def finish(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """By the last program: the count, the row of the ring and the summary; or the sums alone."""
     if EPILOGUE:
+        _note_gone(places, work, items, num_segments, SEGMENTS, SUMSQ, QUANTITIES, GUARDED)
         row = _open_row(places, num_segments, SEGMENTS, SUMSQ, EXTRA, QUANTITIES)
         # Different threads may read in one step what others have written in the step before; so below.
         tl.debug_barrier()
@@ -312,11 +351,12 @@ def finish(  # type: ignore[no-untyped-def]
             VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, QUANTITIES, GRAD_SCALE,
         )  # fmt: skip
         tl.debug_barrier()
-        _close_row(row, places, num_segments, SEGMENTS, SUMSQ, EXTRA, QUANTITIES)
+        _close_row(row, places, num_segments, SEGMENTS, SUMSQ, EXTRA, QUANTITIES, GUARDED)
         _write_summary(
             row, places + num_segments, num_segments, summary, max_norm, eps, SEGMENTS, SUMSQ, QUANTITIES, CLIP_EPS,
             APART, GUARDED, TOTAL_NORM, CLIP_COEFFICIENT, SUMMARY_HEAD,
         )  # fmt: skip
+        _write_gone(row, work, items, num_segments, SEGMENTS, SUMSQ, QUANTITIES)
     else:
         _write_sums(work, item_starts, items, num_segments, summary, outside, SEGMENTS, MEASURED, SUMSQ)
 

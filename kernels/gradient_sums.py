@@ -186,8 +186,8 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     meta: int32, columns of the plan: 6 x [items], item and slot starts 2 x [num_segments + 1], and the entry of each
         tensor in the table of tensors [slots]
     work: 8 bytes each, partial sums [items], sums and (int64) marks of closed segments [2, num_segments], tensors and
-        elements [2, num_segments], (int64) the addresses of that number and of the table of tensors [4] and marks of
-        tensors [slots]
+        elements [2, num_segments], what is gone [num_segments], (int64) the addresses of that number and of the table
+        of tensors [4] and marks of tensors [slots]
     counters: int32 [num_segments + 1 + slots], zero between calls
     """
     # Addresses come as integers, so that nothing depends on how a pointer argument happens to be aligned.

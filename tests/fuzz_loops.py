@@ -66,6 +66,7 @@ class Truth:
         self.advanced = {}  # by name, steps tried and taken when blending began
         self.tried = self.stepped = 0
         self.collected, self.part, self.aside = {}, {}, False
+        self.gone = set()  # seeds that were in quarantine in this step
         self.twin.cleared, self.twin.heard = self.clear, self.hear
         self.watch_blends()
 
@@ -102,6 +103,7 @@ class Truth:
                 self.taken[index] += optimizer.param_groups[0]["params"][0] is p
         elif what == "quarantined":  # its gradients are cleared, and so is their slope: the step uses neither
             self.slopes[p] = []
+            self.gone.add(p)
         else:
             self.aside = what == "aside"
 
@@ -147,9 +149,15 @@ class Truth:
         return Row(self.step, numbers, gains, exact, unscaled and not all(map(self.finite, twin.optimizers)))
 
     def add(self, row):
-        # Without a scaler nobody says whether a step was left out in between: what is not finite stays.
-        usable = self.plan.scaler != "none" or not self.open or all(map(self.rows[-1].usable, range(len(row.numbers))))
-        if self.open and self.plan.known and usable:
+        # Without a scaler nobody says whether a step was left out in between: what is not finite stays, but in a seed
+        # in quarantine, which keeps nobody from a step.
+        before = self.rows[-1] if self.open else row
+        gone = {segment for segment, name in enumerate(self.twin.names, start=1)
+                if name in self.gone and not math.isfinite(before.numbers[segment][SUMSQ])}  # fmt: skip
+        usable = all(before.usable(segment) for segment in range(len(row.numbers)) if segment not in gone)
+        if self.open and self.plan.known and (self.plan.scaler != "none" or usable):
+            for segment in gone:  # it is so for all of the step
+                row.numbers[segment][SUMSQ] = math.nan
             self.rows[-1] = row
         else:
             self.rows.append(row)
@@ -181,7 +189,7 @@ class Truth:
         if self.part:
             self.add(self.part["row"])
             self.part = {}
-        self.open = False
+        self.open, self.gone = False, set()
         self.tried += 1
         self.history.append(Counter(self.taken))
 

@@ -28,7 +28,6 @@ PROMISES = {
 PENDING = {
     "slope_frozen": "where nothing of a seed learns, no gradient of it can tell",
     "slope_flat": "views of one buffer count their writes together, and zeros look like cleared gradients",
-    "quarantine_once": "without a scaler a row that is not finite stays, and what is measured behind it makes another",
     "clip_unscaled": "unscale_() raises no version counter: the norm is measure(scaler)'s, whatever is still scaled",
 }
 

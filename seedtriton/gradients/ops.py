@@ -327,7 +327,7 @@ def _launch_record(
     from ..kernels import _launch, gradient_sums
 
     if window.replace != APPEND and not window.table.numbered:
-        reference.number_(window)
+        reference.number_(window, rules.modes)
     try:
         with _launching(window.ring.device):
             gradient_sums.record_(

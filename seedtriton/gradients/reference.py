@@ -377,7 +377,10 @@ def finish_(sums: Outside, gains: Listed, window: Window, rules: Rules, scale: L
     row = torch.cat([columns, known], dim=1)
     if replace:
         newest = ring.index_select(0, (count - 1).remainder(ring.shape[0]).view(1))[0]
-        replaced = _is_replaced(newest, count, replace)
+        replaced = _is_replaced(newest, count, replace, rules.modes)
+        # What was in quarantine is so for all of the step: its gradients are not those of its loss.
+        gone = newest[:, SUMSQ].isfinite().logical_or_(_unguarded(rules.modes, newest)).logical_not_()
+        row[:, SUMSQ].masked_fill_(gone.logical_and_(replaced), math.nan)
         kept = newest[1:, SUMSQ].isfinite().logical_and_(replaced)
         before = newest[1:, EXTRA].masked_fill(kept.logical_not(), math.nan)
         told = constant(tuple(index in slope_segments for index in range(1, len(row))), torch.bool, device)
@@ -448,20 +451,25 @@ def _modes(modes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
         )
 
 
-def _is_replaced(newest: Tensor, count: Tensor, replace: int) -> Tensor:
+def _unguarded(modes: tuple[int, ...], row: Tensor) -> Tensor:
+    return _modes(modes or (0,) * len(row), row.device)[1]
+
+
+def _is_replaced(newest: Tensor, count: Tensor, replace: int, modes: tuple[int, ...]) -> Tensor:
     """Whether the newest row, float64 [segments, QUANTITIES], gives way to another: bool 0-dim."""
     there = count.gt(0)
     if replace == REPLACE:
         return there
-    return there & newest[:, SUMSQ].isfinite().all() & newest[0, EXTRA].eq(0.0)
+    stepped = newest[:, SUMSQ].isfinite().logical_or_(_unguarded(modes, newest).logical_not())
+    return there & stepped.all() & newest[0, EXTRA].eq(0.0)
 
 
 @torch.no_grad()
-def number_(window: Window) -> None:
-    """Write the table's ``numbers`` from the newest row of the ring."""
+def number_(window: Window, modes: tuple[int, ...]) -> None:
+    """Write the table's ``numbers`` from the newest row of the ring; ``modes`` as in ``Rules``."""
     ring, written, _, table, _ = window
     newest = ring.index_select(0, (written - 1).remainder(ring.shape[0]).view(1))[0]
-    replaced = torch.stack([_is_replaced(newest, written, replace) for replace in (REPLACE, REPLACE_USABLE)])
+    replaced = torch.stack([_is_replaced(newest, written, replace, modes) for replace in (REPLACE, REPLACE_USABLE)])
     table.numbers.copy_(written - replaced.long())
     table.numbered = True
 

@@ -41,7 +41,8 @@ GRAD_SCALE = 2  # the loss scale: the square of it is still in the sums of squar
 SUMMARY_HEAD = 3
 
 # What becomes of the newest row: it stays; it is replaced; it is replaced unless it is one to drop (not finite, or of a
-# step that was skipped), which stays and is counted.
+# step that was skipped), which stays and is counted. What is not finite in a guarded segment alone keeps no optimizer
+# from its step: the row is replaced, and that segment is not finite in the new one either.
 APPEND, REPLACE, REPLACE_USABLE = 0, 1, 2
 
 # How a segment is clipped, added up; 0: with the host.

@@ -298,21 +298,41 @@ def test_what_is_frozen_is_noticed_between_two_micro_batches_without_a_sample_mo
     assert loop.monitor.read()["a"].samples == 2  # the step in which it was frozen, and the one after it
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("later", [0, 1, 2])
-def test_the_slope_of_a_micro_batch_that_quarantine_has_cleared_is_in_no_gain(later):
-    loop, scaler = Loop(quarantine=True), torch.amp.GradScaler("cpu", init_scale=1.0)
-    scaler.scale(torch.zeros(()))
-    loop.backward().monitor.measure(scaler)
-    loop.backward()
+def test_a_step_with_a_seed_in_quarantine_is_one_sample_and_none_of_that_seed(later, scaled):
+    """Its gradients are those of the later micro-batches alone: neither they nor their slope are of the loss."""
+    loop, scaler = Loop(quarantine=True), torch.amp.GradScaler("cpu", init_scale=1.0) if scaled else None
+    if scaled:
+        scaler.scale(torch.zeros(()))
+    other = nn.Linear(4, 4)
+    loop.optimizer.add_param_group({"params": list(other.parameters())})
+    loop.monitor = GradientMonitor(
+        loop.host, {"a": loop.seed, "b": other}, alphas={"a": loop.alpha}, quarantine=True, optimizers=loop.optimizer
+    )
+
+    def measure():
+        other(torch.ones(4)).sum().backward()
+        loop.backward().monitor.measure(scaler)
+
+    measure()
     loop.seed.weight.grad[0, 0] = math.nan
     loop.monitor.measure(scaler)
     assert not any(p.grad.any() for p in loop.seed.parameters())
-    loop.true_gain = 0.0
     for _ in range(later):
-        loop.backward().monitor.measure(scaler)
+        measure()
     loop.monitor.measure(scaler)
+    assert bool(later) == any(bool(p.grad.any()) for p in loop.seed.parameters())
     loop.step()
-    loop.check()
+    loop.true_gain = 0.0
+    measure()
+    loop.step()
+    found = loop.monitor.read()
+    assert (found["a"].samples, found["a"].dropped) == (1, 1)
+    assert (found["b"].samples, found["b"].dropped) == (2, 0)
+    assert found["a"].blend_gain == pytest.approx(loop.rows[-1][2], rel=1e-5)
+    host = math.sqrt((loop.rows[0][0] + loop.rows[1][0]) / 2)
+    assert found["b"].host_norm == pytest.approx(host, rel=1e-5)
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["attached", "measured before and after"])

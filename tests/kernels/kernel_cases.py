@@ -247,7 +247,7 @@ def test_scratch_is_not_rectangular(device):
     # pytorch#190549: one large tensor and many small ones took largest x count, 24 MB for 20 KB.
     tensors = [random(65537, torch.float32, device)] + [random(1, torch.float32, device) for _ in range(20)]
     gradient_sums.segmented_sumsq(tensors, spread(21, 2), 2)
-    assert tables().work.numel() == (9 + 20) + 4 * 2 + 4 + 21
+    assert tables().work.numel() == (9 + 20) + 5 * 2 + 4 + 21
     assert tables().counters.numel() == 3 + 21
 
 
@@ -330,7 +330,8 @@ def test_counters_are_zero_between_calls_and_scratch_does_not_matter(two_launche
         # What lies in the scratch between calls must not matter, but for the numbers of tensors and elements, and where
         # the table of tensors is.
         state.work[: state.items + 6] = NAN
-        state.work[state.items + 12 + 4 :] = NAN
+        state.work[state.items + 12 : state.items + 15] = NAN
+        state.work[state.items + 15 + 4 :] = NAN
 
 
 def test_live_counts_tensors_that_are_not_all_zero(device):
@@ -505,6 +506,31 @@ def test_the_gain_of_a_segment_that_was_not_finite_is_not_added_to(bad, device):
     sample.assert_same()
     assert sample.ours[1].item() == 1
     assert sample.ring[0, 1:, EXTRA].tolist() == [-4.0, -10.0]
+
+
+@pytest.mark.parametrize("more", [{}, {"two_launches": True}], ids=["one-launch", "two-launches"])
+@pytest.mark.parametrize("replace", [REPLACE, REPLACE_USABLE])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_segment_in_quarantine_is_so_for_all_of_the_step(bad, replace, more, device):
+    sample = Sample(40, device, window=2)
+    behind = APART | GUARDED
+    modes = (0, behind, behind, *[0] * 37)
+    sample.record([place(torch.ones(5), device)], [0], modes=modes)  # another step: it stays
+    for micro, value in enumerate((bad, 3.0, 4.0)):
+        gradients = [place(torch.full((4,), x), device) for x in (1.0, value, 2.0)]
+        how = APPEND if micro == 0 else replace
+        sample.record(gradients, [0, 1, 2], max_norm=1.0, modes=modes, replace=how, more=more)
+        sample.assert_same()
+        assert sample.ours[1].item() == 2
+        assert sample.ring[1, [0, 2], SUMSQ].tolist() == [4.0, 16.0]
+        assert not math.isfinite(sample.ring[1, 1, SUMSQ])
+        # What is there now is clipped as it is, and cleared only where it is not finite.
+        found = coefficients_of(sample.summary)[:3].tolist()
+        assert found == pytest.approx([0.5, -1.0 if micro == 0 else 0.5 / value, 0.25], rel=1e-5)
+    sample.record(gradients, [0, 1, 2], modes=modes)
+    sample.assert_same()
+    assert sample.ours[1].item() == 3
+    assert sample.ring[0, [0, 1, 2], SUMSQ].tolist() == [4.0, 64.0, 16.0]
 
 
 def test_a_gain_that_is_not_a_number_makes_the_sum_of_its_step_one(device):

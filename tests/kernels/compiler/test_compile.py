@@ -64,10 +64,13 @@ def resources(kernel, tmp_path):
 
 
 def loop_bodies(text):
-    """Basic blocks that jump back to their own start."""
+    """Basic blocks that jump back to their own start, as far as they do."""
     blocks = re.split(r"^(\$L__BB\w+|\.LBB\w+):", text, flags=re.MULTILINE)
-    named = zip(blocks[1::2], blocks[2::2])
-    return [body for label, body in named if re.search(rf"bra\w*[\s.].*{re.escape(label)}\b", body)]
+    found = [
+        (re.search(rf"bra\w*[\s.].*{re.escape(label)}\b", body), body)
+        for label, body in zip(blocks[1::2], blocks[2::2])
+    ]
+    return [body[: jump.end()] for jump, body in found if jump]
 
 
 def wide_loads_in_loops(kernel):
