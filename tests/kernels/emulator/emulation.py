@@ -56,14 +56,19 @@ class Emulator:
     def __init__(self, allocated: Allocated) -> None:
         self.allocated, self.target = allocated, "sm_90"
         self.seed = self.launches = 0
+        self.backward: bool | None = None  # the order of warps; None: any
         self.instead: dict[Any, Any] = {}  # kernels that a test has changed
 
     def launch(self, tables: Any, kernel: Any, programs: int, arguments: Any, constants: tuple[Any, ...]) -> None:
         library, entry, warps = assembled(self.instead.get(kernel, kernel), constants, self.target)
         chance = random.Random(f"{self.seed} {self.launches}")
-        memory = Memory(self.allocated.regions(), chance)
+        regions, values = self.allocated.regions(), [bits_of(value) for value in arguments]
         self.launches += 1
-        Machine(library, memory, chance).run(entry, [bits_of(value) for value in arguments], programs, warps)
+        if self.backward is None:
+            Machine(library, Memory(regions, chance), chance).run(entry, values, programs, warps)
+        else:
+            memory = Memory(regions, chance, stale=0.0, early=1.0)
+            Machine(library, memory, chance).run_in_order(entry, values, programs, warps, self.backward)
 
 
 def take_over(monkeypatch: Any, allocated: Allocated) -> Emulator:

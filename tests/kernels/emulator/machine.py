@@ -6,6 +6,7 @@ A warp's 32 lanes take one step together, and have to branch together: Triton's 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ _ATOMIC = {"acq_rel": (True, True), "relaxed": (False, False)}
 
 
 class Stuck(Exception):
-    """Every warp waits at a barrier that some have left for good, or a branch that a warp does not take together."""
+    """A branch that a warp does not take together."""
 
 
 class Block(Program):
@@ -354,11 +355,20 @@ class Machine:
     def __init__(self, library: Library, memory: Memory, chance: random.Random) -> None:
         self._library, self._memory, self._chance = library, memory, chance
 
+    def run_in_order(self, entry: str, arguments: Sequence[int], programs: int, warps: int, backward: bool) -> None:
+        """Launch programs one after the other; between barriers warp after warp, or the last one first.
+
+        Of two accesses without a barrier between them, by two warps, either comes first in one of the two orders.
+        """
+        with np.errstate(all="ignore"):
+            for number in range(programs):
+                block = self._started(number, entry, arguments, programs, warps)
+                while any(warp.frames for warp in block.warps):
+                    self._turn([warp for warp in block.warps if warp.frames and not warp.waits][-1 if backward else 0])
+                self._memory.write_back_all(block)
+
     def run(self, entry: str, arguments: Sequence[int], programs: int, warps: int) -> None:
         """Launch ``programs`` programs; every order of them and of their warps may happen."""
-        code = self._library.code(entry)
-        values = [np.full(LANES, value, np.uint64) for value in arguments]
-        values += [np.zeros(LANES, np.uint64)] * (len(code.function.parameters) - len(values))
         waiting = self._chance.sample(range(programs), programs)
         at_once = self._chance.choice((1, 2, 4, 8))
         # How often stores arrive before they have to: some GPUs of this kind are quick, some lazy.
@@ -368,11 +378,10 @@ class Machine:
         with np.errstate(all="ignore"):
             while waiting or running:
                 while waiting and len(running) < at_once:
-                    running.append(Block(waiting.pop(), programs, warps, self._memory))
+                    running.append(self._started(waiting.pop(), entry, arguments, programs, warps))
                     started.append(running[-1])
-                    for warp in running[-1].warps:
-                        warp.enter(code, values)
-                self._turn(running)
+                able = [warp for block in running for warp in block.warps if warp.frames and not warp.waits]
+                self._turn(self._chance.choice(able), self._chance.choice(TURNS))
                 running = [block for block in running if any(warp.frames for warp in block.warps)]
                 if self._chance.random() < hurry:
                     # Of programs that have ended too: their stores may be the last to arrive.
@@ -380,15 +389,21 @@ class Machine:
         for block in self._chance.sample(started, len(started)):
             self._memory.write_back_all(block)
 
-    def _turn(self, running: list[Block]) -> None:
-        able = [warp for block in running for warp in block.warps if warp.frames and not warp.waits]
-        if not able:
-            raise Stuck("every warp waits at a barrier")
-        warp = self._chance.choice(able)
-        for _ in range(self._chance.choice(TURNS)):
+    def _started(self, number: int, entry: str, arguments: Sequence[int], programs: int, warps: int) -> Block:
+        code = self._library.code(entry)
+        values = [np.full(LANES, value, np.uint64) for value in arguments]
+        # Behind the kernel's own: what Triton adds for scratch memory, which these kernels do not use.
+        values += [np.zeros(LANES, np.uint64)] * (len(code.function.parameters) - len(values))
+        block = Block(number, programs, warps, self._memory)
+        for warp in block.warps:
+            warp.enter(code, values)
+        return block
+
+    def _turn(self, warp: Warp, steps: int = sys.maxsize) -> None:
+        """Run a warp so far, or to the next barrier."""
+        while steps and warp.frames and not warp.waits:
+            steps -= 1
             frame = warp.frames[-1]
             step = frame.code.steps[frame.at]
             frame.at += 1
             step(warp, frame)
-            if warp.waits or not warp.frames:
-                break

@@ -66,16 +66,22 @@ class _Version:
 
 
 class Memory:
-    """Real memory of this process, in the given regions alone: (address, bytes)."""
+    """Real memory of this process, in the given regions alone: (address, bytes).
 
-    def __init__(self, regions: list[tuple[int, int]], chance: random.Random, stale: float = 0.5) -> None:
+    ``stale``: how often a plain load looks into a cache; ``early``: how often a store is seen by another thread of its
+    program before any barrier.
+    """
+
+    def __init__(
+        self, regions: list[tuple[int, int]], chance: random.Random, stale: float = 0.5, early: float = 0.5
+    ) -> None:
         # A region grows to whole words; allocations are multiples of them.
         spans = sorted((start // WORD * WORD, -(-(start + size) // WORD) * WORD) for start, size in regions if size)
         self._starts, self._ends = np.array(spans, np.uint64).T
         self._bytes = [np.ctypeslib.as_array((ctypes.c_uint8 * (e - s)).from_address(s)) for s, e in spans]
         self._touched = [False] * len(spans)
         self._versions: dict[int, list[_Version]] = {}
-        self._chance, self._stale = chance, stale
+        self._chance, self._stale, self._early = chance, stale, early
         self._time = 0
 
     def load(self, threads: np.ndarray, addresses: np.ndarray, size: int, cached: bool) -> np.ndarray:
@@ -165,7 +171,7 @@ class Memory:
             oldest = self._chance.randint(oldest, len(history) - 1)
         seen = history[oldest].word
         for store in thread.program.waiting.get(word, ()):
-            if store.happens_before(thread) or self._chance.random() < 0.5:
+            if store.happens_before(thread) or self._chance.random() < self._early:
                 seen = store.over(seen)
         return seen
 
