@@ -53,6 +53,8 @@ def test_some_of_a_seed_get_a_group_that_is_scheduled_like_the_rest(named, names
     ]
     if named:
         assert run.optimizer.param_groups[-1]["param_names"] == [name for name in known if name in chosen]
+        assert all(len(group["param_names"]) == len(group["params"]) for group in run.optimizer.param_groups)
+        assert {*run.optimizer.param_groups[-2]["param_names"]}.isdisjoint(chosen)
     held = [id(p) for group in run.optimizer.param_groups for p in group["params"]]
     assert len(set(held)) == len(held) == len(list(run.model.parameters()))
     run.scheduler.step()

@@ -141,3 +141,16 @@ def test_another_seed_and_weights_that_were_trained_are_none_of_the_states():
         nn.functional.cross_entropy(run.model(run.x[0]), run.y[0]).backward()
         run.optimizer.step()
     run.growth.measure()
+
+
+def test_a_seed_put_in_before_the_first_step_is_not_held_against_the_weights_of_the_one_before():
+    saved = copy.deepcopy(stopped_at(10).state())
+    run = Run()
+    run.growth.load_state_dict(saved["growth"], seeds=SEEDS_BY_SLOT)
+    run.model.load_state_dict(saved["model"])
+    run.growth.prune("late")
+    while run.growth.slots["late"].stage is not Stage.DORMANT:
+        run.growth.end_epoch(accuracy=0.5)
+    run.growth.germinate("late", SEEDS_BY_SLOT["late"]())
+    nn.functional.cross_entropy(run.model(run.x[0]), run.y[0]).backward()
+    run.growth.measure()

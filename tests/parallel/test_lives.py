@@ -144,16 +144,18 @@ def with_statistics(rank, world, kind):
 
     model, optimizer, growth = started(rank, kind, make=make)
     learn(model, growth, optimizer, (rank, world), steps=PER_EPOCH)
+    inside = growth.state_dict()["slots"]["slot"]["digest"]  # of each rank: nobody has met at the end of an epoch yet
     growth.end_epoch(loss=1.0)
     slot = growth.slots["slot"]
     drawn, _ = slot.random.run(nn.Dropout(0.5), torch.ones(64), False)
-    return [b.tolist() for b in slot.seed.buffers()], slot.random.key, growth.evidence()["slot"].ratio, drawn.tolist()
+    return [b.tolist() for b in slot.seed.buffers()], slot.random.key, growth.evidence()["slot"].ratio, drawn.tolist(), inside
 
 
 def test_running_statistics_are_those_of_one_rank_and_random_numbers_have_one_key():
     found = values(with_statistics, 2, kind="ddp")
     assert found[0][:3] == found[1][:3]
     assert found[0][3] != found[1][3]
+    assert found[0][4] == found[1][4]
     assert found[0][0][2] == PER_EPOCH  # num_batches_tracked
 
 

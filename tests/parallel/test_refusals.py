@@ -41,6 +41,14 @@ def joined(rank, world):
         germinate(growth, block())
 
 
+def read_while_joined(rank, world):
+    model = DistributedDataParallel(host())
+    growth = grow(model, torch.optim.SGD(model.parameters(), 0.05))
+    germinate(growth, block())
+    with model.join():
+        growth.end_epoch(loss=1.0)
+
+
 def partial(rank, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -116,6 +124,7 @@ REFUSED = {
     fsdp1: "FullyShardedDataParallel (FSDP1), which flattens its parameters",
     zero: "ZeroRedundancyOptimizer",
     joined: "inside of DDP's join() ranks with fewer batches stop measuring",
+    read_while_joined: "inside of DDP's join() ranks with fewer batches stop measuring",
     partial: "is a DTensor of partial sums",
     without_a_wrapper: "the weights of the host are not the same on every rank",
     sequence_parallel: "put the slot where features are whole",
