@@ -157,7 +157,7 @@ class SeedEvidence(PlainState):
         in_optimizer: every parameter of the seed that requires a gradient is in an optimizer.
         optimizer_steps: steps of that optimizer since the window began; those that a GradScaler skipped do not count.
         idle: measurements since that optimizer last stepped.
-        frozen: no parameter of the seed requires a gradient.
+        frozen: no parameter of the seed requires a gradient, or it is an adapter that is not active.
         plateau_share: share of the samples whose norm, the seed's or the host's, lies at the top of the window: near
             1 when somebody clips host and seed apart before they are measured. See ``clipped_share()`` and
             ``plateau_share()``, also for what they cannot see. None for fewer than 8 samples.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigurationError, WiringError
 from .noticing import Snapshot
 from .ops import backend_of
-from .parameters import CallOnLoad, Parameters, ParameterSource
+from .parameters import CallOnLoad, Parameters, ParameterSource, Part
 from .row import Flat
 from .tensor_sums import is_dense
 
@@ -57,7 +57,7 @@ class FlatGradients:
 
     def __init__(self, model_or_parameters: Parameters) -> None:
         """Lay out the buffers; gradients that exist move into them."""
-        if not isinstance(model_or_parameters, (nn.Module, Tensor)):
+        if not isinstance(model_or_parameters, (nn.Module, Tensor, Part)):
             model_or_parameters = tuple(model_or_parameters)  # a generator runs once
         self._items = model_or_parameters
         self._source = ParameterSource(model_or_parameters)

@@ -143,31 +143,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def inactive_adapter(modules: Iterable[nn.Module], parameters: Sequence[Tensor]) -> str | None:
-    """Which adapter these parameters are of, if it is one that its layers do not use, in words; None otherwise.
-
-    PEFT keeps the adapters of a layer side by side in dicts of modules or parameters by adapter, and computes with
-    those in ``active_adapters`` alone, or with none while ``disable_adapters``.
-    """
-    wanted = {id(parameter) for parameter in parameters}
-    for layer in modules:
-        active = getattr(layer, "active_adapters", None)
-        if not isinstance(active, (list, tuple)):
-            continue
-        for held in layer.children():
-            if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
-                continue
-            for path, parameter in held.named_parameters():
-                adapter = path.partition(".")[0]
-                if id(parameter) not in wanted:
-                    continue
-                if getattr(layer, "disable_adapters", False):
-                    return f"it is the adapter {adapter!r}, and adapters are disabled: enable them before training"
-                if adapter not in active:
-                    return f"it is the adapter {adapter!r}, and active is {list(active)}: set_adapter({adapter!r})"
-    return None
-
-
 def unheld(
     named: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer], watched: Container[int]
 ) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigurationError, WiringError
+from . import adapters
 from .in_backward import BackwardCollector
-from .noticing import Snapshot, inactive_adapter, is_shard, some, unheld
+from .noticing import Snapshot, is_shard, some, unheld
 from .row import APART, GUARDED, Listed
 from .slope import Alpha
 from .spread import Column, Holding, Ranks, columns_of
@@ -21,18 +23,36 @@ logger = logging.getLogger("seedtriton")
 
 # A parameter and its gradient; None: autograd.grad(allow_unused=True) found none.
 Gradients = Mapping[Tensor, Tensor | None] | Iterable[tuple[Tensor, Tensor | None]]
-Parameters = nn.Module | Tensor | Iterable[Tensor] | Iterable[nn.Module]
+
+
+class Part(ABC):
+    """Some parameters of a model, found by a rule whenever they are looked up, and no module of their own."""
+
+    @abstractmethod
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """The parameters as they are now, with their paths."""
+
+    @abstractmethod
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules that hold them."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The same without paths."""
+        return (parameter for _, parameter in self.named_parameters())
+
+
+Parameters = nn.Module | Tensor | Iterable[Tensor] | Iterable[nn.Module] | Part
 
 
 class ParameterSource:
     """Where parameters come from: looked up again on every call, each once."""
 
     def __init__(self, source: Parameters) -> None:
-        self._single = isinstance(source, (nn.Module, Tensor))
-        items: tuple[object, ...] = (source,) if isinstance(source, (nn.Module, Tensor)) else tuple(source)
-        self._items: list[nn.Module | Tensor] = []
+        self._single = isinstance(source, (nn.Module, Tensor, Part))
+        items: tuple[object, ...] = (source,) if isinstance(source, (nn.Module, Tensor, Part)) else tuple(source)
+        self._items: list[nn.Module | Tensor | Part] = []
         for item in items:
-            if not isinstance(item, (nn.Module, Tensor)):
+            if not isinstance(item, (nn.Module, Tensor, Part)):
                 raise ConfigurationError(
                     f"host and seeds are modules or iterables of parameters, got {type(item).__name__} inside"
                 )
@@ -70,13 +90,13 @@ class ParameterSource:
     def paths(self) -> Iterator[tuple[str | int, Tensor]]:
         """Each parameter with its path in its module, or its place among bare tensors."""
         for index, item in enumerate(self._items):
-            if isinstance(item, nn.Module):
+            if isinstance(item, (nn.Module, Part)):
                 yield from item.named_parameters(prefix="" if self._single else str(index))
             else:
                 yield index, item
 
     def modules(self) -> list[nn.Module]:
-        return [module for item in self._items if isinstance(item, nn.Module) for module in item.modules()]
+        return [module for item in self._items if not isinstance(item, Tensor) for module in item.modules()]
 
 
 def _gets_no_gradient(tensor: Tensor) -> bool:
@@ -203,10 +223,11 @@ class Watched:
             self.remove(name)
             raise
 
-    def remove(self, name: str) -> None:
-        """Forget a seed: what is left of it in the host counts as host from now on."""
-        del self._seeds[name]
-        self._alphas.pop(name, None)
+    def remove(self, *names: str) -> None:
+        """Forget seeds: what is left of them in the host counts as host from now on."""
+        for name in names:
+            del self._seeds[name]
+            self._alphas.pop(name, None)
         self.refresh()
 
     def refresh(self) -> None:
@@ -315,10 +336,10 @@ class Watched:
             "pile up in the host's norm (freeze them, or watch() their optimizer)"
         )
 
-    def adapter_of(self, name: str) -> str | None:
-        """The adapter that a seed without a gradient is, if it is one that is not active, in words."""
-        modules = [module for source in (self._host, *self._seeds.values()) for module in source.modules()]
-        return inactive_adapter(modules, self.of_seed[name])
+    def inactive(self) -> dict[str, str]:
+        """Which seeds are adapters that nothing computes with, and why, in words."""
+        found = adapters.inactive(m for source in (self._host, *self._seeds.values()) for m in source.modules())
+        return {name: found[id(p)] for name, own in self.of_seed.items() for p in own if id(p) in found}
 
     def _hook_loads(self) -> None:
         for handle in self._handles:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateDictError, WiringError
-from ..core.evidence import NEVER_MEASURED, NO_GRADIENT, SeedEvidence
+from ..core.evidence import NEVER_MEASURED, SeedEvidence
 from ..core.state import check_state
 from ..core.tensors import TensorReading
 from .agreeing import agree
@@ -224,13 +224,12 @@ class Windows(Ring):
     def _evidence(self, found: Unpacked) -> dict[str, SeedEvidence]:
         evidence = self._reader().evidence(found, self._progress)
         piles = self._watched.piling_up(self._progress.steps.optimizers()) if evidence else None
-        return {name: self._explained(known, piles) for name, known in evidence.items()}
+        inactive = self._watched.inactive()
+        return {name: self._explained(known, inactive.get(name), piles) for name, known in evidence.items()}
 
-    def _explained(self, known: SeedEvidence, piles: str | None) -> SeedEvidence:
+    def _explained(self, known: SeedEvidence, inactive: str | None, piles: str | None) -> SeedEvidence:
         """With what is known of the parameters in its reason; what needs a hand goes to the log, once."""
-        silent = known.frozen or known.status == NO_GRADIENT
-        found = self._watched.adapter_of(known.seed) if silent else None, piles, self._rounds.others(known, self.tag)
-        said = [words for words in found if words is not None]
+        said = [words for words in (inactive, piles, self._rounds.others(known, self.tag)) if words]
         for words in said:
             if words not in self._said:
                 self._said.add(words)
@@ -241,7 +240,8 @@ class Windows(Ring):
             said += self._progress.marks[known.seed].unknown(self._watched.of_seed[known.seed])
         if known.seed in self._changes:
             said.append(f"its window began anew when parameters changed ({self._changes[known.seed]})")
-        return dataclasses.replace(known, reason="; ".join([known.reason, *said])) if said else known
+        reason = "; ".join([known.reason, *said])
+        return dataclasses.replace(known, reason=reason, frozen=known.frozen or inactive is not None) if said else known
 
     def reset(self, name: str | None = None) -> None:
         """Begin the window of one seed, or of all, anew: samples so far and weights so far no longer count.
@@ -268,17 +268,18 @@ class Windows(Ring):
         self._rounds.close()
         self._mark_stepped()
 
-    def remove_seed(self, name: str) -> None:
-        """Forget a seed: what is left of it in the host counts as host from now on.
+    def remove_seed(self, *names: str) -> None:
+        """Forget a seed, or several: what is left of them in the host counts as host from now on.
 
         Raises:
-            ConfigurationError: no seed has this name.
+            ConfigurationError: no seed has this name; nothing has changed.
         """
-        self._watched.remove(self._watched.known(name))
-        self._changes.pop(name, None)
+        self._watched.remove(*map(self._watched.known, names))
         self._follow()
-        del self._progress.marks[name]
-        left = {seed: known for seed, known in self._agreed.evidence.items() if seed != name}
+        for name in names:
+            self._changes.pop(name, None)
+            del self._progress.marks[name]
+        left = {seed: known for seed, known in self._agreed.evidence.items() if seed not in names}
         self._agreed = self._agreed._replace(evidence=left)
         self._rounds.close()
         self._mark_stepped()
@@ -306,10 +307,9 @@ class Windows(Ring):
 
     def _begin_anew(self, changed: Mapping[int, str]) -> None:
         """Drop the samples of parameters that are no longer those; ``changed`` is ``Watched.follow``'s."""
-        if not changed:
-            return
-        self._follow()
-        if not self.seeds:
+        if changed:
+            self._follow()
+        if not changed or not self.seeds:
             return
         owners = ["the host", *(f"seed {name!r}" for name in self.seeds)]
         words = "; ".join(f"{owners[segment]}: {what}" for segment, what in changed.items())

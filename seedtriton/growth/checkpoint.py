@@ -234,7 +234,7 @@ def _check(values: Mapping[str, Any], wiring: Wiring, own_slots: Mapping[str, Se
         if not all(0 <= index < len(sizes) and sizes[index] == len(names) for index, names in groups):
             raise StateDictError(f"{kind}: slot {name!r} has optimizer groups {groups}, sizes are {sizes}")
     of_seeds = [index for entry in slots.values() for index, _ in entry["groups"]]
-    saved = [size for index, size in enumerate(sizes) if index not in of_seeds]
+    saved = [size for index, size in enumerate(sizes) if size and index not in of_seeds]
     own = wiring.groups.sizes_without(wiring.slots.values())
     if saved != own or len(set(of_seeds)) != len(of_seeds):
         raise StateDictError(
@@ -296,7 +296,8 @@ def _restore(
 ) -> None:
     _fill(wiring.model, wiring.slots, values, modules)
     # An optimizer that was built after ``restore_slots`` has found their parameters among the host's.
-    wiring.groups.leave_out(wiring.slots.values())
+    of_seeds = sum(len(entry["groups"]) for entry in values["slots"].values())
+    wiring.groups.leave_out(wiring.slots.values(), len(values["group_sizes"]) - of_seeds)
     for name, slot in wiring.slots.items():
         if slot.seed is not None:
             wiring.join(name)

@@ -39,6 +39,16 @@ def check_weights(growth: GrowthController) -> None:
     growth._position.check_weights()
 
 
+def weights_of_seeds(growth: GrowthController) -> dict[str, dict[str, Any]]:
+    """The ``state_dict`` of every slot with a seed, fossils too."""
+    return {name: slot.state_dict() for name, slot in growth.slots.items() if slot.seed is not None}
+
+
+def saves_seeds(growth: GrowthController) -> bool:
+    """Whether who saves the model saves its seeds: PEFT saves adapters alone."""
+    return not growth._wiring.adapted
+
+
 def give_group(growth: GrowthController, slot: str, names: Iterable[str], **settings: Any) -> None:
     """Give some parameters of a seed a group of their own in the optimizer: as the seed's but for these settings.
 

@@ -68,8 +68,9 @@ def check(saved: Mapping[str, Digest], slots: Mapping[str, nn.Module]) -> None:
         raise WiringError(
             f"{len(apart)} tensors of seeds are not those that were saved, such as {apart[:3]}: whoever loaded the "
             "model's weights had no place for them. Put the seeds into their slots before, restore_slots(model, "
-            "state, seeds), and then load the weights; or, if other weights are meant, "
-            "load_state_dict(state, seeds, check_weights=False)"
+            "state, seeds), and then load the weights. PEFT saves adapters alone: save_seeds(growth, folder) beside "
+            "them, and load_seeds(model, folder, seeds). Or, if other weights are meant, load_state_dict(state, seeds, "
+            "check_weights=False)"
         )
 
 

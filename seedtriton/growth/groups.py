@@ -120,14 +120,17 @@ class SeedGroups:
         sizes = [sum(id(p) not in own for p in group["params"]) for group in self.optimizer.param_groups]
         return [size for size in sizes if size]
 
-    def leave_out(self, slots: Iterable[SeedSlot]) -> None:
-        """Take the parameters of these slots out of all groups; for an optimizer that has no state for them."""
+    def leave_out(self, slots: Iterable[SeedSlot], groups: int) -> None:
+        """Take the parameters of these slots out of all groups; for an optimizer that has no state for them.
+
+        A group that is empty then goes, where there are more than ``groups``: so many the host had, empty ones too.
+        """
         own = {id(parameter) for slot in slots for parameter in slot.parameters()}
         for index, group in reversed(list(enumerate(self.optimizer.param_groups))):
             kept = [id(parameter) not in own for parameter in group["params"]]
             if not all(kept):
                 _keep(group, kept)
-                if not group["params"]:
+                if not group["params"] and len(self.optimizer.param_groups) > groups:
                     self._drop(index)
 
     def insert(self, slot: SeedSlot, index: int, names: Sequence[str]) -> None:

@@ -17,6 +17,9 @@ from .slot import SeedSlot
 
 _T = TypeVar("_T")
 
+# Classes around an adapted model by package and name, for it is not imported to be asked.
+PEFT = {("peft", "PeftModel"), ("peft", "PeftMixedModel")}
+
 if TYPE_CHECKING:
     from ..parallel.joining import Joining
     from ..parallel.ranks import Ranks
@@ -36,6 +39,7 @@ class Wiring:
         ranks: the processes that train the model together, if there are others.
 
     Attributes:
+        adapted: whether PEFT wraps the model, and saves adapters alone.
         joining: how seeds join the model on all of them; None: this process is alone.
     """
 
@@ -51,6 +55,7 @@ class Wiring:
         ranks: Ranks | None = None,
     ) -> None:
         wrapped, self.model, self.slots, self.ranks = model, unwrap(model), slots, ranks
+        self.adapted = any(map(is_adapted, _shells(wrapped)))
         own = {id(module) for module in self.model.modules()}
         self._elsewhere = {name for name, slot in slots.items() if id(slot) not in own}
         self.groups = SeedGroups(optimizer, schedulers)
@@ -252,7 +257,7 @@ def _joining(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and the data-parallel wrappers, so that slots keep their names."""
+    """The module inside torch.compile's, PEFT's and the data-parallel wrappers, so that slots keep their names."""
     *_, model = _shells(model)
     return model
 
@@ -263,8 +268,25 @@ def _shells(model: nn.Module) -> Iterator[nn.Module]:
     inner = getattr(model, "_orig_mod", None)
     if not isinstance(inner, nn.Module) and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = model.module
+    inner = inner if isinstance(inner, nn.Module) else _adapted(model)
     if isinstance(inner, nn.Module):
         yield from _shells(inner)
+
+
+def _adapted(model: nn.Module) -> Any:
+    """What PEFT has put adapters into; None of another model, and of one whose adapters are outside, as prompts are."""
+    if _is(model, {("peft", "BaseTuner")}):
+        return model.model
+    return _adapted(model.base_model) if is_adapted(model) else None  # type: ignore[arg-type]
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether it is PEFT's wrapper of a model: that saves adapters, and nothing else that has learned."""
+    return _is(model, PEFT)
+
+
+def _is(model: nn.Module, kinds: set[tuple[str, str]]) -> bool:
+    return any((kind.__module__.partition(".")[0], kind.__name__) in kinds for kind in type(model).__mro__)
 
 
 def slots_in(model: nn.Module) -> dict[str, SeedSlot]:

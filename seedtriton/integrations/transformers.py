@@ -32,8 +32,8 @@ from ..growth.checkpoint import SeedOrFactory, restore_slots
 from ..growth.clients import check_weights, clip_apart, exchange, give_group, numbers, own_random_numbers
 from ..growth.controller import GrowthController
 from ..growth.probing import Evaluate
-from ..growth.wiring import unwrap
-from .saved import FILE, save, saved_in
+from ..growth.wiring import slots_of, unwrap
+from .saved import FILE, load_weights, save, saved_in
 from .saved import load_seeds as load_seeds
 
 logger = logging.getLogger("seedtriton")
@@ -314,6 +314,8 @@ class GrowthTrainerMixin:
                 else:
                     restore_slots(self.model, saved["growth"], callback.seeds)
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        if callback is not None and saved is not None:
+            load_weights(saved, slots_of(unwrap(self.model)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Seeds into the optimizer, then its state."""
@@ -338,6 +340,7 @@ class GrowthTrainerMixin:
                 "not known, so its weights are not loaded over those of the model, which are as they were at the end"
             )
         super()._load_best_model()  # type: ignore[misc]
+        load_weights(saved or {}, growth.slots)
         check_weights(growth)
         return None
 

@@ -297,7 +297,8 @@ def test_an_inactive_adapter_is_named(freeze):
     step(model, monitor)
     known = monitor.read()["s"]
     assert known.status == NO_GRADIENT
-    assert "it is the adapter 'b', and active is ['default']: set_adapter('b')" in known.reason
+    assert known.frozen
+    assert "it is the adapter 'b', which is inactive, and active is ['default']: set_adapter('b')" in known.reason
     layer.active_adapters = ["b"]
     layer.lora_A["b"].requires_grad_(True)
     layer.lora_B["b"].requires_grad_(True)
