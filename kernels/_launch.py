@@ -29,7 +29,7 @@ CACHED = 32
 STAGES = 8
 # FMA is asked for by name, because its default changes in Triton 3.10 and the bits with it. num_stages=1:
 # more stages would turn plain 128-bit loads into cp.async with 16 to 192 KB of shared memory.
-OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 _dtype_of = attrgetter("dtype")
 _lock = threading.RLock()

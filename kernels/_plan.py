@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Elements per item. 8 Ki keeps small models spread over all multiprocessors; beyond 64 Ki the records are
-# noise already (0.01 % of the bytes) and larger items would only lengthen the tail of the launch.
-MIN_CHUNK = 8 * 1024
-MAX_CHUNK = 64 * 1024
-# Items aimed at between those bounds: about 15 waves on 132 multiprocessors with 4 programs each.
+# Bytes per element, by the dtype codes of the kernels.
+WIDTHS = (4, 2, 2)
+# Bytes per item. A program takes some four trips to memory before and after its item: 32 KiB are two trips' worth of
+# loads beside them, and keep small models spread over all multiprocessors. Beyond 256 KiB the records are noise already
+# (0.01 % of the bytes) and larger items would only lengthen the tail of the launch.
+MIN_CHUNK = 32 * 1024
+MAX_CHUNK = 256 * 1024
+# Items aimed at between those bounds: about nine waves on 132 multiprocessors with 7 programs each.
 TARGET_ITEMS = 8192
 # Items beyond which the pieces of large seeds grow, whatever the size of the host.
 MOST_ITEMS = 1 << 18
@@ -28,11 +31,11 @@ class Plan:
     """Work items as columns, sorted by (segment, tensor, offset).
 
     A *slot* is a tensor that is not empty; slots are numbered in item order, so that the slots of a segment
-    are consecutive, like its items. Item i covers elements
-    ``pieces[i] * chunk`` to ``pieces[i] * chunk + lengths[i]`` of slot ``slots[i]``.
+    are consecutive, like its items. Item i covers ``lengths[i]`` elements of slot ``slots[i]``, from byte
+    ``pieces[i] * chunk`` on.
     """
 
-    chunk: int
+    chunk: int  # bytes of every item but the last of its slot
     num_segments: int
     tensors: tuple[int, ...]  # [slots] index of the tensor in the list that was planned
     lengths: tuple[int, ...]  # [items] elements
@@ -56,8 +59,8 @@ class Plan:
         return sum(a != b for a, b in zip(self.segment_starts, self.segment_starts[1:]))
 
 
-def chunk_elements(total: int) -> int:
-    """Elements per item for ``total`` elements in all: a power of two, hence whole 16-byte words.
+def chunk_bytes(total: int) -> int:
+    """Bytes per item for ``total`` bytes in all: a power of two, hence whole 16-byte words.
 
     So the items of a tensor are all aligned as the tensor itself is.
     """
@@ -65,14 +68,14 @@ def chunk_elements(total: int) -> int:
     return min(max(1 << max(wanted - 1, 0).bit_length(), MIN_CHUNK), MAX_CHUNK)
 
 
-def _chunk_for(element_counts: Sequence[int]) -> int:
-    """The host's size decides, if there is a host: its sums then have the same bits with seeds as without them.
+def _chunk_for(sizes: Sequence[int]) -> int:
+    """The host's bytes decide, if there is a host: its sums then have the same bits with seeds as without them.
 
-    Only seeds of more than MOST_ITEMS * MIN_CHUNK elements, two thousand million, behind a host that is small beside
+    Only seeds of more than MOST_ITEMS * MIN_CHUNK bytes, eight thousand million, behind a host that is small beside
     them are taken in larger pieces.
     """
-    total = sum(element_counts)
-    chunk = chunk_elements(element_counts[0] or total)
+    total = sum(sizes)
+    chunk = chunk_bytes(sizes[0] or total)
     while total > chunk * MOST_ITEMS and chunk < MAX_CHUNK:
         chunk *= 2
     return chunk
@@ -85,7 +88,7 @@ def make_plan(
     num_segments: int,
     chunk: int | None = None,
 ) -> Plan:
-    """Plan the tensors with these numbers of elements, dtype codes and segments.
+    """Plan the tensors with these numbers of elements, dtype codes and segments; ``chunk`` is in bytes.
 
     Empty tensors count in ``tensor_counts`` and get no item; a segment may be empty. A plan without
     elements still has one item, of length 0 in segment 0, so that a launch always has a program which
@@ -96,7 +99,10 @@ def make_plan(
         raise ValueError(f"{len(numels)} sizes, {len(dtypes)} dtypes and {len(segments)} segments")
     tensor_counts, element_counts = _counts(numels, segments, num_segments)
     if chunk is None:
-        chunk = _chunk_for(element_counts)
+        sizes = [0] * num_segments
+        for numel, dtype, segment in zip(numels, dtypes, segments):
+            sizes[segment] += numel * WIDTHS[dtype]
+        chunk = _chunk_for(sizes)
 
     # sorted() is stable: within a segment the tensors keep their order.
     tensors = tuple(i for i in sorted(range(len(numels)), key=segments.__getitem__) if numels[i])
@@ -109,9 +115,10 @@ def make_plan(
     items_of = [0] * num_segments
     slots_of = [0] * num_segments
     for slot, index in enumerate(tensors):
-        count = -(-numels[index] // chunk)
-        lengths += [chunk] * (count - 1)
-        lengths.append(numels[index] - (count - 1) * chunk)
+        most = chunk // WIDTHS[dtypes[index]]
+        count = -(-numels[index] // most)
+        lengths += [most] * (count - 1)
+        lengths.append(numels[index] - (count - 1) * most)
         item_segments += [segments[index]] * count
         item_dtypes += [dtypes[index]] * count
         slots += [slot] * count

@@ -69,8 +69,11 @@ def judge_tensor(  # type: ignore[no-untyped-def]
 
     And note it in the table of tensors.
     """
-    final = item - tl.load(meta + 4 * items + item) + tl.load(meta + 5 * items + item) - 1
-    elements = tl.load(meta + 4 * items + final).to(tl.float64) * chunk + tl.load(meta + final)
+    pieces = tl.load(meta + 5 * items + item) - 1
+    final = item - tl.load(meta + 4 * items + item) + pieces
+    # A chunk in bytes is a power of two; fp32 has four of them, what else there is two.
+    most = chunk >> tl.where(tl.load(meta + 2 * items + item) == 0, 2, 1)
+    elements = pieces.to(tl.float64) * most + tl.load(meta + final)
     # The sum still holds the loss scale, so the limits take it as well.
     scale = _scalar_or(grad_scale, 1.0)
     low = vanishing_rms * scale
@@ -131,7 +134,7 @@ def clear_segment(  # type: ignore[no-untyped-def]
             item_starts = meta + 6 * items
             for item in range(tl.load(item_starts + segment), tl.load(item_starts + segment + 1)):
                 halves = tl.where(tl.load(meta + 2 * items + item) == 0, 2, 1)
-                offset = tl.load(meta + 4 * items + item).to(tl.int64) * chunk * halves * 2
+                offset = tl.load(meta + 4 * items + item).to(tl.int64) * chunk
                 address = base + tl.load(addresses + tl.load(meta + 3 * items + item)) + offset
                 _clear(address, tl.load(meta + item) * halves, BLOCK)
 

@@ -85,14 +85,13 @@ def _scale_item(  # type: ignore[no-untyped-def]
         length = tl.load(columns)
         dtype = tl.load(columns + 2 * items)
         slot = tl.load(columns + 3 * items)
-        offset = tl.load(columns + 4 * items).to(tl.int64) * chunk
-        address = base + tl.load(addresses + slot)
+        address = base + tl.load(addresses + slot) + tl.load(columns + 4 * items).to(tl.int64) * chunk
         if dtype == 0:
-            _scale_run(address + offset * 4, length, factor, cleared, tl.float32, BYTES)
+            _scale_run(address, length, factor, cleared, tl.float32, BYTES)
         elif dtype == 1:
-            _scale_run(address + offset * 2, length, factor, cleared, tl.bfloat16, BYTES)
+            _scale_run(address, length, factor, cleared, tl.bfloat16, BYTES)
         else:
-            _scale_run(address + offset * 2, length, factor, cleared, tl.float16, BYTES)
+            _scale_run(address, length, factor, cleared, tl.float16, BYTES)
 
 
 _RUNTIME = (

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Unsupported", "record_", "release", "segmented_sumsq", "unsupported"]
 
-# Bytes that a program reads per block, by lanes and by the width of its 8 warps: 32 bytes per thread, two
-# independent 128-bit loads, of which the assembler unrolls four. fp64 lanes take twice the registers, hence
-# half of that, but never less than one 128-bit load; fp32 lanes have one size, for one order of additions.
+# Bytes that a program reads per block, by lanes and by the width of its 4 warps: 32 bytes per thread, two 128-bit
+# loads. Four blocks are read before any is squared, so that 128 bytes per thread are in flight. fp64 lanes take twice
+# the registers, hence half of that, but never less than one 128-bit load; fp32 lanes have one size, for one order of
+# additions.
 BLOCK_BYTES = {
-    (torch.float32, 32): 8192,
-    (torch.float32, 64): 8192,
-    (torch.float64, 32): 4096,
-    (torch.float64, 64): 8192,
+    (torch.float32, 32): 4096,
+    (torch.float32, 64): 4096,
+    (torch.float64, 32): 2048,
+    (torch.float64, 64): 4096,
 }
 LANES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Partial sums read at a time by whoever closes a segment: 4 loads per thread in flight, times the unrolling.
@@ -43,41 +44,54 @@ SUMS_LAYOUT = (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @triton.jit
-def _sum_squares(  # type: ignore[no-untyped-def]
+def _group(a, b, c, d, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum of the squares of four blocks, in pairs: half as many roundings in a row as one after the other."""
+    a, b, c, d = a.to(LANES), b.to(LANES), c.to(LANES), d.to(LANES)
+    return (a * a + b * b) + (c * c + d * d)
+
+
+@triton.jit
+def _square_words(  # type: ignore[no-untyped-def]
     address, length, DTYPE: tl.constexpr, LANES: tl.constexpr, BYTES: tl.constexpr
 ):
-    """Sum of x² over ``length`` elements at ``address`` (int64, a multiple of the element's size); fp64.
+    """Sums of x² over ``length`` elements at ``address`` (int64, a multiple of the element's size), [BYTES // 16].
 
-    The body from the first 16-byte boundary to the last is read by 128-bit loads, whole blocks without a mask;
-    at most 15 bytes before it and 15 after it, the edge, by one masked load of 16 lanes.
+    The body from the first 16-byte boundary to the last is read by 128-bit loads, whole groups of four blocks without
+    a mask; at most 15 bytes before it and 15 after it, the edge, by one masked load. What a thread has read is summed
+    in fp32, where fp64 is 64 times slower on some GPUs: never more than 19 additions in a row for 64 Ki elements.
     """
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     WORD: tl.constexpr = 16 // SIZE
     # Blocks of equal bytes, hence of different shapes: accesses of one shape share one layout, and the eight
     # bf16 of a word would make each thread read 32 bytes of fp32, every warp-wide load half coalesced.
+    WORDS: tl.constexpr = BYTES // 16
     BLOCK: tl.constexpr = BYTES // SIZE
     head = tl.minimum(((-address & 15) // SIZE).to(tl.int32), length)
     words = (length - head) // WORD
-    blocks = words // (BLOCK // WORD)
-    lane = tl.arange(0, BLOCK)
-    squares = tl.zeros([BLOCK], LANES)
+    groups = words // (4 * WORDS)
+    word = tl.arange(0, WORDS)
+    cell = word[:, None] * WORD + tl.arange(0, WORD)[None, :]
+    squares = tl.zeros([WORDS, WORD], LANES)
     # The promise of alignment counts only on the pointer: on the integer the compiler forgets it.
     body = tl.multiple_of((address + head * SIZE).to(tl.pointer_type(DTYPE)), 16)
-    for block in range(blocks):
-        x = tl.load(body + block * BLOCK + lane).to(LANES)  # [BLOCK]
-        squares += x * x
-    # A mask lets vector loads be only if it is known to cut between them, hence a bound of whole words.
-    rest = words * WORD - blocks * BLOCK
-    y = tl.load(body + blocks * BLOCK + lane, mask=lane < rest, other=0.0).to(LANES)  # [BLOCK]
-    squares += y * y
+    for group in range(groups):
+        at = body + group * (4 * BLOCK) + cell
+        squares += _group(tl.load(at), tl.load(at + BLOCK), tl.load(at + 2 * BLOCK), tl.load(at + 3 * BLOCK), LANES)
+    rest = words - groups * (4 * WORDS)
+    if rest > 0:
+        at = body + groups * (4 * BLOCK) + cell
+        # A mask of whole words lets vector loads be.
+        left = rest - word[:, None]
+        squares += _group(
+            tl.load(at, mask=left > 0, other=0.0), tl.load(at + BLOCK, mask=left > WORDS, other=0.0),
+            tl.load(at + 2 * BLOCK, mask=left > 2 * WORDS, other=0.0),
+            tl.load(at + 3 * BLOCK, mask=left > 3 * WORDS, other=0.0), LANES,
+        )  # fmt: skip
+    sums = tl.sum(squares, axis=1)
 
-    edge = tl.arange(0, 16)
-    start = address.to(tl.pointer_type(DTYPE))
-    z = tl.load(
-        start + tl.where(edge < head, edge, edge + words * WORD), mask=edge < length - words * WORD, other=0.0
-    ).to(LANES)  # [16]
-    # fp64 across lanes costs one add per lane and item, and leaves at most 33 fp32 additions in a row.
-    return tl.sum(squares.to(tl.float64)) + tl.sum((z * z).to(tl.float64))
+    edge = tl.where(word < head, word, word + words * WORD)
+    z = tl.load(address.to(tl.pointer_type(DTYPE)) + edge, mask=word < length - words * WORD, other=0.0).to(LANES)
+    return sums + z * z
 
 
 @triton.jit
@@ -89,16 +103,16 @@ def _sum_item(  # type: ignore[no-untyped-def]
     segment = tl.load(meta + items + item)
     dtype = tl.load(meta + 2 * items + item)
     slot = tl.load(meta + 3 * items + item)
-    offset = tl.load(meta + 4 * items + item).to(tl.int64) * chunk
-    address = base + tl.load(addresses + slot)
+    address = base + tl.load(addresses + slot) + tl.load(meta + 4 * items + item).to(tl.int64) * chunk
     # A uniform branch: all threads of a program take the same side. One helper call per dtype, because a
     # variable cannot hold pointers of two types.
     if dtype == 0:
-        partial = _sum_squares(address + offset * 4, length, tl.float32, LANES, BYTES)
+        sums = _square_words(address, length, tl.float32, LANES, BYTES)
     elif dtype == 1:
-        partial = _sum_squares(address + offset * 2, length, tl.bfloat16, LANES, BYTES)
+        sums = _square_words(address, length, tl.bfloat16, LANES, BYTES)
     else:
-        partial = _sum_squares(address + offset * 2, length, tl.float16, LANES, BYTES)
+        sums = _square_words(address, length, tl.float16, LANES, BYTES)
+    partial = tl.sum(sums.to(tl.float64))
     tl.store(work + item, partial)
     return segment, partial
 
@@ -195,10 +209,19 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     meta_table = meta.to(tl.int64).to(tl.pointer_type(tl.int32))
     work_table = work.to(tl.int64).to(tl.pointer_type(tl.float64))
     counter_table = counters.to(tl.int64).to(tl.pointer_type(tl.int32))
-    first = tl.program_id(0)
+    item = tl.program_id(0)
     # One program, one item, unless a smaller grid is asked for: the partial sums are the items' either way.
-    last = items if PERSISTENT else first + 1
-    for item in range(first, last, tl.num_programs(0)):
+    if PERSISTENT:
+        for each in range(item, items, tl.num_programs(0)):
+            _run_item(
+                each, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
+                chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
+                gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES,
+                BYTES, SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
+                TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
+                APART, GUARDED,
+            )  # fmt: skip
+    else:
         _run_item(
             item, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
             chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
@@ -349,9 +372,7 @@ def segmented_sumsq(
     out = torch.empty(num_segments, dtype=torch.float64, device=device)
     outside = _outside(outside, (num_segments, 1), device)
     with _launch.guard(device), _launch.lock():
-        tables = _launch.find_tables(
-            tensors, segments, num_segments, device, ("sums",), flat=flat
-        )
+        tables = _launch.find_tables(tensors, segments, num_segments, device, ("sums",), flat=flat)
         arguments = _arguments(tables, flat, out, outside, (0, 0, 0), (0.0, 0.0, 0.0, 0.0))
         _launch_sums(tables, arguments, lanes, False, 0.0, SUMS_LAYOUT, programs, two_launches)
     return out

@@ -88,21 +88,21 @@ class Design(NamedTuple):
         atomics: of the last program.
         read_ahead: partial sums that a closing program reads in one trip.
         sums_items: whether a segment adds its items; otherwise its tensors.
-        doubles: fp64 operations per lane of a block at the end of an item.
+        doubles: fp64 operations of a program at the end of an item.
         scale_programs: of a scaling launch at most; None: one for each item.
     """
 
-    warps: int = 8
-    step: int = 8192
-    ahead: int = 4
-    registers: int = 64
+    warps: int = 4
+    step: int = 4096
+    ahead: int = 8
+    registers: int = 72
     before: int = 2
-    report: int = 4
+    report: int = 3
     close: int = 16
     atomics: int = 3
     read_ahead: int = 1024
     sums_items: bool = True
-    doubles: int = 2
+    doubles: int = 1200
     scale_programs: int | None = 2048
 
 
@@ -151,8 +151,7 @@ def _busy(card: Card, design: Design, items: Items, trips: int) -> float:
     fixed = trips * card.near + card.fence + REDUCTION + DISPATCH
     alone = fixed + max(rounds) * card.far
     together = sum(fixed + count * card.far * LOADED for count in rounds) / at_once
-    lanes = design.step / 2  # of two bytes, the worst
-    doubles = len(items.sizes) * lanes * design.doubles / card.doubles / card.clock / card.multiprocessors
+    doubles = len(items.sizes) * design.doubles / card.doubles / card.clock / card.multiprocessors
     # fp64 is in the way of nothing but itself while others load.
     return max(sum(items.sizes) / card.roof, together, doubles, alone) + card.far
 

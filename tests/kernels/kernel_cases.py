@@ -211,8 +211,8 @@ def test_the_rule_can_fail(device):
 
 
 def test_sizes_around_the_edges_of_words_blocks_and_chunks(device):
-    # 2048 fp32 and 4096 bf16 are a block, 8192 elements a chunk.
-    sizes = [1, 2, 4, 5, 8, 2047, 2048, 2049, 4095, 4096, 8191, 8192, 8193, 16384]
+    # 1024 fp32 and 2048 bf16 are a block, four of them a group; 8192 fp32 and 16384 bf16 are a chunk.
+    sizes = [1, 2, 4, 5, 8, 1023, 1024, 1025, 2048, 3073, 4095, 4096, 4097, 8191, 8192, 8193, 12288, 16384, 16385]
     for dtype, misaligned in itertools.product(DTYPES[:2], (0, 8)):
         tensors = [random(size, dtype, device, misaligned) for size in sizes]
         segments = list(range(len(sizes)))

@@ -24,7 +24,7 @@ def plan_of(tensors, num_segments=5, chunk=None):
 def items_of(plan):
     """(segment, tensor, first element, length, dtype) of each item."""
     tensors = [plan.tensors[slot] if plan.tensors else None for slot in plan.slots]
-    starts = [piece * plan.chunk for piece in plan.pieces]
+    starts = [piece * plan.chunk // _plan.WIDTHS[dtype] for piece, dtype in zip(plan.pieces, plan.dtypes)]
     return list(zip(plan.segments, tensors, starts, plan.lengths, plan.dtypes))
 
 
@@ -69,8 +69,17 @@ def test_starts_and_counts_describe_the_segments(tensors):
 @given(TENSORS)
 def test_items_are_aligned_as_their_tensor_is(tensors):
     for _, _, first, length, dtype in items_of(plan_of(tensors)):
-        assert first * (4, 2, 2)[dtype] % 16 == 0
-        assert 0 <= length <= _plan.MAX_CHUNK
+        assert first * _plan.WIDTHS[dtype] % 16 == 0
+        assert 0 <= length * _plan.WIDTHS[dtype] <= _plan.MAX_CHUNK
+
+
+def test_widths_are_those_of_the_dtype_codes():
+    import torch
+
+    codes = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+    assert [_plan.WIDTHS[code] for code in codes.values()] == [dtype.itemsize for dtype in codes]
+    _launch = pytest.importorskip("seedtriton.kernels._launch", reason="needs Triton")
+    assert codes == _launch.DTYPES
 
 
 @settings(max_examples=10, deadline=None)
@@ -78,38 +87,40 @@ def test_items_are_aligned_as_their_tensor_is(tensors):
 def test_more_than_2_31_elements_plan(numel, dtype):
     plan = plan_of([(3, 0, 0), (numel, dtype, 1)])
     assert sum(plan.lengths) == numel + 3
-    assert plan.pieces[-1] * plan.chunk + plan.lengths[-1] == numel
+    assert plan.pieces[-1] * plan.chunk // _plan.WIDTHS[dtype] + plan.lengths[-1] == numel
     assert plan.element_counts[1] == numel
     # What the kernel holds in 32 bits stays far below 2^31; offsets are computed in 64.
-    assert max(plan.lengths) <= 2**16
+    assert max(plan.lengths) <= 2**17
     assert max(plan.pieces[-1], plan.items) <= 2**18 + 1
 
 
 @given(st.integers(0, 2**45))
 def test_chunk_is_a_power_of_two_in_its_bounds_and_grows_with_the_total(total):
-    chunk = _plan.chunk_elements(total)
+    chunk = _plan.chunk_bytes(total)
     assert chunk & (chunk - 1) == 0
     assert _plan.MIN_CHUNK <= chunk <= _plan.MAX_CHUNK
     assert chunk in (_plan.MIN_CHUNK, _plan.MAX_CHUNK) or chunk // 2 < total / _plan.TARGET_ITEMS <= chunk
 
 
 def test_chunks_of_known_models():
-    # ResNet-50, GPT-2 124M and Llama-3-8B / 8, from the design notes.
-    assert [_plan.chunk_elements(n) for n in (25_600_000, 124_400_000, 1_000_000_000)] == [8192, 16384, 65536]
-    edge = 8192 * _plan.TARGET_ITEMS
-    assert [_plan.chunk_elements(n) for n in (0, 1, edge, edge + 1)] == [8192, 8192, 8192, 16384]
+    # ResNet-50, GPT-2 124M and Llama-3-8B / 8, in bf16 and in fp32.
+    models = (25_600_000, 124_400_000, 1_000_000_000)
+    chunks = [[_plan.chunk_bytes(n * width) // 1024 for n in models] for width in (2, 4)]
+    assert chunks == [[32, 32, 256], [32, 64, 256]]
+    edge = _plan.MIN_CHUNK * _plan.TARGET_ITEMS
+    assert [_plan.chunk_bytes(n) for n in (0, 1, edge, edge + 1)] == [32768, 32768, 32768, 65536]
 
 
-def test_the_same_host_gives_the_same_chunk_however_it_is_divided():
+def test_the_same_bytes_of_a_host_give_the_same_chunk_however_they_are_divided():
     whole = plan_of([(100_000_000, 0, 0)])
-    parts = plan_of([(50_000_000, 1, 0), (0, 0, 2), (50_000_000, 2, 0), (50_000_000, 2, 4)])
-    no_host = plan_of([(50_000_000, 1, 1), (0, 0, 0), (50_000_000, 2, 4)])
-    assert whole.chunk == parts.chunk == no_host.chunk == 16384
+    parts = plan_of([(50_000_000, 0, 0), (0, 0, 2), (100_000_000, 2, 0), (50_000_000, 2, 4)])
+    no_host = plan_of([(50_000_000, 0, 1), (0, 0, 0), (100_000_000, 2, 4)])
+    assert whole.chunk == parts.chunk == no_host.chunk == 65536
 
 
 def test_only_seeds_of_thousands_of_millions_make_the_pieces_of_a_small_host_larger():
-    assert plan_of([(3, 0, 0), ((1 << 31) - 3, 0, 1)]).chunk == 8192
-    assert plan_of([(3, 0, 0), ((1 << 31) - 2, 0, 1)]).chunk == 16384
+    assert plan_of([(3, 0, 0), ((1 << 31) - 3, 0, 1)]).chunk == 32768
+    assert plan_of([(3, 0, 0), ((1 << 31) - 2, 0, 1)]).chunk == 65536
 
 
 def test_seeds_of_whatever_size_leave_the_hosts_items_as_they_are():
