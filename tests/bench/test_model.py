@@ -62,7 +62,7 @@ def test_each_part_of_the_time_is_felt():
     for part, more in (("near", 1e-6), ("far", 1e-6), ("fence", 1e-6), ("node", 1e-6)):
         assert time_of(H200._replace(**{part: getattr(H200, part) + more}), "ResNet-50", "bf16") > base + 0.9e-6
     assert time_of(H200._replace(bandwidth=1e12), "ResNet-50", "bf16") > 2 * base / 1.9
-    for change in ({"before": 9}, {"close": 30}, {"ahead": 1}, {"doubles": 10**8}):
+    for change in ({"before": 50}, {"close": 30}, {"ahead": 1, "registers": 255}, {"doubles": 10**8}):
         assert time_of(H200, "ResNet-50", "bf16", model.DESIGN._replace(**change)) > base
     assert model.resident(H200, model.DESIGN._replace(registers=128)) < model.resident(H200, model.DESIGN)
 
@@ -75,7 +75,7 @@ def test_clipping_that_bites_moves_the_bytes_twice_more():
 
 def test_few_programs_leave_sooner_than_one_for_each_item():
     items = model.work_of(Case("clip", "Llama-3-8B / 8", "bf16")).items
-    assert len(items.sizes) > 15_000
+    assert len(items.sizes) > 7_500
     each = model.scale(H200, items, 1.0, model.DESIGN._replace(scale_programs=None))
     assert model.scale(H200, items, 1.0) < each / 2
 
