@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import monotonic
@@ -29,6 +30,8 @@ logger = logging.getLogger("seedtriton")
 # A sink whose failure takes longer than this (a server that is waited for), in seconds, is then left alone for so many
 # times as long: at most a tenth of the time is lost to it. All others are tried again with the next event.
 SLOW, REST = 0.1, 10.0
+# Events that a script without logging sees as well: the watch acts, and a seed may be gone without a verdict.
+LOUD = frozenset({"harm"})
 
 
 class Sink(Protocol):
@@ -39,7 +42,7 @@ class Sink(Protocol):
 
 
 class LogSink:
-    """One line per event to a logger, "seedtriton" unless told, at level INFO."""
+    """One line per event to a logger, "seedtriton" unless told, at level INFO; harm at WARNING, which scripts see."""
 
     def __init__(self, target: logging.Logger | None = None, level: int = logging.INFO) -> None:
         """Take the logger and the level."""
@@ -49,7 +52,8 @@ class LogSink:
     def __call__(self, event: Event) -> None:
         """Log the event as ``event key=value ...``."""
         rest = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("event", "checks"))
-        self._logger.log(self._level, "%s %s", event["event"], rest)
+        level = max(self._level, logging.WARNING) if event["event"] in LOUD else self._level
+        self._logger.log(level, "%s %s", event["event"], rest)
 
 
 class CallableSink:
@@ -206,7 +210,8 @@ class _Lines:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close(), or when nobody holds the sink
+        self.close = weakref.finalize(self, self._file.close)
         # Whoever wrote here before may have been ended in the middle of a line.
         self._torn = self.size() > 0 and self._read(-1, 1) != b"\n"
 
@@ -228,9 +233,6 @@ class _Lines:
                 self._torn = True
             raise
         self._torn = False
-
-    def close(self) -> None:
-        self._file.close()
 
     def _cut(self, begin: int, done: int) -> bool:
         """Take back what was written of a line, unless somebody else has appended behind it."""

@@ -5,8 +5,12 @@ import csv
 import json
 import logging
 import math
+import os
+import pathlib
 import resource
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -275,6 +279,20 @@ def test_a_function_gets_the_numbers_and_the_step():
     assert seen == [({"growth/s/stage": 3.0, "growth/s/ratio": 0.5}, 7)]
 
 
+def test_a_file_that_nobody_has_closed_is_closed_without_a_warning(tmp_path):
+    """A script that ends without close(), in a process where a warning is an error."""
+    code = (
+        "import gc; from seedtriton.report.sinks import JsonLinesSink\n"
+        "JsonLinesSink('gone.jsonl')({'event': 'stage'}); gc.collect()\n"
+        "kept = JsonLinesSink('kept.jsonl'); kept({'event': 'stage'})"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    path = {"PYTHONPATH": str(pathlib.Path(module.__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [len(read_events(tmp_path / name)) for name in ("gone.jsonl", "kept.jsonl")] == [1, 1]
+
+
 # --- the log ---
 
 
@@ -282,6 +300,15 @@ def test_the_log_has_one_readable_line_per_event(caplog):
     with caplog.at_level(logging.INFO, logger="seedtriton"):
         LogSink()({"event": "stage", "seed": "block2", "target": "BLENDING", "checks": [1]})
     assert caplog.messages == ["stage seed=block2 target=BLENDING"]
+
+
+def test_harm_is_seen_by_scripts_that_set_no_logging_up(caplog):
+    with caplog.at_level(logging.DEBUG, logger="seedtriton"):
+        for sink in (LogSink(), LogSink(level=logging.ERROR)):
+            sink({"event": "harm", "seed": "block2", "action": "fade"})
+            sink({"event": "alpha_target", "seed": "block2"})
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.WARNING, logging.INFO, logging.ERROR, logging.ERROR]
 
 
 def test_the_log_goes_where_it_is_told(caplog):
