@@ -211,7 +211,8 @@ PUBLIC = {
     """,
     "seedtriton.testing": "assert_invisible assert_isolated",
     "seedtriton.report": """
-        CallableSink CsvSink Event JsonLinesSink LogSink MlflowSink Sink TensorBoardSink WandbSink numbers
+        CallableSink CsvSink Event History JsonLinesSink LogSink MlflowSink Sink Summary TensorBoardSink WandbSink
+        numbers
     """,
     "seedtriton.integrations.accelerate": "AcceleratedGrowth prepare_growth",
     "seedtriton.integrations.lightning": "Growing restore_slots",

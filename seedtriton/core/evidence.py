@@ -199,6 +199,17 @@ class SeedEvidence(PlainState):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must be at least 0, got {getattr(self, name)}")
 
+    def __repr__(self) -> str:
+        """What is known in one line: the reason, the numbers that decide, and whether it is in an optimizer."""
+        parts = [f"{self.status}: {self.reason}" if self.reason else self.status]
+        if self.blend_gain_t is not None:
+            parts.append(f"t of the blend gain {self.blend_gain_t:.3g}")
+        if self.displacement is not None:
+            parts.append(f"displacement {self.displacement:.3g}")
+        if self.in_optimizer is False:
+            parts.append("in no optimizer")
+        return f"SeedEvidence({self.seed!r}, {self.samples} samples, {'; '.join(parts)})"
+
     @property
     def dropped_share(self) -> float:
         """Share of the measurements that were dropped; 0.0 when there are none."""

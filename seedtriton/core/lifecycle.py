@@ -79,6 +79,12 @@ class Lifecycle:
         self.epochs_total = 0
         self.history: list[dict[str, str | int]] = []
 
+    def __repr__(self) -> str:
+        """Stage and epochs, and why it came there."""
+        last = self.history[-1] if self.history else None
+        why = "" if last is None or not last["reason"] else f"; {str(last['reason']).partition(':')[0]}"
+        return f"Lifecycle({self.stage}, {self.epochs_in_stage} epochs there, {self.epochs_total} in all{why})"
+
     def can_move(self, target: Stage) -> bool:
         """Whether the table allows a move to ``target`` from here; a bare number is no stage."""
         return isinstance(target, Stage) and target in TRANSITIONS[self.stage]

@@ -96,6 +96,12 @@ class Verdict:
         """Whether it passed: ``if growth.advance(slot):``."""
         return self.passed
 
+    def __repr__(self) -> str:
+        """The answer and the names of what was refused; ``str`` has the reasons, ``checks`` everything."""
+        refused = ", ".join(check.label for check in self.failed)
+        answer = "passed" if self.passed else "refused"
+        return f"Verdict({self.gate} {answer} {self.seed!r} for {self.target}{': ' if refused else ''}{refused})"
+
     def __str__(self) -> str:
         """One line that a person can read in a log."""
         head = f"{self.gate} {'passed' if self.passed else 'refused'} {self.seed!r} for {self.target}"

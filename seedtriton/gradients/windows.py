@@ -34,10 +34,7 @@ class Windows(Ring):
     Args:
         watched: host and seeds.
         window: samples kept.
-        eps: added to the host's norm in the ratio.
-        host_floor: host norm below which the ratio is undefined.
-        vanishing_rms: None: vanishing tensors are not counted.
-        exploding_rms: None: exploding ones are not.
+        eps: as in ``GradientMonitor``, as those behind it.
     """
 
     VERSION = 2
@@ -74,6 +71,9 @@ class Windows(Ring):
     def seeds(self) -> tuple[str, ...]:
         """Names of the seeds, in the order of their segments."""
         return self._watched.names
+
+    def extra_repr(self) -> str:
+        return f"seeds={list(self.seeds)}, window={self.window}, measured={self._progress.steps.calls}"
 
     def steps_taken(self) -> int:
         """Calls of ``step()`` of the known optimizers so far."""

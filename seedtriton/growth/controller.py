@@ -33,9 +33,9 @@ from .isolation import Isolation
 from .judging import Judge, trainable
 from .life import Life, Position
 from .moving import MOVING_GATES, Mover, check_moving_gates, check_on_harm, check_rests, check_told
-from .prober import Prober
 from .probing import Evaluate
 from .slot import SeedSlot
+from .telling import Teller
 from .together import sinks_of, taken, told_of
 from .trying import normal_tensors, seed_module
 from .wiring import Wiring, ranks_of, slots_of, unwrap
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ..parallel.ranks import Ranks
 
 
-class GrowthController(Prober):
+class GrowthController(Teller):
     """Grows a model while it trains: ``germinate``, then ``measure`` per step and ``end_epoch`` per epoch.
 
     Args:
@@ -113,7 +113,7 @@ class GrowthController(Prober):
         check_optimizer(optimizer)
         check_settings(thresholds, schedule, schedulers, auto_advance, evaluate)
         ranks = ranks_of(ranks)
-        self.telemetry = Telemetry(sinks_of(sinks, ranks))
+        telemetry = Telemetry(sinks_of(sinks, ranks))
         slots = slots_of(unwrap(model), ranks)
         self.slots: Mapping[str, SeedSlot] = slots
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
@@ -124,7 +124,7 @@ class GrowthController(Prober):
         self.gates = QualityGates(thresholds or GateThresholds(), mode)
         self.schedule = schedule or AlphaSchedule()
         wiring = Wiring(model, slots, optimizer, schedulers, window, quarantine, tag, ranks)
-        super().__init__(wiring, position, evaluate)
+        super().__init__(wiring, position, evaluate, telemetry)
         self.optimizer = self._wiring.optimizer
         self.monitor: GradientMonitor = self._wiring.monitor
         self.monitor.at_each_step(self._position.take_step)

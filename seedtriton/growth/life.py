@@ -17,6 +17,7 @@ from ..core.lifecycle import Stage
 from ..core.probe import ROUNDING, BlendProbe
 from ..core.schedules import HOLD, STEEPNESS, AlphaController, AlphaSchedule
 from ..core.state import check_state
+from ..core.verdict import Verdict
 from .digest import Unchecked
 from .slot import SeedSlot
 
@@ -215,6 +216,7 @@ class Position:
     epoch_steps: int = 0  # of the last epoch
     lives: dict[str, Life] = field(default_factory=dict)  # by slot, in the order of germination
     verdicts: list[str] = field(default_factory=list)  # of the last epoch, in words
+    last: dict[str, tuple[int, Verdict]] = field(default_factory=dict)  # by slot, with the epoch; not saved
     told: list[Callable[[], None]] = field(default_factory=list)  # called whenever slots may have changed
     unchecked: Unchecked | None = None  # weights that are to be loaded before the next step
     total_epochs: int | None = None

@@ -183,6 +183,7 @@ class Mover:
 
     def emit_gate(self, life: Life, verdict: Verdict) -> None:
         """Tell what a gate said of a seed, and of what evidence."""
+        self._position.last[life.name] = self._position.epoch, verdict
         self.emit("gate", life.name, **gate_fields(verdict), **evidence_fields(life.evidence))
         # To the log, whatever the sinks: no event of the run, but probably a slip of who wrote it.
         for check in verdict.warnings:

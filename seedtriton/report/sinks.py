@@ -21,6 +21,7 @@ from ..core.errors import ConfigurationError
 from ..core.state import plain
 from .events import Event, local_numbers, step_of
 from .events import numbers as numbers
+from .history import History
 from .loggers import MlflowSink as MlflowSink
 from .loggers import TensorBoardSink as TensorBoardSink
 from .loggers import WandbSink as WandbSink
@@ -132,17 +133,20 @@ class Telemetry:
 
     Attributes:
         sinks: who takes the events.
+        history: the newest of them as records, also where nobody takes them.
         lost: events that a sink did not take, counted over all sinks.
     """
 
     def __init__(self, sinks: Iterable[Sink | Callable[[Event], None]] = ()) -> None:
         """Take the sinks."""
         self.sinks = list(sinks)
+        self.history = History()
         self.lost = 0
         self._known: list[_Trouble] = []
 
     def emit(self, event: Event) -> None:
         """Hand on one event; a sink that raises is reported, once, and is tried again with the next event."""
+        self.history.take(event)
         for sink in list(self.sinks):
             trouble = next((known for known in self._known if known.sink is sink), None)
             begun = monotonic()
