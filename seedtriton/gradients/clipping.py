@@ -111,7 +111,7 @@ def summary_of_all(sums: Tensor, watched: Watched, ranks: Ranks, rules: Rules) -
     for column, (_, way) in enumerate(watched.columns):
         held[column] /= way.copies
     own = held.new_zeros(segments).index_add_(0, place, held)
-    total = ranks.total(own, "clip_grad_norm_()")
+    total = ranks.few(own, "clip_grad_norm_()")
     found = reference.summarize(total, rules._replace(modes=rules.modes[:segments]))
     blocks = [block.index_select(0, place) for block in found[SUMMARY_HEAD:].view(3, segments)]
     return torch.cat([found[:SUMMARY_HEAD], *blocks])

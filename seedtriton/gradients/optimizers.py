@@ -92,3 +92,22 @@ def _inside(outer: Any) -> Any:
 def _parameters(optimizer: Any) -> set[int]:
     groups = getattr(optimizer, "param_groups", None) or ()
     return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Before a step: whether it is one that ``torch.distributed.checkpoint`` makes to have a state to load into.
+
+    It sets all rates and all gradients to zero for that, so it trains nothing. A first step of a warm-up has a rate
+    of zero as well, and gradients that are not; only then they are looked at, which waits for the device.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    if optimizer.state or not rates or not all(map(_is_zero, rates)):
+        return False
+    found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    held = [getattr(gradient, "_local_tensor", gradient) for gradient in found]
+    return bool(held) and not any(gradient.is_sparse or bool(gradient.count_nonzero()) for gradient in held)
+
+
+def _is_zero(rate: Any) -> bool:
+    on_gpu = isinstance(rate, torch.Tensor) and rate.device.type != "cpu"  # where that function has no rate of zero
+    return not on_gpu and float(rate) == 0.0

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import StateDictError
 from ..core.evidence import Sample
 from .marks import MOVED, Mark, displacement_of, moving_of
-from .optimizers import names_of
+from .optimizers import makes_state, names_of
 
 if TYPE_CHECKING:
     from .parameters import Watched
@@ -28,6 +28,7 @@ class _Counted:
         self.ref: Callable[[], torch.optim.Optimizer | None] = weakref.ref(optimizer)
         self.calls = 0  # calls of step()
         self.measured = 0  # measurements when it last stepped
+        self.idling = False  # whether its present step only makes a state
         # Of those calls the skipped ones, float64 0-dim on the device; None: none was told to skip.
         self.skipped: Tensor | None = None
 
@@ -50,7 +51,8 @@ class _Counted:
 class StepCounter:
     """Optimizer steps, by hooks that change nothing.
 
-    Steps that a GradScaler skips itself never arrive; those that fused optimizers skip are counted on the device.
+    Steps that a GradScaler skips itself never arrive; those that fused optimizers skip are counted on the device. One
+    that is none, ``makes_state``, is not counted.
 
     Attributes:
         total: calls of ``step()``, of all optimizers.
@@ -70,7 +72,13 @@ class StepCounter:
         self._hook(optimizer, entry)
 
     def _hook(self, optimizer: torch.optim.Optimizer, entry: _Counted) -> None:
+        def look(stepping: torch.optim.Optimizer, given: Sequence[object], named: Mapping[str, object]) -> None:
+            closed = any(value is not None and value is not stepping for value in (*given, *named.values()))
+            entry.idling = not closed and makes_state(stepping)  # a closure makes the gradients later
+
         def count(*_: object) -> None:
+            if entry.idling:
+                return
             entry.calls += 1
             entry.measured = self.calls
             entry.note_skipped()
@@ -79,6 +87,7 @@ class StepCounter:
             if alive is not None:
                 alive()
 
+        optimizer.register_step_pre_hook(look)
         optimizer.register_step_post_hook(count)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepCounter:

@@ -127,6 +127,10 @@ class Ranks(Protocol):
         """The sum over all ranks, the same bits on each. On every rank."""
         ...
 
+    def few(self, numbers: Tensor, call: str) -> Tensor:
+        """The same of a few numbers, float64 1-D, in a step: it waits for no GPU. On every rank."""
+        ...
+
     def objects(self, found: Any, call: str) -> list[Any]:
         """What each rank has found. On every rank."""
         ...

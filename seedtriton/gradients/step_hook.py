@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import OptState
 from ..core.errors import WiringError
 from .early import EarlySums
 from .loss_scale import scale_of, scale_of_all, state_in, table_of
+from .optimizers import makes_state
 from .row import LossScale
 
 
@@ -82,7 +83,7 @@ class StepHook:
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sum or measure; WiringError for a step with a closure."""
         monitor = self._monitor()
-        if monitor is None:
+        if monitor is None or makes_state(optimizer):
             return
         # torch passes the optimizer itself among the arguments.
         if any(value is not None and value is not optimizer for value in (*args, kwargs.get("closure"))):

@@ -175,15 +175,41 @@ class Ranks:
         Raises:
             WiringError: on all ranks, naming their calls; or not all of them came.
         """
+        rows: list[list[float]] = self._gathered(call, torch.tensor(numbers, dtype=torch.float64)).tolist()
+        self._refuse_other_calls(call, [row[0] for row in rows])
+        return [row[1:] for row in rows]
+
+    def _gathered(self, call: str, numbers: Tensor) -> Tensor:
+        """What each rank has told: float64 [world, HEADER] on ``device``, of each the number of its call first."""
         assert len(numbers) < HEADER
         own = torch.zeros(HEADER, dtype=torch.float64, device=self.device)
-        own[: 1 + len(numbers)] = torch.tensor([number_of(call), *numbers], dtype=torch.float64, device=self.device)
+        own[0] = number_of(call)
+        own[1 : 1 + len(numbers)] = numbers
         found = [torch.empty_like(own) for _ in range(self.world)]
         self._met(call, lambda: dist.all_gather(found, own, group=self.group))
-        rows = [row.tolist() for row in found]
-        if any(row[0] != rows[0][0] for row in rows):
+        return torch.stack(found)
+
+    def _refuse_other_calls(self, call: str, calls: Sequence[float]) -> None:
+        if any(other != calls[0] for other in calls):
             raise WiringError(_difference(self._plain((call, {}), call)))
-        return [row[1:] for row in rows]
+
+    def few(self, numbers: Tensor, call: str) -> Tensor:
+        """The sum over all ranks of a few numbers, the same bits on each, where ``numbers`` lie; waits for no GPU.
+
+        On every rank, in a step: one gather for each HEADER - 1 of them, which has the name of the call in it.
+
+        Raises:
+            WiringError: ranks are in different calls. With NCCL, where looking would be a wait, it is the ranks in
+                another call that find out.
+        """
+        sums = []
+        for part in numbers.split(HEADER - 1):
+            rows = self._gathered(call, part)
+            self._count(8 * HEADER * self.world)
+            if rows.device.type == "cpu":
+                self._refuse_other_calls(call, rows[:, 0].tolist())
+            sums.append(rows[:, 1 : 1 + len(part)].sum(0))
+        return torch.cat(sums).to(numbers.device)
 
     def total(self, numbers: Tensor, call: str) -> Tensor:
         """The sum over all ranks, the same bits on each, where ``numbers`` lie. On every rank: one reduction."""
@@ -228,7 +254,7 @@ def _difference(found: Sequence[tuple[str, Mapping[str, object]]]) -> str:
     if len(set(calls)) > 1:
         return (
             f"ranks are in different calls: {_by_rank(calls)}. germinate, end_epoch, advance, prune, read, "
-            "probe and state_dict are called on every rank, in the same order"
+            "probe and state_dict are called on every rank, in the same order, and so is clip_grad_norm_ in every step"
         )
     apart = [what for what, value in found[0][1].items() if any(facts[what] != value for _, facts in found)]
     words = "; ".join(f"{what}: {_by_rank([facts[what] for _, facts in found])}" for what in apart)

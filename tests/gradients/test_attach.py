@@ -468,3 +468,38 @@ def test_steps_without_any_gradient_are_an_empty_sample():
     loop.a.step()
     loop.b.step()
     assert loop.monitor.read()["a"].empty == 1
+
+
+# --- a step that is none ---
+
+
+@pytest.mark.parametrize("maker", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("rate", [1e-3, torch.tensor(1e-3)], ids=["number", "tensor"])
+def test_the_step_that_torch_makes_to_have_a_state_is_neither_counted_nor_measured(maker, rate):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = maker(model.parameters(), lr=rate)
+    monitor = GradientMonitor(model[0], {"s": model[1]}, optimizers=optimizer)
+    monitor.attach(optimizer)
+    get_optimizer_state_dict(model, optimizer)
+    assert (monitor.steps_taken(), int(monitor.count)) == (0, 0)
+    assert (len(optimizer.state) > 0) == (maker is torch.optim.AdamW)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert (monitor.steps_taken(), int(monitor.count)) == (1, 1)
+
+
+@pytest.mark.parametrize("spoil", ["rate", "gradient", "none", "closure", "state"])
+def test_a_step_that_trains_nothing_counts_where_it_is_one_of_the_loops(spoil):
+    """The first one of a warm-up has a rate of zero, one of a dead network gradients of zero."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 if spoil == "rate" else 0.0)
+    monitor = GradientMonitor([model.weight], {"s": [model.bias]}, optimizers=optimizer)
+    for parameter in model.parameters():
+        parameter.grad = None if spoil == "none" else torch.full_like(parameter, float(spoil == "gradient"))
+    if spoil == "state":
+        optimizer.state[model.weight]["own"] = 1
+        optimizer.param_groups[0]["params"] = [model.bias]
+    optimizer.step(*([lambda: torch.zeros(())] if spoil == "closure" else []))
+    assert monitor.steps_taken() == 1

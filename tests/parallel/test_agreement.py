@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parallel.harness import batches, block, host, loss_of, mine, spawn, values
+from parallel.harness import batches, block, host, loss_of, mine, spawn, values, wrapped
 from parallel.test_ranks import germinate, grow, learn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -95,6 +95,38 @@ def disagreeing(rank, world, how):
         growth.end_epoch()
     else:
         growth.end_epoch()
+
+
+def clipping(rank, world, other):
+    """One rank clips what is cut, and another one is somewhere else already."""
+    model = wrapped(host(), "fsdp")
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    growth = grow(model, optimizer)
+    germinate(growth, block(rank=rank))
+    loss_of(model, mine(batches(1)[0], rank, world)).backward()
+    growth.measure()
+    if rank == 0:
+        growth.clip_grad_norm_(1.0)
+    getattr(growth, other)(*(["slot"] if other == "advance" else []))
+
+
+@pytest.mark.parametrize("other", ["end_epoch", "advance", "state_dict"])
+def test_a_rank_that_clips_while_another_one_does_not_is_named(other):
+    found = spawn(clipping, 2, other=other)
+    words = f"WiringError: ranks are in different calls: rank 0 clip_grad_norm_(), rank 1 {other}()"
+    assert [one.error[: len(words)] for one in found] == [words, words]
+
+
+def many(rank, world):
+    numbers = torch.arange(70, dtype=torch.float64) * (1 + rank)
+    ranks = Ranks()
+    found = ranks.few(numbers, "many()")
+    return found.tolist(), ranks.collectives, ranks.bytes
+
+
+def test_more_numbers_than_a_header_has_are_summed_too():
+    found = values(many, 4)
+    assert found == [([10.0 * number for number in range(70)], 3, 3 * 4 * 32 * 8)] * 4
 
 
 @pytest.mark.parametrize(

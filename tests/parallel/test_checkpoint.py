@@ -1,5 +1,6 @@
 """A state that is the same on every rank, and that any other number of ranks in any wrapping goes on from."""
 
+import copy
 import tempfile
 
 import pytest
@@ -112,6 +113,38 @@ def test_it_goes_through_distributed_checkpoint(asynchronous):
             found = values(distributed, world, folder=folder, how="load")
             assert all(one == found[0] for one in found)
             near(found[0], want)
+
+
+def resumed(rank, world):
+    """A run that goes on, and a new one with its states, of which torch makes a step to load the optimizer's."""
+    from torch.distributed.checkpoint import state_dict as of_torch
+
+    full = of_torch.StateDictOptions(full_state_dict=True)
+
+    def begun():
+        model = host()
+        model = wrapped(model, "fsdp")
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        return model, optimizer, grow(model, optimizer)
+
+    model, optimizer, growth = begun()
+    germinate(growth, block(rank=rank))
+    learn(model, growth, optimizer, (rank, world), steps=HALF)
+    weights, moments = copy.deepcopy(of_torch.get_state_dict(model, optimizer, options=full))
+    state = growth.state_dict()
+    learn(model, growth, optimizer, (rank, world), steps=HALF, skip=HALF)
+    again, later, restored = begun()
+    restored.load_state_dict(state, seeds={"slot": block(rank=7)})
+    of_torch.set_model_state_dict(again, weights, options=full)
+    of_torch.set_optimizer_state_dict(again, later, moments, options=full)
+    learn(again, restored, later, (rank, world), steps=HALF, skip=HALF)
+    return told(growth), told(restored), restored.monitor.steps_taken()
+
+
+def test_a_step_that_torch_makes_to_load_an_optimizer_is_none():
+    for wanted, found, steps in values(resumed, 2):
+        assert found == wanted
+        assert (found["steps"], steps) == (2 * HALF, 2 * HALF)
 
 
 def test_another_entry_is_refused():
