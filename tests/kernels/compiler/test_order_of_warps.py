@@ -18,8 +18,8 @@ from seedtriton.kernels import _launch, _plan, gradient_scale, gradient_sums
 @pytest.fixture
 def emulator(monkeypatch):
     _launch.release()
-    monkeypatch.setattr(_plan, "MIN_CHUNK", 64)
-    monkeypatch.setattr(_plan, "MAX_CHUNK", 64)
+    monkeypatch.setattr(_plan, "MIN_CHUNK", 256)
+    monkeypatch.setattr(_plan, "MAX_CHUNK", 256)
     with Allocated() as allocated:
         yield take_over(monkeypatch, allocated)
     _launch.release()

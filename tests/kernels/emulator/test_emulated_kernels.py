@@ -20,10 +20,10 @@ F32, F64 = torch.float32, torch.float64
 
 @pytest.fixture
 def emulator(monkeypatch):
-    """Pieces of 64 bytes, so that small tensors have many items."""
+    """Pieces of 256 bytes, so that small tensors have many items."""
     _launch.release()
-    monkeypatch.setattr(_plan, "MIN_CHUNK", 64)
-    monkeypatch.setattr(_plan, "MAX_CHUNK", 64)
+    monkeypatch.setattr(_plan, "MIN_CHUNK", 256)
+    monkeypatch.setattr(_plan, "MAX_CHUNK", 256)
     with Allocated() as allocated:
         yield take_over(monkeypatch, allocated)
     _launch.release()
