@@ -168,10 +168,18 @@ def _check_whole(members: np.ndarray, whole: bool = True) -> None:
         raise UnknownInstruction("lanes that exchange numbers with less than their warp")
 
 
-def _field(value: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    return (value.astype(np.uint64) >> start & ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1))).astype(
-        np.uint32
-    )
+def _field(kind: str) -> Meaning:
+    """``length`` bits from ``start`` on, the highest of them the sign where the kind has one."""
+    width = bits(kind)
+    view = _SIGNED.get(kind, stored(kind))
+
+    def run(value: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+        if (length == 0).any() or (start.astype(np.uint64) + length > width).any():
+            raise UnknownInstruction("a field of no bits, or of more than there are")
+        left = (width - length - start).astype(value.dtype)
+        return ((value << left).view(view) >> (width - length).astype(view)).view(stored(kind))
+
+    return Meaning((kind, "u32", "u32"), kind, run)
 
 
 # Of two numbers the one that is not NaN, as PTX has it without ``.NaN``.
@@ -217,8 +225,8 @@ def _meaning(name: str, modifiers: tuple[str, ...], kind: str) -> Meaning:
         return _shifted(operator.lshift, kind)
     if name == "shr":
         return _shifted(operator.rshift, kind)
-    if name == "bfe" and kind == "u32":
-        return Meaning(("u32",) * 3, "u32", _field)
+    if name == "bfe":
+        return _field(kind)
     if name in _ALONE:
         return _typed(_ALONE[name], kind, 1)
     return _typed(_INTEGERS[name], kind, 2)

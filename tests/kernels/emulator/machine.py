@@ -400,8 +400,9 @@ class Machine:
         return block
 
     def _turn(self, warp: Warp, steps: int = sys.maxsize) -> None:
-        """Run a warp so far, or to the next barrier."""
-        while steps and warp.frames and not warp.waits:
+        """Run a warp so far, or to the next barrier; who opens it stops there as well."""
+        epoch = warp.block.epoch
+        while steps and warp.frames and not warp.waits and warp.block.epoch == epoch:
             steps -= 1
             frame = warp.frames[-1]
             step = frame.code.steps[frame.at]

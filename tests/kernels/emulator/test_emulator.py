@@ -191,6 +191,8 @@ def test_arithmetic_at_its_edges():
     assert compute("mul.wide.s32 d, a, b", one, one).view(np.int64)[0] == (2**31 - 1) ** 2
     assert compute("mul.wide.u32 d, a, b", one, one)[0] == (2**31 + 1) ** 2
     assert compute("bfe.u32 d, a, b, c", *(np.array([x], np.uint32) for x in (0b110100, 2, 3))).tolist() == [0b101]
+    field = (np.array([0b110100], np.uint64), *np.array([[2], [3]], np.uint32))
+    assert compute("bfe.s64 d, a, b, c", *field).view(np.int64).tolist() == [-3]
     assert set(compute("redux.sync.max.s32 d, a, b", one, np.full(6, 0xFFFFFFFF, np.uint32)).tolist()) == {0x80000001}
     nan, two = np.array([np.nan]).view(np.uint64), np.array([2.0]).view(np.uint64)
     assert compute("max.f64 d, a, b", nan, two).view(np.float64).tolist() == [2.0]
