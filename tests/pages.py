@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from seedtriton import GateThresholds, QualityGates, SeedStatus, Stage  # noqa: E402 - the root has to be known first
+from seedtriton.core.advice import ADVICE  # noqa: E402
 from seedtriton.core.gates import GATE_OF  # noqa: E402
 
 
@@ -69,8 +70,31 @@ def questions() -> str:
     return "\n".join(rows)
 
 
+def refusals() -> str:
+    """Every answer of a gate that asks for a hand: what is behind it, and what to do."""
+    rows = ["| a gate says | what is behind it | what to do |", "|---|---|---|"]
+    rows += [f"| `{name}` | {plain(known.cause)} | {plain(known.cure)} |" for name, known in sorted(ADVICE.items())]
+    return "\n".join(rows)
+
+
+def plain(text: str) -> str:
+    """Words of a message as Markdown shows them: names and calls as code, nothing else as a mark."""
+    name = r"[A-Za-z_][\w.]*"
+    shapes = (
+        rf"x [+=] {name}\(x\)",
+        rf"{name}\((?:[^()]|\([^()]*\))*\)(?:\.{name})?",
+        rf"{name}=(?:\[[^\]]*\]|\.\.\.|[\w\".]*[\w\"])",
+        rf"{name}\[-?\d\]",
+        r"[a-z.]+_[a-z_]+|evidence\.reason",
+    )
+    return re.sub(rf"(?<![\w.`])(?:{'|'.join(shapes)})", r"`\g<0>`", text.replace("|", "\\|"))
+
+
 # Name of the block -> what writes it, by page.
-PAGES = {"docs/gates.md": {"questions": questions, "limits": limits}}
+PAGES = {
+    "docs/gates.md": {"questions": questions, "limits": limits},
+    "docs/troubleshooting.md": {"refusals": refusals},
+}
 
 
 def with_blocks(page: str, text: str) -> str:

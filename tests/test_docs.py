@@ -14,7 +14,8 @@ from torch import nn
 from written import BLOCKS, FRAGMENT, NEW_PROCESS, PAGES, ROOT, names_of_a_script, run
 
 import seedtriton
-from seedtriton import GateThresholds, GrowthController, SeedSlot
+from seedtriton import GateThresholds, GradientMonitor, GrowthController, SeedSlot, SeedtritonError
+from seedtriton.core.advice import ADVICE
 from seedtriton.testing import assert_isolated
 
 # --- blocks of code ---
@@ -188,6 +189,48 @@ def test_every_block_of_python_is_found():
     assert all(block.note in ("", NEW_PROCESS) or block.note.startswith(FRAGMENT) for block in BLOCKS)
 
 
+# --- likely mistakes ---
+
+TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+TABLE = TROUBLES.partition("## Likely mistakes")[2].partition("## Refusals")[0]
+MISTAKES = re.findall(r"^\| (.*?) \| (.*?) \| .*? ?\|$", TABLE, flags=re.MULTILINE)[1:]
+CODE = re.compile("`([^`]*)`")
+RAISED = [(CODE.fullmatch(left)[1], CODE.fullmatch(right)[1]) for left, right in MISTAKES
+          if CODE.fullmatch(left) and CODE.fullmatch(right)]  # fmt: skip
+
+
+class Adapter(nn.Module):
+    """A seed of a width that has to be told."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.layer(x)
+
+
+@pytest.mark.parametrize("written, said", RAISED, ids=lambda text: text[:40])
+def test_a_mistake_says_what_the_page_says(written, said, tmp_path):
+    names = names_for("", "load_" if ".germinate(" in written else written, tmp_path)
+    names |= {"Adapter": Adapter, "adapter": nn.Linear(4, 4), "GradientMonitor": GradientMonitor}
+    with pytest.raises(SeedtritonError) as raised:
+        run(written, names)
+    words = ".*".join(map(re.escape, said.split("…")))
+    assert re.search(words, str(raised.value)), raised.value
+
+
+def test_what_no_error_says_is_worded_in_the_code_as_on_the_page():
+    others = [said for written, said in MISTAKES if (written[1:-1], said[1:-1]) not in RAISED]
+    quoted = [words for said in others for words in CODE.findall(said)]
+    source = " ".join(path.read_text("utf-8") for path in (ROOT / "seedtriton").rglob("*.py"))
+    source = re.sub(r'"\s+f?"', "", source)  # a string that goes over two lines
+    assert len(RAISED) >= 8
+    assert len(quoted) >= 5
+    heads = [words.partition(":")[0].partition("'")[0] for words in quoted]
+    assert [head for head in heads if head not in source] == []
+
+
 # --- pages that the code writes ---
 
 
@@ -203,6 +246,29 @@ def test_every_limit_is_explained_with_its_default():
         assert re.search(rf"^\| `{item.name}` \| .+ \| .{{15,}} \|$", table, flags=re.MULTILINE), item.name
     assert table.count("\n") == len(dataclasses.fields(GateThresholds)) + 1
     assert "| `min_samples` | `32` |" in table
+
+
+def test_every_refusal_is_explained():
+    table = pages.refusals()
+    for name, known in ADVICE.items():
+        assert f"| `{name}` | " in table
+        assert known.cause.split()[0] in table
+    assert table.count("\n") == len(ADVICE) + 1
+
+
+@pytest.mark.parametrize(
+    "text, marked",
+    [
+        ("Call growth.measure() in every step.", "Call `growth.measure()` in every step."),
+        ("return x + f(x).", "return `x + f(x)`."),
+        ("Model(..., a=...) or total_steps=....", "`Model(..., a=...)` or `total_steps=...`."),
+        ("(on_harm=\"fade\"); wait", "(`on_harm=\"fade\"`); wait"),
+        ("growth.optimizer.param_groups[-1]; a|b", "`growth.optimizer.param_groups[-1]`; a\\|b"),
+        ("Train on; the gate (frozen) asks e.g. again.", "Train on; the gate (frozen) asks e.g. again."),
+    ],
+)
+def test_calls_and_names_are_set_as_code(text, marked):
+    assert pages.plain(text) == marked
 
 
 def test_every_question_with_a_limit_names_it():
