@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..core.copying import DeepCopied
 from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import HOST_FLOOR, RATIO_EPS
 from . import ops, reference
@@ -45,7 +46,7 @@ from .windows import Windows
 WINDOW = 128
 
 
-class GradientMonitor(Windows):
+class GradientMonitor(DeepCopied, Windows):
     """Measures the gradients of a host and its seeds, and says what the last samples show.
 
     Call ``measure()`` (or the monitor itself) once per optimizer step: after backward, before a GradScaler's

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.copying import DeepCopied
 from ..core.errors import WiringError
 from ..core.gates import QualityGates
 from ..core.harm import FADE
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from ..parallel.ranks import Ranks
 
 
-class GrowthController(Teller):
+class GrowthController(DeepCopied, Teller):
     """Grows a model while it trains: ``germinate``, then ``measure`` per step and ``end_epoch`` per epoch.
 
     Args:

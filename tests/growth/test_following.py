@@ -62,23 +62,31 @@ def same_now(ema, model):
     inner.train()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "ramp"])
 @pytest.mark.parametrize("blend", ["add", "gate"])
 def test_an_average_follows_a_whole_life(when, blend):
     script = Script()
     model, growth = script.model, script.growth
-    ema = None
-    for moment in ("before", "after"):
+    averages = []
+
+    def begin(moment):
         if moment == when:
-            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0))
-            growth.follow(ema)
-        if moment == "before":
-            growth.germinate("slot", Seed(), probe=torch.randn(2, 6), blend=blend)
-    same_now(ema, model)
+            averages.append(AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0)))
+            growth.follow(averages[0])
+        for ema in averages:
+            same_now(ema, model)
+
+    begin("before")
+    growth.germinate("slot", Seed(), probe=torch.randn(2, 6), blend=blend)
+    begin("after")
     script.step()
-    same_now(ema, model)
+    begin("")
     script.move(Stage.BLENDING)
-    for _ in range(5):
+    script.step(2)
+    assert 0.0 < model.slot.alpha_value < 1.0
+    begin("ramp")
+    [ema] = averages
+    for _ in range(3):
         script.step()
         same_now(ema, model)
     growth.set_alpha_target("slot", 0.5, steps=2)
