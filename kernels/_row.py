@@ -33,6 +33,16 @@ def sum_range(values, first, last, BLOCK: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
+def publish(cell, value):  # type: ignore[no-untyped-def]
+    """Store what another program reads in the same launch, behind an atomic add.
+
+    Written through all caches: on gfx942, LLVM drops the wait between a release's write-back of the L2 cache and its
+    atomic wherever no store is under way (llvm-project#178316), so that nothing may be left to write back.
+    """
+    tl.store(cell, value, cache_modifier=".wt")
+
+
+@triton.jit
 def _scalar_or(address, default):  # type: ignore[no-untyped-def]
     """The fp32 number at ``address`` (int64) as fp64, or ``default`` when the address is 0."""
     return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=default).to(tl.float64)
@@ -84,7 +94,7 @@ def judge_tensor(  # type: ignore[no-untyped-def]
     exploding = (sumsq > high * high * elements) | ~(sumsq < float("inf"))
     mark = live.to(tl.int64) + vanishing.to(tl.int64) * VANISHING_MARK + exploding.to(tl.int64) * EXPLODING_MARK
     slot = tl.load(meta + 3 * items + item)
-    tl.store(marks + slot, mark)
+    publish(marks + slot, mark)
     _note_tensor(slot, sumsq, marks - TABLE_ADDRESSES, meta + 6 * items + 2 * num_segments + 2)
 
 
@@ -92,7 +102,7 @@ def judge_tensor(  # type: ignore[no-untyped-def]
 def close_segment(segment, work, item_starts, items, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add up a segment whose items are all done."""
     sumsq = sum_range(work, tl.load(item_starts + segment), tl.load(item_starts + segment + 1), BLOCK)
-    tl.store(work + items + segment, sumsq)
+    publish(work + items + segment, sumsq)
     return sumsq
 
 
@@ -115,7 +125,7 @@ def close_row_segment(  # type: ignore[no-untyped-def]
     slot_starts = item_starts + num_segments + 1
     marks = marks_of(work, items, num_segments)
     total = sum_range(marks, tl.load(slot_starts + segment), tl.load(slot_starts + segment + 1), BLOCK)
-    tl.store((work + items + num_segments).to(tl.pointer_type(tl.int64)) + segment, total)
+    publish((work + items + num_segments).to(tl.pointer_type(tl.int64)) + segment, total)
     return sumsq
 
 

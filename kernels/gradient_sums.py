@@ -113,7 +113,7 @@ def _sum_item(  # type: ignore[no-untyped-def]
     else:
         sums = _square_words(address, length, tl.float16, LANES, BYTES)
     partial = tl.sum(sums.to(tl.float64))
-    tl.store(work + item, partial)
+    _row.publish(work + item, partial)
     return segment, partial
 
 

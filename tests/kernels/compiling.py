@@ -6,9 +6,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from seedtriton.gradients.row import LAYOUT
 from seedtriton.kernels import _launch, _row, gradient_sums
 
 TARGETS = {
@@ -16,6 +18,18 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+F32, F64 = torch.float32, torch.float64
+VARIANTS = {
+    "row": (9, F32, True, True, False),
+    "row-fp64": (9, F64, True, True, False),
+    "row-256-segments": (256, F32, True, True, False),
+    "row-256-segments-fp64": (256, F64, True, True, False),
+    "sums": (9, F32, False, True, False),
+    "sums-fp64": (9, F64, False, True, False),
+    "row-small-grid": (9, F32, True, True, True),
+    "two-launches": (9, F32, True, False, False),
 }
 
 
@@ -28,6 +42,18 @@ def compiled(kernel: Any, constants: Any, target: GPUTarget) -> Any:
     assert all(signature[name] for name in names)
     source = triton.compiler.ASTSource(kernel, signature, constexprs)
     return triton.compile(source, target=target, options=dict(_launch.OPTIONS))
+
+
+def sums(variant: tuple[Any, ...], target: GPUTarget, kernel: Any = gradient_sums._sums_kernel) -> Any:
+    """The sums kernel as the launcher asks for it: segments, lanes, epilogue, counters, persistent."""
+    layout = LAYOUT if variant[2] else gradient_sums.SUMS_LAYOUT
+    constants = gradient_sums._constants(*variant, 1e-6, layout, target.warp_size)
+    return compiled(kernel, constants, target)
+
+
+def expected_atomics(variant: tuple[Any, ...]) -> int:
+    """One for segments, one for the sample, and for a row one for tensors of several items."""
+    return (2 + variant[2]) if variant[3] else 0
 
 
 def broken(tmp_path: Path, old: str, new: str) -> Any:

@@ -8,13 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 
-from compiling import TARGETS, broken, compiled  # noqa: E402
+from compiling import F32, F64, TARGETS, VARIANTS, broken, compiled, expected_atomics, sums  # noqa: E402
 
-from seedtriton.gradients.row import LAYOUT  # noqa: E402
 from seedtriton.kernels import _launch, gradient_scale, gradient_sums  # noqa: E402
 
 # 7 programs of 128 threads fill the 65 536 registers of a multiprocessor, 112 KiB of loads in flight. A small grid,
@@ -24,28 +22,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
 
 
-F32, F64 = torch.float32, torch.float64
-VARIANTS = {
-    "row": (9, F32, True, True, False),
-    "row-fp64": (9, F64, True, True, False),
-    "row-256-segments": (256, F32, True, True, False),
-    "row-256-segments-fp64": (256, F64, True, True, False),
-    "sums": (9, F32, False, True, False),
-    "sums-fp64": (9, F64, False, True, False),
-    "row-small-grid": (9, F32, True, True, True),
-    "two-launches": (9, F32, True, False, False),
-}
 # Between 32 and 256 segments only the size of one block differs: one GPU is enough to see that.
 MORE_SEGMENTS = {
     f"row-{count}-segments-{lanes}": (count, lanes, True, True, False) for count in (64, 128) for lanes in (F32, F64)
 }
-
-
-def sums(variant, target, kernel=gradient_sums._sums_kernel):
-    """The sums kernel as the launcher asks for it: segments, lanes, epilogue, counters, persistent."""
-    layout = LAYOUT if variant[2] else gradient_sums.SUMS_LAYOUT
-    constants = gradient_sums._constants(*variant, 1e-6, layout, target.warp_size)
-    return compiled(kernel, constants, target)
 
 
 def code(kernel):
@@ -119,7 +99,7 @@ def atomics(kernel):
     """Atomic adds with acquire and release at GPU scope that the code really has."""
     if "ptx" in kernel.asm:
         return len(re.findall(r"atom\.global\.gpu\.acq_rel\.add", code(kernel)))
-    # On AMD the fences are instructions of their own around a plain atomic.
+    # On AMD the fences are instructions of their own around a plain atomic; test_release_on_amd.py looks at the waits.
     assert ("buffer_wbl2 sc1" in code(kernel)) == ("global_atomic_add" in code(kernel))
     assert ("buffer_inv sc1" in code(kernel)) == ("global_atomic_add" in code(kernel))
     return len(re.findall(r"global_atomic_add", code(kernel)))
@@ -139,11 +119,6 @@ def assert_good(kernel, tmp_path, loads, counts, most=REGISTERS):
 def expected_loads(variant, target):
     """Groups of four blocks of 32 bytes per thread, for each of three dtypes; 16 with fp64 lanes or with wide warps."""
     return 24 if variant[1] is F32 and target.warp_size == 32 else 12
-
-
-def expected_atomics(variant):
-    """One for segments, one for the sample, and for a row one for tensors of several items."""
-    return (2 + variant[2]) if variant[3] else 0
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
