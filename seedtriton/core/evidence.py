@@ -161,6 +161,9 @@ class SeedEvidence(PlainState):
         plateau_share: share of the samples whose norm, the seed's or the host's, lies at the top of the window: near
             1 when somebody clips host and seed apart before they are measured. See ``clipped_share()`` and
             ``plateau_share()``, also for what they cannot see. None for fewer than 8 samples.
+
+    Raises:
+        ConfigurationError: a status that is none, or a count below 0.
     """
 
     seed: str

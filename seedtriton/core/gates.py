@@ -87,7 +87,7 @@ class QualityGates(PlainState):
         return Verdict(gate, target, status.seed, passed, checks, self.mode)
 
     def overshoots(self, verdict: Verdict) -> bool:
-        """Whether a seed that G2 refused goes the right way, by its blend gain, and too far, by the probe."""
+        """Whether a seed went the right way, by its blend gain, and too far, by the probe, in the ``verdict`` of G2."""
         answers, limit = {check.question: check for check in verdict.checks}, self.thresholds.min_blend_gain_t
         if limit is None or "probe_harm" not in answers or answers["probe_harm"].passed is not False:
             return False

@@ -90,7 +90,7 @@ class Lifecycle:
         return isinstance(target, Stage) and target in TRANSITIONS[self.stage]
 
     def move(self, target: Stage, reason: str = "", initiator: str = "script") -> None:
-        """Move to ``target`` and start counting its epochs at 0; why and by whom go into the history.
+        """Move to ``target`` and start counting its epochs at 0; ``reason`` and ``initiator`` go into the history.
 
         Raises:
             TransitionError: when the table does not allow it; nothing has changed then.

@@ -216,9 +216,14 @@ def _standing(alpha: float) -> AlphaSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressThreshold(PlainState):
-    """A threshold by the phase of training: ``early``, then ``mid`` from ``mid_from`` on, then ``late``.
+    """A threshold by the phase of training; ``threshold(progress)`` is the one at a share that is done, in [0, 1].
 
-    ``threshold(progress)`` takes the share of training that is done, in [0, 1].
+    Attributes:
+        early: from the beginning.
+        mid: from ``mid_from`` on, a share of the training.
+        late: from ``late_from`` on.
+        mid_from: in [0, ``late_from``].
+        late_from: in [``mid_from``, 1].
 
     Raises:
         ConfigurationError: a negative or non-finite threshold, phases out of order or outside [0, 1].

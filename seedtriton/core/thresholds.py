@@ -147,7 +147,7 @@ class GateThresholds(PlainState):
         return cls(**(numbers | changes))
 
     def without(self, *names: str) -> GateThresholds:
-        """A copy with these limits switched off; ConfigurationError for a name that is no limit."""
+        """A copy with the limits of these ``names`` switched off; ConfigurationError for one that is no limit."""
         known = {item.name for item in dataclasses.fields(self)} - {"ratio"}
         for name in names:
             if name not in known:

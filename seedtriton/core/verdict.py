@@ -71,7 +71,16 @@ class Check(PlainState):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate says of one seed: passed or refused, with every question it asked."""
+    """What a gate says of one seed: passed or refused, with every question it asked; true where it passed.
+
+    Attributes:
+        gate: which one was asked.
+        target: the stage that it guards.
+        seed: the name of the seed, its slot's path in the model.
+        passed: whether nothing was answered with no.
+        checks: every question, causes before symptoms.
+        mode: "strict" or "permissive".
+    """
 
     gate: Gate
     target: Stage

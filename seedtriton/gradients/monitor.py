@@ -134,7 +134,7 @@ class GradientMonitor(DeepCopied, Windows):
         )  # fmt: skip
 
     def forward(self, *, tag: str | None = None) -> None:
-        """Measure; so that ``torch.compile(monitor, fullgraph=True)`` works."""
+        """``measure(tag=tag)``; so that ``torch.compile(monitor, fullgraph=True)`` works."""
         self.measure(tag=tag)
 
     def measure(
@@ -188,7 +188,7 @@ class GradientMonitor(DeepCopied, Windows):
         self._measure(scale, given, scaler=scaler)
 
     def pass_over(self, *, tag: str | None = None, every: int = 1) -> None:
-        """Count a call in whose place nothing is measured; its arguments, and their errors, are ``measure``'s."""
+        """Count a call in whose place nothing is measured; ``tag`` and ``every``, and errors, are ``measure``'s."""
         check_every(every)
         if _counts(self.tag, tag):
             self._rounds.pass_over()

@@ -256,7 +256,7 @@ class Windows(Ring):
             self._changes.pop(seed, None)
 
     def add_seed(self, name: str, seed: Parameters, *, alpha: Any = None) -> None:
-        """Watch one more seed from now on; the samples of the others stay.
+        """Watch one more seed, with its ``alpha`` if it has one, from now on; the samples of the others stay.
 
         Raises:
             ConfigurationError: the name is taken.
@@ -269,7 +269,7 @@ class Windows(Ring):
         self._mark_stepped()
 
     def remove_seed(self, *names: str) -> None:
-        """Forget a seed, or several: what is left of them in the host counts as host from now on.
+        """Forget the seeds of these ``names``: what is left of them in the host counts as host from now on.
 
         Raises:
             ConfigurationError: no seed has this name; nothing has changed.
@@ -349,7 +349,7 @@ class Windows(Ring):
         return state
 
     def load_whole_state(self, state: Mapping[str, Any]) -> None:
-        """Take over ``whole_state``, whatever ranks it was of; on every rank.
+        """Take over a ``state`` of ``whole_state``, whatever ranks it was of; on every rank.
 
         Raises:
             StateDictError: it does not fit these seeds and optimizers; nothing has changed.

@@ -206,7 +206,7 @@ class GrowthController(DeepCopied, Teller):
         """Measure the gradients of this step: after backward, before a GradScaler's unscale_, clipping and the step.
 
         Also moves every alpha on its way, once per optimizer step, as does a hook of ``monitor.attach``. Only counts
-        while no slot holds a living seed. For the arguments see ``GradientMonitor.measure``.
+        while no slot holds a living seed. ``scaler``, ``gradients``, ``tag``, ``every``: ``GradientMonitor.measure``'s.
         """
         if self._lives:
             self.monitor.measure(scaler, gradients=gradients, tag=tag, every=every)
@@ -216,7 +216,7 @@ class GrowthController(DeepCopied, Teller):
     def clip_grad_norm_(self, max_norm: Limit, error_if_nonfinite: bool = False, *, reuse: bool = True) -> Tensor:
         """Clip the host, with all that is blended, by its norm, and every seed behind it by its own; the host's norm.
 
-        Together they would share one norm. For the arguments see ``GradientMonitor.clip_grad_norm_``.
+        ``max_norm``, ``error_if_nonfinite`` and ``reuse`` are those of ``GradientMonitor.clip_grad_norm_``.
         """
         return self.monitor.clip_grad_norm_(max_norm, error_if_nonfinite, apart=True, reuse=reuse)
 

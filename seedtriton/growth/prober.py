@@ -116,7 +116,7 @@ class Prober:
         return probe(self.model, slot, evaluate, alphas, self._gather)
 
     def probe_if_known(self, slot: str, alphas: Sequence[float] | None) -> BlendProbe | None:
-        """``probe`` of one seed; None without a validation function."""
+        """``probe(slot, alphas=alphas)`` of one seed; None without a validation function."""
         return None if self.evaluate is None else self.probe(slot, alphas=alphas)
 
     def _facts(self) -> dict[str, object]:

@@ -129,7 +129,7 @@ class SeedSlot(nn.Module):
         return found
 
     def agree(self, violations: int, preserves_shape: bool | None, handed_on: float | None) -> None:
-        """Take over what all ranks that train this model have seen together."""
+        """Take over ``violations``, ``preserves_shape`` and ``handed_on`` as all ranks together have seen them."""
         self.isolation_violations, self.preserves_shape, self._handed_on = violations, preserves_shape, handed_on
 
     def modules_of_seed(self) -> list[nn.Module]:
@@ -234,7 +234,7 @@ class SeedSlot(nn.Module):
         self.move(Stage.GERMINATED)
 
     def move(self, target: Stage, reason: str = "", initiator: str = "script") -> None:
-        """Move to ``target`` by the table, and compute as that stage does from the next forward pass on.
+        """Move to ``target``, for a ``reason`` and by an ``initiator``, and compute as it does from the next pass on.
 
         Raises:
             TransitionError: the table does not allow it; nothing has changed.
@@ -249,7 +249,7 @@ class SeedSlot(nn.Module):
             self.alpha.grad = None
 
     def set_alpha(self, value: float) -> None:
-        """Set the blend factor, in place and without waiting for the device.
+        """Set the blend factor to ``value``, in place and without waiting for the device.
 
         Raises:
             ConfigurationError: outside [0, 1] or NaN.

@@ -46,7 +46,7 @@ class LogSink:
     """One line per event to a logger, "seedtriton" unless told, at level INFO; harm at WARNING, which scripts see."""
 
     def __init__(self, target: logging.Logger | None = None, level: int = logging.INFO) -> None:
-        """Take the logger and the level."""
+        """Take the logger, ``target``, and the ``level``."""
         self._logger = target or logger
         self._level = level
 
@@ -82,7 +82,7 @@ class JsonLinesSink:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Make the folder and open the file for appending."""
+        """Make the folder of ``path`` and open that file for appending."""
         self._lines = _Lines(path)
 
     def __call__(self, event: Event) -> None:
@@ -104,7 +104,7 @@ class CsvSink:
     COLUMNS = ("event", "seed", "epoch", "step", "stage", "name", "value")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Make the folder and open the file for appending.
+        """Make the folder of ``path`` and open that file for appending.
 
         Raises:
             ConfigurationError: it has something in it that does not begin with these columns.
