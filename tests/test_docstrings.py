@@ -76,7 +76,7 @@ def raised(subject):
     """The package's errors that a function raises itself."""
     if inspect.isclass(subject):
         makers = [vars(subject).get(name) for name in ("__init__", "__post_init__")]
-        written = [maker for maker in makers if inspect.isfunction(maker) and "seedtriton" in maker.__code__.co_filename]
+        written = [each for each in makers if inspect.isfunction(each) and "seedtriton" in each.__code__.co_filename]
         return [] if issubclass(subject, Exception) else sorted({name for maker in written for name in raised(maker)})
     tree = ast.parse(textwrap.dedent(inspect.getsource(subject)))
     calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
