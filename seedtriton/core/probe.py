@@ -108,7 +108,7 @@ class BlendProbe(PlainState):
         return max(self.errors[0], self.spread / math.sqrt(1 + (self.degrees or 0)))
 
     def noise(self, errors: float, error: float) -> float:
-        """What a move must exceed to be more than so many ``errors``; few losses know its ``error`` badly, and need more."""
+        """What a move must exceed to be more than ``errors`` times its ``error``, of which few losses tell little."""
         return error * (errors if self.degrees is None else student(errors, self.degrees))
 
     def _largest(self, sign: float, errors: float) -> float:
