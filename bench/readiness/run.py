@@ -2,7 +2,8 @@
 
 Truth is measured, not labelled: at each verdict, the loss on held-out samples that no gate has seen, with the
 seed blended in at alpha 0.1 and at the slot's target, against the loss without it. A seed that helps no more than it
-did before it was trained is called lucky: it is no mistake to refuse it, nor to let it pass.
+did before it was trained is called lucky: it is no mistake to refuse it, nor to let it pass. One behind which no epoch
+of training has a finite loss is not ready, whatever the held-out samples say: they are seen in evaluation mode.
 """
 
 from __future__ import annotations
@@ -77,6 +78,14 @@ def helped_by_training(task: Task, model: torch.nn.Module, untrained: torch.nn.M
         if change.mean().item() < -bound:
             return True
     return False
+
+
+def trains(task: Task, model: torch.nn.Module, random_seed: int) -> bool:
+    """Whether the loss of an epoch in training mode is finite throughout with the seed blended in; nobody steps."""
+    twin, batches = twin_of(model).train(), task.batches(random_seed)
+    twin.slot.blend_at(max(TRUTH_AT))
+    with torch.random.fork_rng(devices=[]):
+        return all(bool(task.loss(twin, next(batches)).detach().isfinite()) for _ in range(STEPS))
 
 
 class Esper:
@@ -204,7 +213,9 @@ def train(
         measured = probe(model, SLOT, lambda twin: task.sample_losses(twin, task.truth), TRUTH_AT)
         errors = measured.errors or ()
         label = truth(measured.loss, measured.changes, errors)
-        if label == READY and not helped_by_training(task, model, untrained):
+        if label == READY and not trains(task, model, random_seed + 2000 + epoch):
+            label = NOT_READY
+        elif label == READY and not helped_by_training(task, model, untrained):
             label = LUCK
         evidence = growth.evidence()[SLOT]
         rows.append({

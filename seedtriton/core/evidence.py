@@ -66,6 +66,11 @@ class Sample(NamedTuple):
         """Both sides finite and the step taken: only then is it averaged in."""
         return math.isfinite(self.host_sumsq) and math.isfinite(self.seed_sumsq) and not self.skipped
 
+    @property
+    def spoilt_by_seed(self) -> bool:
+        """The seed alone was not finite, and nobody skips the step for it."""
+        return math.isfinite(self.host_sumsq) and not math.isfinite(self.seed_sumsq) and not self.skipped
+
 
 def gradient_ratio(seed_norm: float, host_norm: float, eps: float = RATIO_EPS) -> float:
     """``seed_norm / (host_norm + eps)``, the formula of the original gate.
@@ -139,7 +144,8 @@ class SeedEvidence(PlainState):
         host_norm: the same for the host.
         samples: measurements averaged.
         dropped: measurements left out because a side was not finite or the step was skipped.
-        seed_not_finite: those of them in which the seed's own gradients were not finite.
+        seed_not_finite: those of them in which the seed's gradients were not finite, the host's were, and the step was
+            not skipped.
         empty: measurements at which no parameter at all had a gradient.
         age: optimizer steps since the last read that found a new sample; None without an optimizer.
         blend_gain: mean over the last ``GAIN_SAMPLES`` of -<dL/dout, seed - host>, the first-order
@@ -262,7 +268,7 @@ def collect_evidence(
         **window._asdict(),
         samples=len(used),
         dropped=dropped,
-        seed_not_finite=sum(not math.isfinite(sample.seed_sumsq) for sample in samples),
+        seed_not_finite=sum(sample.spoilt_by_seed for sample in samples),
         empty=empty,
         age=age,
         blend_gain=sum(gain / len(gains) for gain in gains) if gains else None,

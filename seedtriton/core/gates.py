@@ -130,6 +130,12 @@ class QualityGates(PlainState):
             ask.stage_is(status, Stage.TRAINING, "in_training", "not_in_training"),
             ask.measured(known),
             ask.finite(known, limits.max_dropped_share),
+            ask.at_most(
+                "quarantine", "max_seed_not_finite", known.seed_not_finite, limits.max_seed_not_finite,
+                "seed_always_finite", "seed_not_finite",
+                "measurements in which the seed's gradients were not finite and the host's were; blended in, they are "
+                "the host's",
+            ),
             ask.not_clipped(known, limits.max_plateau_share),
             ask.in_optimizer(known, limits.require_optimizer),
             ask.at_least(

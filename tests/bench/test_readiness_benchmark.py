@@ -41,6 +41,13 @@ def test_the_truth_has_both_kinds(quick):
     assert min(truths.count("ready"), truths.count("not ready")) >= 5
 
 
+def test_what_would_be_the_hosts_nan_is_not_ready_however_well_it_does_on_held_out_samples(quick):
+    truths = {(run["scenario"], epoch["truth"]) for run in quick[1]["runs"] for epoch in run["epochs"]}
+    assert ("healthy", "ready") in truths
+    assert ("NaN bursts", "ready") not in truths
+    assert ("NaN bursts", "not ready") in truths
+
+
 def test_every_refusal_of_a_planted_cause_names_it(quick):
     refused = [run for run in quick[1]["runs"] if run["causes"] and not run["verdicts"]["G2"]["passed"]]
     assert len(refused) >= 12

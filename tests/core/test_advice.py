@@ -34,6 +34,7 @@ NUMBERS = (None, 0.0, 0.5, 1e6)
 def a_status(draw):
     evidence = SeedEvidence(
         seed="s", status=draw(STATUSES), frozen=draw((True, False)), samples=draw((0, 5, 100)), dropped=draw((0, 50)),
+        seed_not_finite=draw((0, 1)),
         **{name: draw(NUMBERS) for name in ("ratio", "rms_ratio", "displacement", "plateau_share")},
         **{name: draw((None, 0.0, 1.0)) for name in ("live_share", "vanishing_share", "exploding_share", "health")},
         blend_gain_t=draw((None, -9.0, 9.0)), age=draw((None, 0, 99)), idle=draw((None, 99)),

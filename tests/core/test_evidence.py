@@ -269,6 +269,13 @@ def test_a_correlated_series_is_worth_what_theory_says():
         assert 1 / 1.3 < statistics.fmean(found) < 1.3
 
 
+def test_what_the_seed_alone_has_spoilt_is_counted_apart_from_what_was_dropped():
+    bad = {"seed_sumsq": NAN}
+    window = [sample(), sample(**bad), sample(seed_sumsq=INF), sample(**bad, skipped=True), sample(**bad, host_sumsq=INF)]
+    found = collect([*window, sample(host_sumsq=NAN)])
+    assert (found.samples, found.dropped, found.seed_not_finite) == (1, 5, 2)
+
+
 def test_alternating_and_constant_series_count_every_sample():
     assert effective_sample_size([1.0, -1.0] * 20) == 40
     assert effective_sample_size([3.0] * 12) == 12

@@ -36,6 +36,7 @@ TOLD = {"identity", "modes"}
 # question: the threshold that switches it off
 QUESTIONS = {
     "finite": "max_dropped_share",
+    "quarantine": "max_seed_not_finite",
     "clipping": "max_plateau_share",
     "optimizer": "require_optimizer",
     "displacement": "min_displacement",
@@ -63,6 +64,7 @@ LIMITS = [
     ),
     ("isolation", "isolation_violations", 3, 4, "isolated", "isolation_violated"),
     ("epochs", "epochs_in_stage", 3, 2, "seed_ready", "seed_not_ready"),
+    ("quarantine", "seed_not_finite", 0, 1, "seed_always_finite", "seed_not_finite"),
     ("gradient_ratio", "ratio", 0.05, math.nextafter(0.05, 0), "seed_gradient_active", "seed_gradient_low"),
     ("exploding", "ratio", 1e3, math.nextafter(1e3, INF), "seed_gradient_bounded", "seed_gradient_exploding"),
     (
@@ -167,7 +169,7 @@ def test_g2_asks_these_questions_and_a_good_seed_passes_all():
     assert (verdict.gate, verdict.target, verdict.seed, verdict.mode) == (Gate.G2, Stage.BLENDING, "s", STRICT)
     assert verdict.passed is True
     assert {check.question for check in verdict.checks} == ALWAYS_ASKED | TOLD | QUESTIONS.keys() | OFF.keys()
-    assert len(verdict.checks) == 23
+    assert len(verdict.checks) == 24
     unasked = {check.question for check in verdict.checks if check.passed is None}
     assert unasked == OFF.keys() | {"probe_gain", "probe_harm", "modes"}
     assert {check.question for check in judge(probe=probed()).checks if check.passed is not True} == OFF.keys()
@@ -567,7 +569,7 @@ def test_a_missing_gradient_fails_the_questions_that_ask_for_it():
         "measured", "exploding_tensors", "gradient_ratio", "exploding",
     ]  # fmt: skip
     assert failed(judge(evidence=measured(WINDOWS["gradient_not_finite"]))) == [
-        "measured", "finite", "exploding_tensors", "gradient_ratio", "exploding", "samples",
+        "measured", "finite", "quarantine", "exploding_tensors", "gradient_ratio", "exploding", "samples",
     ]  # fmt: skip
     without_gain = GateThresholds().without("min_blend_gain_t")
     assert failed(judge(evidence=measured(WINDOWS["host_gradient_undefined"]), thresholds=without_gain)) == [
@@ -755,6 +757,7 @@ thresholds = st.builds(
     require_optimizer=st.sampled_from([True, False, None]),
     min_displacement=limits,
     min_live_share=shares,
+    max_seed_not_finite=wholes,
     max_plateau_share=shares,
     min_blend_gain_t=limits,
 )
@@ -1023,7 +1026,7 @@ def test_the_defaults_are_those_of_the_original_but_for_two_that_refused_seeds_t
 
 WHOLE = {
     "max_isolation_violations", "min_training_epochs", "min_samples", "max_sample_age",
-    "min_blending_epochs", "min_holding_epochs", "harm_epochs", "lasting_harm_epochs",
+    "min_blending_epochs", "min_holding_epochs", "harm_epochs", "lasting_harm_epochs", "max_seed_not_finite",
 }  # fmt: skip
 SHARES = {
     "max_dropped_share", "min_live_share", "max_plateau_share", "max_vanishing_share", "max_exploding_share",

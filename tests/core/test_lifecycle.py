@@ -239,7 +239,9 @@ before = set(sys.modules)
 package = types.ModuleType("seedtriton")
 package.__path__ = [sys.argv[1]]
 sys.modules["seedtriton"] = package
-import seedtriton.core
+import importlib
+for path in pathlib.Path(sys.argv[1], "core").glob("[!_]*.py"):
+    importlib.import_module("seedtriton.core." + path.stem)
 assert "torch" not in sys.modules
 tops = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 assert tops == {"seedtriton"}, tops
