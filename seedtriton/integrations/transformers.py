@@ -230,7 +230,7 @@ class GrowthCallback:
             state.log_history.append({**found, "epoch": state.epoch, "step": state.global_step})
         else:
             due = control.should_log
-            self.trainer.log(found)
+            _log(self.trainer, found)
             control.should_log = due  # what is due is the client's own line
 
 
@@ -354,6 +354,13 @@ def _as_trainer_callback(cls: type[GrowthCallback]) -> type[GrowthCallback]:
     both = type(cls.__name__, (cls, TrainerCallback), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     assert issubclass(both, GrowthCallback)
     return both
+
+
+def _log(trainer: Any, found: dict[str, float]) -> None:
+    """To history and loggers; not through a subclass's ``log``, which may end sums of its own, as trl's does."""
+    from transformers import Trainer
+
+    Trainer.log(trainer, found)
 
 
 def _refuse_alone(args: Any) -> None:

@@ -235,6 +235,24 @@ def test_the_numbers_are_in_the_clients_log(tmp_path):
         assert len([entry for entry in log if "loss" in entry]) == 2  # the client's own lines are all there
 
 
+def test_what_a_subclass_sums_up_between_two_lines_of_its_log_is_whole(tmp_path):
+    class Summing(Growing):  # as trl's
+        steps = 0
+
+        def training_step(self, *args, **kwargs):
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            super().log(logs | {"steps": self.steps}, *args, **kwargs)
+            self.steps = 0
+
+    trainer, _ = grown(tmp_path, kind=Summing, logging_strategy="steps", logging_steps=6)
+    lines = trainer.state.log_history
+    assert [line["steps"] for line in lines if "loss" in line] == [6, 6]
+    assert [line["epoch"] for line in lines if f"growth/{SLOT}/ratio" in line] == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
 def test_a_schedule_reaches_the_seed(schedule, tmp_path):
     rates = []
