@@ -271,8 +271,9 @@ def test_a_correlated_series_is_worth_what_theory_says():
 
 def test_what_the_seed_alone_has_spoilt_is_counted_apart_from_what_was_dropped():
     bad = {"seed_sumsq": NAN}
-    window = [sample(), sample(**bad), sample(seed_sumsq=INF), sample(**bad, skipped=True), sample(**bad, host_sumsq=INF)]
-    found = collect([*window, sample(host_sumsq=NAN)])
+    alone = [sample(**bad), sample(seed_sumsq=INF)]
+    others = [sample(**bad, skipped=True), sample(**bad, host_sumsq=INF), sample(host_sumsq=NAN)]
+    found = collect([sample(), *alone, *others])
     assert (found.samples, found.dropped, found.seed_not_finite) == (1, 5, 2)
 
 

@@ -148,7 +148,8 @@ def with_statistics(rank, world, kind):
     growth.end_epoch(loss=1.0)
     slot = growth.slots["slot"]
     drawn, _ = slot.random.run(nn.Dropout(0.5), torch.ones(64), False)
-    return [b.tolist() for b in slot.seed.buffers()], slot.random.key, growth.evidence()["slot"].ratio, drawn.tolist(), inside
+    ratio = growth.evidence()["slot"].ratio
+    return [b.tolist() for b in slot.seed.buffers()], slot.random.key, ratio, drawn.tolist(), inside
 
 
 def test_running_statistics_are_those_of_one_rank_and_random_numbers_have_one_key():
