@@ -18,7 +18,7 @@ TOLERANCE = 1e-6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run the command of these ``arguments``, those of the process unless told; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m seedtriton", description="Grow a network while it trains.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a host grows on real digits; one seed is sabotaged")

@@ -42,19 +42,33 @@ STATUSES = (MEASURED, NEVER_MEASURED, NO_GRADIENT, NOT_FINITE, HOST_UNDEFINED)
 
 
 class Sample(NamedTuple):
-    """One measurement of the host and one seed, after one backward pass."""
+    """One measurement of the host and one seed, after one backward pass.
+
+    Attributes:
+        host_sumsq: sum of squares of the host's gradients.
+        seed_sumsq: the same of the seed's.
+        host_tensors: gradient tensors of the host.
+        seed_tensors: those of the seed.
+        host_elements: elements of the host's.
+        seed_elements: elements of the seed's.
+        live_tensors: gradient tensors of the seed that are not all zero; of one that is cut, the share of parts.
+        gain: blend gain -<dL/dout, seed - host>; NaN: not measured.
+        skipped: the optimizer will skip this step (loss-scale overflow).
+        seed_vanishing: gradient tensors of the seed below the RMS limit, not zero; None: not counted.
+        seed_exploding: above the other limit, or not finite; None: not counted.
+    """
 
     host_sumsq: float
     seed_sumsq: float
-    host_tensors: float  # gradient tensors of the host
+    host_tensors: float
     seed_tensors: float
-    host_elements: float  # their elements
+    host_elements: float
     seed_elements: float
-    live_tensors: float  # gradient tensors of the seed that are not all zero; of one that is cut, the share of parts
-    gain: float  # blend gain -<dL/dout, seed - host>; NaN: not measured
-    skipped: bool  # the optimizer will skip this step (loss-scale overflow)
-    seed_vanishing: float | None = None  # gradient tensors of the seed below the RMS limit, not zero; None: not counted
-    seed_exploding: float | None = None  # above the other limit, or not finite; None: not counted
+    live_tensors: float
+    gain: float
+    skipped: bool
+    seed_vanishing: float | None = None
+    seed_exploding: float | None = None
 
     @property
     def empty(self) -> bool:

@@ -171,6 +171,8 @@ class AlphaController:
     def retarget(self, target: float, steps: int, curve: str = "cosine", steepness: float = STEEPNESS) -> None:
         """Set out for ``target`` from where alpha is, in ``steps`` steps along ``curve``; 0 steps is a jump.
 
+        ``steepness`` is that of a sigmoid, as in ``AlphaSchedule``.
+
         Raises:
             ConfigurationError: it is still on its way, or a value that ``AlphaSchedule`` refuses; nothing has changed.
         """

@@ -80,9 +80,10 @@ def segmented_sumsq(
     lanes: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """``out[k]`` = sum of g² over all elements g of the tensors of segment k; float64 [num_segments].
+    """``out[k]`` = sum of g² over all elements g of the ``tensors`` of segment k; float64 [num_segments].
 
-    A segment without tensors is 0. The result lies on ``device`` (the first tensor's, unless told).
+    A segment without tensors is 0. The result lies on ``device`` (the first tensor's, unless told). ``segments`` and
+    ``lanes`` are as for ``ops.segmented_sumsq``.
     """
     if device is None:
         device = tensors[0].device if tensors else torch.device("cpu")

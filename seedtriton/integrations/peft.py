@@ -81,7 +81,8 @@ class AdapterMonitor(GradientMonitor):
     """A ``GradientMonitor`` whose seeds are the adapters that are there when somebody reads.
 
     One that was added is watched from then on, one that was deleted no more; both are said in the log. One that is not
-    active, is merged or disabled is called so in the reason of its evidence. See ``monitor_adapters``.
+    active, is merged or disabled is called so in the reason of its evidence. ``model``, ``optimizer``, ``adapters`` and
+    ``**monitor`` are those of ``monitor_adapters``, and so are the errors.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, adapters: Iterable[str] | None, **monitor: Any) -> None:
