@@ -1,94 +1,90 @@
-"""``python -m seedtriton demo | doctor | plot``."""
+"""``python -m seedtriton demo | doctor | plot | report``. What went wrong is said on stderr, with exit code 2."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
+import os
+import sys
 from collections.abc import Sequence
 
-import torch
-
+from . import __version__
 from .core.errors import SeedtritonError
-from .gradients import ops
+from .demo import run
+from .demo_tasks import TASKS
+from .doctor import doctor
+from .report.events import Event
+from .report.plots import check_path, lifecycle_figure
+from .report.runs import read_events, runs_of
 
-# The distributions that install a module called triton.
-TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu", "triton-windows")
-TOLERANCE = 1e-6
+FAILED, INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command of these ``arguments``, those of the process unless told; its exit code."""
+    """Run the command of these ``arguments``, those of the process unless told.
+
+    Returns:
+        0; 1 when the demo or the doctor found that something is not as it should be; 2 for an error, which is printed
+        to stderr; 130 after Ctrl-C.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code = _run(options)
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+        return code
+    except BrokenPipeError:
+        # Whoever read has seen enough. Python flushes again at its end, and must find somebody there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (SeedtritonError, OSError, ImportError, ValueError) as error:
+        print(f"{parser.prog} {options.command}: {_in_words(error)}", file=sys.stderr)
+        return FAILED
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "demo":
+        return run(options.folder, options.seed, options.task)
+    if options.command == "plot":
+        check_path(options.picture)
+        events = read_events(options.events)
+        lifecycle_figure(events, options.picture, options.title, dark=options.dark)
+        print(f"wrote {options.picture}{_of_runs(events)}")
+        return 0
+    return doctor()
+
+
+def _of_runs(events: list[Event]) -> str:
+    count = len(runs_of(events))
+    return "" if count == 1 else f", of the last of {count} runs in the file"
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"{error}; pip install 'seedtriton[demo]' has what pictures and the demo need"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m seedtriton", description="Grow a network while it trains.")
+    parser.add_argument("--version", action="version", version=f"seedtriton {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="a host grows on real digits; one seed is sabotaged")
+    demo = commands.add_parser("demo", help="a host grows on real data; one of two seeds is sabotaged")
+    demo.add_argument(
+        "--task", choices=tuple(TASKS), default="digits",
+        help="handwritten digits, or a language model of characters, without accuracy (default: %(default)s)",
+    )  # fmt: skip
     demo.add_argument("--folder", default="runs/demo", help="where events and picture go (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     commands.add_parser("doctor", help="versions, device, backend and why; checks one operation against fp64")
     plot = commands.add_parser("plot", help="draw the life of the seeds from a file of events")
     plot.add_argument("events", help="JSON lines written by JsonLinesSink")
-    plot.add_argument("picture", help="PNG to write")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "demo":
-            from .demo import run
+    plot.add_argument("picture", help="a .png, .svg or .pdf to write")
+    plot.add_argument("--title", default="", help="above the picture")
+    plot.add_argument("--dark", action="store_true", help="light on dark")
+    return parser
 
-            return run(options.folder, options.seed)
-        if options.command == "plot":
-            from .report.plots import lifecycle_figure, read_events
-
-            lifecycle_figure(read_events(options.events), options.picture)
-            return 0
-        return doctor()
-    except (SeedtritonError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {error}")
-        return 1
-
-
-def doctor() -> int:
-    """Print what is installed, what runs and why, and check one operation; 1 when it is wrong."""
-    device = _device()
-    print(f"seedtriton  {_version('seedtriton') or 'not installed, running from source'}")
-    print(f"python      {platform.python_version()} on {platform.platform()}")
-    print(f"torch       {torch.__version__}")
-    found = [f"{name} {version}" for name in TRITONS if (version := _version(name))]
-    print(f"triton      {', '.join(found) or 'not installed'}")
-    print(f"device      {device}{f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else ''}")
-    backend = ops.backend_of(device)
-    print(f"backend     {backend.name}: {backend.reason}")
-    error = _worst_error(device)
-    good = error <= TOLERANCE
-    print(f"check       segmented_sumsq against fp64: relative error {error:.1e}, at most {TOLERANCE:.0e}")
-    print("all is well" if good else "WRONG: the sums on this device cannot be trusted; please report it")
-    return int(not good)
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        return torch.device("xpu", torch.xpu.current_device())
-    return torch.device("cpu")
-
-
-def _worst_error(device: torch.device) -> float:
-    """Largest relative error over three segments of mixed dtypes and odd sizes."""
-    generator = torch.Generator().manual_seed(0)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    tensors = [
-        torch.randn(size, generator=generator).to(dtype) for dtype in dtypes for size in (1, 127, 4097, 100_003)
-    ]
-    segments = [index % 3 for index in range(len(tensors))]
-    found = ops.segmented_sumsq([tensor.to(device) for tensor in tensors], segments, 3).cpu()
-    truth = torch.zeros(3, dtype=torch.float64)
-    for tensor, segment in zip(tensors, segments):
-        truth[segment] += tensor.double().square().sum()
-    worst = float(((found - truth) / truth).abs().max())
-    return worst if worst == worst else float("inf")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

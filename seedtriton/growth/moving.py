@@ -179,7 +179,8 @@ class Mover:
         self._position.tell()
         stage = None if name is None else str(self._wiring.slots[name].stage)
         epoch, step = self._position.epoch, self._position.step
-        self._telemetry.emit({"event": event, "seed": name, "epoch": epoch, "step": step, "stage": stage, **fields})
+        where = {"seed": name, "epoch": epoch, "step": step, "stage": stage, "run": self._telemetry.run}
+        self._telemetry.emit({"event": event, **where, **fields})
 
     def emit_gate(self, life: Life, verdict: Verdict) -> None:
         """Tell what a gate said of a seed, and of what evidence."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
+from uuid import uuid4
 
 from ..core.errors import ConfigurationError
 from ..core.state import plain
@@ -33,6 +34,8 @@ logger = logging.getLogger("seedtriton")
 SLOW, REST = 0.1, 10.0
 # Events that a script without logging sees as well: the watch acts, and a seed may be gone without a verdict.
 LOUD = frozenset({"harm"})
+# What is not for a line in a log: long, or the same in all of them.
+QUIET = ("event", "checks", "tensors", "run")
 
 
 class Sink(Protocol):
@@ -52,7 +55,7 @@ class LogSink:
 
     def __call__(self, event: Event) -> None:
         """Log the event as ``event key=value ...``."""
-        rest = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("event", "checks"))
+        rest = " ".join(f"{key}={value}" for key, value in event.items() if key not in QUIET)
         level = max(self._level, logging.WARNING) if event["event"] in LOUD else self._level
         self._logger.log(level, "%s %s", event["event"], rest)
 
@@ -134,6 +137,7 @@ class Telemetry:
     Attributes:
         sinks: who takes the events.
         history: the newest of them as records, also where nobody takes them.
+        run: a name for this run; in every event of a controller, so that two runs in one file can be told apart.
         lost: events that a sink did not take, counted over all sinks.
     """
 
@@ -141,6 +145,7 @@ class Telemetry:
         """Take the sinks."""
         self.sinks = list(sinks)
         self.history = History()
+        self.run = uuid4().hex[:12]
         self.lost = 0
         self._known: list[_Trouble] = []
 

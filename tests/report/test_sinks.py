@@ -17,7 +17,7 @@ import pytest
 
 import seedtriton.report.sinks as module
 from seedtriton import ConfigurationError
-from seedtriton.report.plots import read_events
+from seedtriton.report.runs import read_events
 from seedtriton.report.sinks import CallableSink, CsvSink, JsonLinesSink, LogSink, Telemetry
 
 
