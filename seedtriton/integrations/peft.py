@@ -82,7 +82,11 @@ class AdapterMonitor(GradientMonitor):
 
     One that was added is watched from then on, one that was deleted no more; both are said in the log. One that is not
     active, is merged or disabled is called so in the reason of its evidence. ``model``, ``optimizer``, ``adapters`` and
-    ``**monitor`` are those of ``monitor_adapters``, and so are the errors.
+    ``**monitor`` are those of ``monitor_adapters``.
+
+    Raises:
+        ConfigurationError: ``adapters`` names one that the model does not have.
+        WiringError: the model has no adapters.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, adapters: Iterable[str] | None, **monitor: Any) -> None:
