@@ -78,6 +78,23 @@ def test_a_merged_model_computes_the_same_and_has_no_slot(blend):
     torch.testing.assert_close(exported(X), model(X))
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own libraries
+@pytest.mark.parametrize("blend", ["add", "multiply", "gate"])
+def test_a_merged_model_goes_through_onnx(blend, tmp_path):
+    for package in ("onnx", "onnxscript"):  # torch's exporter wants both
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install onnx onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model, _ = grown(blend)
+    want = model(X).detach()
+    merge_fossils(model)
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (X,), path, dynamo=True, verbose=False)
+    session = ReferenceEvaluator(path)
+    [found] = session.run(None, {session.input_names[0]: X.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), want, rtol=1e-5, atol=1e-5)
+
+
 class Pair(nn.Module):
     """Returns its features in a tuple, behind what they were; and goes over its children, as some modules do."""
 
