@@ -1,6 +1,7 @@
 """Every block of Python in README and docs/ runs, or says why not; pages that the code writes are up to date."""
 
 import dataclasses
+import importlib.util
 import re
 import textwrap
 
@@ -13,7 +14,16 @@ from test_house import PUBLIC
 from torch import nn
 from written import BLOCKS, FRAGMENT, NEW_PROCESS, PAGES, ROOT, names_of_a_script, run
 
-from seedtriton import GateThresholds, GradientMonitor, GrowthController, SeedSlot, SeedtritonError
+from seedtriton import (
+    TRANSITIONS,
+    GateThresholds,
+    GradientMonitor,
+    GrowthController,
+    SeedSlot,
+    SeedtritonError,
+    Stage,
+    lifecycle,
+)
 from seedtriton.core.advice import ADVICE
 from seedtriton.testing import assert_isolated
 
@@ -302,6 +312,49 @@ def test_the_site_is_strict_and_needs_no_network():
     assert SITE["theme"]["font"] is False
     assert set(SITE["validation"].values()) == {"warn"}
     assert "http" not in (ROOT / "mkdocs.yml").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "html, count",
+    [
+        ('<script src="https://elsewhere/x.js"></script>', 1),
+        ('<link rel="stylesheet" href="//elsewhere/x.css">', 1),
+        ('<img alt="x" src=http://elsewhere/x.png>', 1),
+        ('<script src="assets/x.js"></script><img src="growth.png"><link href="../x.css">', 0),
+        ('<a href="https://elsewhere/">a link that a reader may follow</a>', 0),
+    ],
+)
+def test_what_a_browser_would_fetch_from_elsewhere_is_found(hooks, html, count):
+    assert len(hooks.FETCHED.findall(html)) == count
+
+
+def test_a_link_out_of_the_folder_leads_to_a_copy_in_the_site(hooks):
+    text = f"[a](../examples/ddp.py) and [b](quickstart.md)\n{hooks.ERRORS}\n"
+    shown = hooks.on_page_markdown(text, None, None, None)
+    assert "[a](examples/ddp.py) and [b](quickstart.md)" in shown
+    assert "### WiringError" in shown
+    assert hooks.ERRORS in (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+
+
+def test_every_stage_and_every_move_is_drawn(hooks):
+    picture = hooks.on_page_markdown(f"```mermaid\n{lifecycle.diagram()}\n```\n", None, None, None)
+    assert picture.startswith("<div><svg ")
+    assert picture.count("<line ") == sum(map(len, TRANSITIONS.values()))
+    assert {*re.findall(r">([A-Z]+)</text>", picture)} == {stage.name for stage in Stage}
+    # From the right edge of the first box to the left edge of the next, at the height of both.
+    assert hooks.arrow("DORMANT", "GERMINATED", 0) == (128.0, 40.0, 172.0, 40.0)
+    assert hooks.arrow("RESETTING", "DORMANT", 0) == (75.0, 133.0, 75.0, 57.0)
+    there, back = hooks.arrow("BLENDING", "HOLDING", 8), hooks.arrow("HOLDING", "BLENDING", 8)
+    assert there[1] - back[1] == 16.0, "two arrows between two boxes lie apart"
 
 
 def test_every_page_is_in_the_menu():
