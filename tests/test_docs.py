@@ -138,6 +138,12 @@ def test_the_blocks_of_a_section_run_one_after_the_other(page, section, tmp_path
             run(block.code, names)
     finally:
         torch.set_num_threads(threads)
+    code = "".join(block.code for block in found)
+    if "growth." in code and ".backward()" in code and "optimizer.step()" in code:
+        measured = [known.samples for known in names["growth"].evidence().values()]
+        stages = [slot.stage for slot in names["growth"].slots.values()]
+        assert all(samples > 0 for samples in measured), "a loop that measures nothing"
+        assert measured or Stage.FOSSILIZED in stages
     if shown := shown_in(page, section):
         assert_printed(shown, capsys.readouterr().out)
 
