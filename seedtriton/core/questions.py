@@ -10,7 +10,7 @@ from typing import Any
 
 from . import evidence as ev
 from .evidence import SeedEvidence
-from .harm import harm_of_blend, harm_of_slope, worst_gain_t
+from .harm import Watch, harm_of_blend, harm_of_slope, worst_gain_t
 from .lifecycle import Stage
 from .probe import FALL_ERRORS, BlendProbe
 from .tensors import NAMING, TensorReading, name_tensors
@@ -232,12 +232,22 @@ def performance_kept(status: SeedStatus, limits: GateThresholds) -> Check:
                 "rise of the loss since BLENDING began, in changes that were usual from epoch to epoch before",
             )
         if status.probe is not None and limits.max_probe_harm is not None and math.isfinite(status.probe.loss):
-            return Check("accuracy", "accuracy", None, None, limit, "not asked: not told, the probe decides")
+            return _probed_loss_kept(status.probe, status.watch, limits.max_probe_harm)
         return Check("accuracy", "accuracy_never_measured", False, None, limit, THREE_WAYS)
     drop = None if status.accuracy_change is None else -status.accuracy_change
     return at_most(
         "accuracy", "max_accuracy_drop", drop, limit,
         "accuracy_kept", ACCURACY_LOST, "percentage points lost since BLENDING began",
+    )
+
+
+def _probed_loss_kept(probe: BlendProbe, watch: Watch | None, limit: float) -> Check:
+    admission = None if watch is None else watch.admission_loss
+    if admission is None or not probe.precise:
+        return Check("loss", "loss", None, None, limit, "not asked: not told, and the probe's noise is not known")
+    return at_most(
+        "loss", "max_probe_harm", probe.risen_above(admission), limit, "loss_kept", LOSS_RISEN,
+        f"rise of the validation loss above {admission:.4g}, that at admission, in standard deviations of the samples'",
     )
 
 

@@ -61,7 +61,8 @@ class GateThresholds(PlainState):
             loss times a factor and plus a constant. Asked where a validation function was given; of losses of which
             only the mean is known, any fall will do.
         max_probe_harm: G2, rise of the validation loss at the worst alpha, likewise; of means alone, no rise will do.
-            From BLENDING on, at the present alpha, a rise above it that is no luck is harm (G3, G5 and the watch).
+            From BLENDING on, at the present alpha, a rise above it that is no luck is harm (G3, G5 and the watch);
+            where neither accuracy nor loss is told, so is for G3 and G5 a rise above the loss at admission.
         min_blending_epochs: G3, epochs in BLENDING.
         min_holding_epochs: G5, epochs in HOLDING.
         min_contribution: G5, fall of the validation loss that the seed in its place makes, against the same model

@@ -942,6 +942,31 @@ def test_accuracy_loss_and_probe_are_each_enough(target, stage):
 
 
 @pytest.mark.parametrize("target, stage", [(Stage.HOLDING, Stage.BLENDING), (Stage.FOSSILIZED, Stage.HOLDING)])
+def test_a_probed_loss_above_that_at_admission_is_not_kept(target, stage):
+    """A host adapts to a seed that broke, and does worse still without it: the contribution alone says nothing."""
+    helps = {"changes": (-0.25, -0.25), "errors": (0.0625, 0.0625), "spread": 1.0, "degrees": 255}
+    probe = probed(**helps)
+    now, noise = probe.loss - 0.25, probe.noise(FALL_ERRORS, 0.0625)
+
+    def told(admission, probe=probe, limits=GateThresholds(), **known):
+        given = {"stage": stage, "accuracy_change": None, "probe": probe, "watch": Watch(admission_loss=admission)}
+        return judge(target, limits, **{**given, **known})
+
+    assert answer(told(now), "loss").name == "loss_kept"
+    assert answer(told(now - 0.999 * noise), "loss").passed is True
+    refused = told(now - 1.001 * noise)
+    assert [check.name for check in refused.failed] == ["loss_risen"]
+    assert answer(refused, "loss").value == pytest.approx(1.001 * noise)
+    # In the unit of the samples' losses; of means alone nobody knows the noise; what is told is asked instead.
+    wide = dataclasses.replace(probe, spread=2.0, errors=(0.125, 0.125), changes=(-0.5, -0.5), loss=2 * probe.loss)
+    assert answer(told(2 * now - 2.002 * noise, wide), "loss").value == pytest.approx(1.001 * noise)
+    assert answer(told(now - 9.0, probed(**{**helps, "errors": None})), "loss").passed is None
+    assert answer(told(None), "loss").passed is None
+    assert told(now - 9.0, accuracy_change=0.0).passed is True
+    assert answer(told(now - 9.0, limits=GateThresholds(max_probe_harm=10.0)), "loss").passed is True
+
+
+@pytest.mark.parametrize("target, stage", [(Stage.HOLDING, Stage.BLENDING), (Stage.FOSSILIZED, Stage.HOLDING)])
 def test_a_seed_that_harms_goes_no_further(target, stage):
     fine = {"stage": stage}
     assert answer(judge(target, **fine, probe=probed()), "harm").name == "seed_harmless"
