@@ -243,8 +243,8 @@ ADVICE: Mapping[str, Advice] = MappingProxyType(
             "Prune the seed, or blend more slowly: AlphaSchedule(steps=...).",
         ),
         "loss_risen": Advice(
-            "The loss has risen since the seed began to blend: the told one by more than is usual from epoch to epoch, or "
-            "that of the probe beyond its noise.",
+            "The loss has risen since the seed began to blend: the told one by more than is usual from epoch to epoch, "
+            "or that of the probe beyond its noise.",
             "Prune the seed, or blend more slowly: AlphaSchedule(steps=...).",
         ),
         "seed_harms": Advice(

@@ -948,9 +948,9 @@ def test_a_probed_loss_above_that_at_admission_is_not_kept(target, stage):
     probe = probed(**helps)
     now, noise = probe.loss - 0.25, probe.noise(FALL_ERRORS, 0.0625)
 
-    def told(admission, probe=probe, limits=GateThresholds(), **known):
+    def told(admission, probe=probe, limits=None, **known):
         given = {"stage": stage, "accuracy_change": None, "probe": probe, "watch": Watch(admission_loss=admission)}
-        return judge(target, limits, **{**given, **known})
+        return judge(target, limits or GateThresholds(), **{**given, **known})
 
     assert answer(told(now), "loss").name == "loss_kept"
     assert answer(told(now - 0.999 * noise), "loss").passed is True
