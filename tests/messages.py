@@ -1,4 +1,4 @@
-"""Every message of every error, read from the source: the list of Troubleshooting, written when the site is built."""
+"""Every message of every error and warning, read from the source: the list that Troubleshooting has in the site."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ERRORS = ("ConfigurationError", "WiringError", "TransitionError", "StateDictError")
+WARNINGS = "Warnings in the log"  # of the logger "seedtriton"
 
 
 def words_of(node: ast.expr) -> str | None:
@@ -25,16 +26,27 @@ def words_of(node: ast.expr) -> str | None:
     return None
 
 
+def kind_of(node: ast.AST) -> str | None:
+    """The class of error that a call makes, or that it warns; None for every other node."""
+    if not isinstance(node, ast.Call):
+        return None
+    if isinstance(node.func, ast.Name) and node.func.id in ERRORS:
+        return node.func.id
+    logs = isinstance(node.func, ast.Attribute) and node.func.attr in ("warning", "error", "exception")
+    return WARNINGS if logs and isinstance(node.func.value, ast.Name) and node.func.value.id == "logger" else None
+
+
 def messages() -> dict[str, dict[str, list[str]]]:
-    """By class of error and file, the message of every place that makes one, in the order of the file."""
-    found: dict[str, dict[str, list[str]]] = {name: {} for name in ERRORS}
+    """By class of error and file, the message of every place that makes one, in the order of the file; and warnings."""
+    found: dict[str, dict[str, list[str]]] = {name: {} for name in (*ERRORS, WARNINGS)}
     for path in sorted((ROOT / "seedtriton").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS):
-                continue
-            if node.args and (words := words_of(node.args[0])) is not None:
+            kind = kind_of(node)
+            if kind is not None and node.args and (words := words_of(node.args[0])) is not None:
                 place = path.relative_to(ROOT / "seedtriton").as_posix()
-                found[node.func.id].setdefault(place, []).append(" ".join(words.split()))
+                words = re.sub(r"%[rsd]", "…", words) if kind == WARNINGS else words
+                if len(re.findall(r"[A-Za-z]{2,}", re.sub(r"<\w+>", "", words))) > 2:  # else all of it is filled in
+                    found[kind].setdefault(place, []).append(" ".join(words.split()))
     return found
 
 

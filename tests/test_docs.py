@@ -300,7 +300,10 @@ def test_messages_are_read_as_a_reader_meets_them(tmp_path):
         "has no slot" in text for text in found["ConfigurationError"]["growth/wiring.py"]
     )
     assert sum(len(texts) for places in found.values() for texts in places.values()) > 250
-    assert found.keys() == {"ConfigurationError", "WiringError", "TransitionError", "StateDictError"}
+    assert found.keys() == {"ConfigurationError", "WiringError", "TransitionError", "StateDictError", messages.WARNINGS}
+    assert "telemetry sink … works again; it lost … events" in found[messages.WARNINGS]["report/sinks.py"]
+    assert sum(map(len, found[messages.WARNINGS].values())) > 8
+    assert not [text for places in found.values() for texts in places.values() for text in texts if len(text) < 12]
     shown = messages.as_markdown()
     assert "### WiringError" in shown
     assert "- cannot move" not in shown, "TransitionError words its message itself"
