@@ -13,6 +13,7 @@ from .demo import run
 from .demo_tasks import TASKS
 from .doctor import doctor
 from .report.events import Event
+from .report.page import write_page
 from .report.plots import check_path, lifecycle_figure
 from .report.runs import read_events, runs_of
 
@@ -53,6 +54,9 @@ def _run(options: argparse.Namespace) -> int:
         lifecycle_figure(events, options.picture, options.title, dark=options.dark)
         print(f"wrote {options.picture}{_of_runs(events)}")
         return 0
+    if options.command == "report":
+        print(f"wrote {write_page(options.run, options.page, options.title)}")
+        return 0
     return doctor()
 
 
@@ -86,5 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("picture", help="a .png, .svg or .pdf to write")
     plot.add_argument("--title", default="", help="above the picture")
     plot.add_argument("--dark", action="store_true", help="light on dark")
+    report = commands.add_parser("report", help="write one HTML page of a run: lives, verdicts, curves, tensors")
+    report.add_argument("run", help="a folder with an events.jsonl, or such a file")
+    report.add_argument("page", nargs="?", help="where the page goes (default: report.html beside the events)")
+    report.add_argument("--title", default="", help="of the page")
     return parser
 

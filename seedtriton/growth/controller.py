@@ -245,7 +245,8 @@ class GrowthController(DeepCopied, Teller):
         evidence, everybody = self._wiring.read("end_epoch()", self._facts(), told, strict=strict)
         accuracy, loss = taken(everybody, self.slots)
         self._position.end_epoch(accuracy, loss)
-        self._mover.emit("epoch", None, accuracy=accuracy, loss=loss, progress=self.progress)
+        told_now = {"accuracy": accuracy, "loss": loss, "progress": self.progress}
+        self._mover.emit("epoch", None, **told_now, **self._mover.largest_tensors())
         verdicts = []
         for name in [name for name, slot in self.slots.items() if slot.stage in RESTING]:
             self._mover.rest(name)

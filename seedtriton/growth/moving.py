@@ -13,7 +13,7 @@ from ..core.harm import FADE, HALT, ON_HARM
 from ..core.lifecycle import FORWARD, RESTING, Stage
 from ..core.schedules import HOLD, AlphaSchedule
 from ..core.verdict import Gate, Verdict
-from ..report.events import evidence_fields, gate_fields
+from ..report.events import evidence_fields, gate_fields, tensor_fields
 from ..report.sinks import Telemetry
 from .isolation import TrustRegion
 from .life import Life, Position, require_count
@@ -22,6 +22,7 @@ from .wiring import Wiring
 
 logger = logging.getLogger("seedtriton")
 
+TENSORS = 8  # of the host and of each seed that an event tells of
 # G0 is asked when the script germinates a seed; these lead from one stage of its life to the next.
 MOVING_GATES = (Gate.G1, Gate.G2, Gate.G3, Gate.G5)
 
@@ -164,6 +165,21 @@ class Mover:
         self.emit("epoch", life.name, **told, alpha=life.slot.alpha_value, **evidence_fields(evidence))
         if life.pruning is not None and life.alpha.mode == HOLD:
             self.remove(life, *life.pruning)
+
+    def largest_tensors(self) -> dict[str, Any]:
+        """The largest gradient tensors of host and seeds, as a field of an event that somebody keeps.
+
+        Copied from the device. On many ranks all would have to be asked, and there is none.
+        """
+        if self._wiring.ranks is not None or not self._position.lives or not self._telemetry.kept:
+            return {}
+        left = dict.fromkeys(range(1 + len(self._wiring.monitor.seeds)), TENSORS)
+        found = []
+        for reading in self._wiring.monitor.tensors():
+            if left[reading.segment]:
+                left[reading.segment] -= 1
+                found.append(tensor_fields(reading))
+        return {"tensors": found}
 
     def rest(self, name: str) -> None:
         """One epoch of the rest after a prune; after the last the slot may be used again."""

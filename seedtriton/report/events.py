@@ -7,6 +7,8 @@ from typing import Any
 
 from ..core.evidence import SeedEvidence
 from ..core.lifecycle import Stage
+from ..core.state import plain
+from ..core.tensors import TensorReading
 from ..core.verdict import Verdict
 
 Event = dict[str, Any]
@@ -33,6 +35,15 @@ def evidence_fields(evidence: SeedEvidence | None) -> Event:
         "plateau_share",
     )  # fmt: skip
     return {name: getattr(evidence, name, None) for name in names}
+
+
+def tensor_fields(reading: TensorReading) -> list[Any]:
+    """One entry of ``tensors`` in the "epoch" event of no seed: name, shape, norm, RMS and state of a gradient.
+
+    A norm that is not finite is None, and the state says so.
+    """
+    found: list[Any] = plain([reading.name, reading.shape, reading.norm, reading.rms, reading.state])
+    return found
 
 
 def numbers(event: Event) -> dict[str, float]:

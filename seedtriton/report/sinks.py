@@ -149,6 +149,11 @@ class Telemetry:
         self.lost = 0
         self._known: list[_Trouble] = []
 
+    @property
+    def kept(self) -> bool:
+        """Whether somebody takes events who does not only write them to a log."""
+        return any(not isinstance(sink, LogSink) for sink in self.sinks)
+
     def emit(self, event: Event) -> None:
         """Hand on one event; a sink that raises is reported, once, and is tried again with the next event."""
         self.history.take(event)

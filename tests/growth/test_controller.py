@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from seedtriton import (
     WiringError,
 )
 from seedtriton.growth.slot import ISOLATION_CHECKS
+from seedtriton.report import LogSink
 
 
 def test_a_healthy_seed_lives_from_germinated_to_fossilized_on_measurements_alone():
@@ -595,15 +597,45 @@ def test_events_are_flat_json_safe_and_carry_the_agreed_fields():
     script.growth.prune("early")
     for event in script.events:
         json.dumps(event, allow_nan=False)
-        assert {"event", "seed", "epoch", "step", "stage"} <= set(event)
+        assert {"event", "seed", "epoch", "step", "stage", "run"} <= set(event)
         nested = {key for key, value in event.items() if isinstance(value, (list, dict))}
-        assert nested <= {"checks"}
+        assert nested <= {"checks", "tensors"}
+    assert {event["run"] for event in script.events} == {script.growth.telemetry.run} != {Script().growth.telemetry.run}
     gate = script.of("gate")[-1]
     numbers = {"gate", "passed", "checks", "ratio", "host_norm", "seed_norm", "blend_gain", "blend_gain_t"}
     numbers |= {"live_share", "vanishing_share", "exploding_share", "health", "plateau_share"}
     assert numbers <= set(gate)
     assert {"name", "passed", "value", "limit", "reason"} <= set(gate["checks"][0])
     assert {event["event"] for event in script.events} == {"epoch", "germinated", "gate", "stage", "pruned"}
+
+
+def test_an_epoch_tells_of_the_largest_gradient_tensors_where_somebody_keeps_events():
+    script = Script()
+    script.growth.germinate("early", Residual(6))
+    script.epoch()
+    told = script.of("epoch")[0]["tensors"]
+    readings = {reading.name: reading for reading in script.growth.monitor.tensors()}
+    assert {name for name, *_ in told} == {"early.seed.expand.weight", "early.seed.expand.bias"} | {
+        "early.seed.contract.weight", "early.seed.contract.bias", "first.weight", "first.bias", "second.weight",
+        "second.bias", "last.weight", "last.bias",
+    }  # fmt: skip
+    for name, shape, norm, rms, state in told:
+        known = readings[name]
+        assert (tuple(shape), norm, rms, state) == (known.shape, known.norm, known.rms, known.state)
+    with torch.no_grad():
+        script.model.first.weight[0, 0] = math.nan
+    script.epoch()
+    told = {name: entry for name, *entry in script.of("epoch")[-2]["tensors"]}
+    assert told["last.weight"][1] is None
+    assert told["last.weight"][3].startswith("not finite, first in sample 17")
+
+
+def test_where_events_only_go_to_a_log_no_tensors_are_read(monkeypatch):
+    script = Script()
+    script.growth.telemetry.sinks[:] = [LogSink()]
+    script.growth.germinate("early", Residual(6))
+    monkeypatch.setattr(script.growth.monitor, "tensors", None)
+    script.epoch()
 
 
 def test_a_model_without_slots_is_refused():
