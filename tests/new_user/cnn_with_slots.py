@@ -80,5 +80,7 @@ for epoch in range(14):
         print(f"epoch {epoch + 1:2d}  accuracy {share:.3f}  {verdict}")
     if epoch == 4:  # the second one a little later
         growth.germinate("late", ConvSeed(6))
+    if epoch == 6:
+        print(growth.why("late"))
 
-print({name: str(slot.stage) for name, slot in growth.slots.items()})
+print(growth.summary())
