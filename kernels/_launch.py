@@ -1,15 +1,13 @@
-"""From a list of tensors to a launch: signatures, device tables, uploads, graph capture.
+"""From a list of tensors to a launch: what they are, their signature, the tables that hold their addresses.
 
-In the steady state a launch allocates nothing, waits for nothing and uploads nothing. Tables are kept per
-(device, stream, ring, signature), the last 32 of them; none of them holds a reference to a gradient.
+In the steady state a launch allocates nothing, waits for nothing and uploads nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from operator import attrgetter
@@ -20,16 +18,12 @@ import triton
 from torch import Tensor
 
 from seedtriton.kernels import _plan
+from seedtriton.kernels._tables import NOWHERE, OPTIONS, Noted, Tables, Uncapturable, _Cache
+
+__all__ = ["NOWHERE", "OPTIONS", "Noted", "Tables", "Uncapturable", "Unsupported", "find_tables", "unsupported"]
 
 # The dtype codes of the kernels' runtime switch.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Tables kept; a training script needs one or two per monitor.
-CACHED = 32
-# Pinned buffers per table. An upload waits only for the one that was made this many uploads ago.
-STAGES = 8
-# FMA is asked for by name, because its default changes in Triton 3.10 and the bits with it. num_stages=1:
-# more stages would turn plain 128-bit loads into cp.async with 16 to 192 KB of shared memory.
-OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 _dtype_of = attrgetter("dtype")
 _lock = threading.RLock()
@@ -44,21 +38,6 @@ class Unsupported(ValueError):  # noqa: N818 - it is caught as a condition, not 
         self.reason = reason
 
 
-class Uncapturable(RuntimeError):  # noqa: N818 - as above
-    """Addresses that a CUDA graph, while it is captured, cannot take up.
-
-    Attributes:
-        index: place of the one that moved among the tensors, or among the gains; None: never measured before.
-        gain: whether it is a gain.
-        fate: what happened to it and the way out, to be said after its name.
-    """
-
-    def __init__(self, fate: str, index: int | None = None, gain: bool = False) -> None:
-        what = "these tensors" if index is None else f"{'gain' if gain else 'tensor'} {index}"
-        super().__init__(f"{what} {fate}")
-        self.index, self.gain, self.fate = index, gain, fate
-
-
 class Signature(NamedTuple):
     """What a plan depends on. Addresses are not in it."""
 
@@ -66,21 +45,6 @@ class Signature(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     # Shapes and strides, if any tensor is not contiguous: it may be dense today and have holes tomorrow.
     layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...]
-
-
-class Noted(NamedTuple):
-    """Where a launch notes each tensor; none of it changes while tables live.
-
-    Attributes:
-        addresses: of the number of samples before, and of sums, last and first samples of the table of tensors.
-        entries: the place of each tensor in it; None: the i-th has entry i.
-    """
-
-    addresses: tuple[int, ...] = (0,) * _plan.TABLE_ADDRESSES
-    entries: tuple[int, ...] | None = None
-
-
-NOWHERE = Noted()
 
 
 @triton.jit
@@ -149,192 +113,11 @@ def _check_all(tensors: Sequence[Tensor], device: torch.device) -> None:
             raise Unsupported(index, reason)
 
 
-class _AddressTable:
-    """int64 values on the device, rewritten through pinned buffers that events guard.
-
-    A pinned buffer must not change while a copy of it is under way, and the copy is asynchronous: each is
-    used again only after the event behind its copy has passed.
-    """
-
-    def __init__(self, size: int, device: torch.device, module: Any, pin: bool) -> None:
-        self.values = torch.zeros(max(size, 1), dtype=torch.int64, device=device)
-        self._staged: list[tuple[Tensor, Any, Any]] = []
-        self._turn = 0
-        self._size = size
-        self._module = module
-        self._pin = pin
-
-    def write(self, values: Sequence[int]) -> None:
-        if not values:
-            return
-        if self._module is None:
-            _view(self.values, self._size)[:] = values
-            return
-        buffer, view, event = self._next_buffer()
-        view[:] = values
-        self.values[: self._size].copy_(buffer, non_blocking=True)
-        event.record()
-
-    def _next_buffer(self) -> tuple[Tensor, Any, Any]:
-        if len(self._staged) < STAGES:
-            buffer = torch.empty(self._size, dtype=torch.int64, device="cpu", pin_memory=self._pin)
-            self._staged.append((buffer, _view(buffer, self._size), self._module.Event()))
-            return self._staged[-1]
-        staged = self._staged[self._turn]
-        self._turn = (self._turn + 1) % STAGES
-        staged[2].synchronize()
-        return staged
-
-
-def _view(buffer: Tensor, size: int) -> Any:
-    """The host memory of an int64 tensor as a ctypes array: written without a temporary tensor."""
-    return (ctypes.c_int64 * size).from_address(buffer.data_ptr())
-
-
-class Tables:
-    """What launches for one signature need on the device, made once."""
-
-    def __init__(
-        self,
-        plan: _plan.Plan,
-        device: torch.device,
-        extras: int,
-        outside: Sequence[tuple[int, int]],
-        noted: Noted = NOWHERE,
-    ) -> None:
-        cpu = device.type == "cpu"
-        module = None if cpu else torch.get_device_module(device)
-        segments = plan.num_segments
-        self.plan = plan
-        self.kind = device.type
-        self.items = len(plan.lengths)
-        self.slots = len(plan.tensors)
-        # The busy path compares these with the current addresses; None: nothing uploaded yet.
-        self.pointers: tuple[int, ...] | None = None
-        self.base_offsets: tuple[int, ...] | None = None
-        self._addresses = _AddressTable(self.slots + extras, device, module, pin=not cpu)
-        columns = (plan.lengths, plan.segments, plan.dtypes, plan.slots, plan.pieces, plan.parts)
-        starts = (plan.segment_starts, plan.slot_starts)
-        entries = plan.tensors if noted.entries is None else [noted.entries[index] for index in plan.tensors]
-        # device="cpu" said: whoever called torch.set_default_device would otherwise be asked.
-        host: dict[str, Any] = {"device": "cpu"}
-        meta = [value for column in (*columns, *starts, entries or (-1,)) for value in column]
-        self._meta = torch.tensor(meta, dtype=torch.int32, **host).to(device)
-        tensors, elements = list(plan.tensor_counts), list(plan.element_counts)
-        for segment, (more_tensors, more_elements) in enumerate(outside):
-            tensors[segment] += more_tensors
-            elements[segment] += more_elements
-        # Partial sums, closed segments (two columns), the two counts of each segment, what of it is gone, the addresses
-        # of the table of tensors, which stay, and marks: as many as there are, no rectangle. The item of a plan without
-        # elements marks a tensor that is not there.
-        marked = max(self.slots, 1)
-        fixed = torch.tensor([*tensors, *elements, *[0] * segments], dtype=torch.float64, **host).view(torch.int64)
-        fixed = torch.cat([fixed, torch.tensor(noted.addresses, dtype=torch.int64, **host)]).view(torch.float64)
-        begin = self.items + 2 * segments
-        self.work = torch.zeros(begin + len(fixed) + marked, dtype=torch.float64, device=device)
-        self.work[begin:-marked] = fixed
-        self.counters = torch.zeros(segments + 1 + marked, dtype=torch.int32, device=device)
-        self.busy_segments = plan.busy_segments
-        self.work_address = self.work.data_ptr()
-        self.counters_address = self.counters.data_ptr()
-        self.addresses = self._addresses.values.data_ptr()
-        self.meta = self._meta.data_ptr()
-        self._runners: dict[tuple[Any, ...], Callable[..., Any]] = {}
-
-    def upload(self, pointers: tuple[int, ...], tensors: int, extras: Sequence[int]) -> None:
-        """Write the addresses of the planned tensors (the first ``tensors`` pointers) and the extra ones."""
-        if self.base_offsets is not None:
-            values: list[int] = [self.base_offsets[index] for index in self.plan.tensors]
-        else:
-            values = [pointers[index] for index in self.plan.tensors]
-        # Forgotten first: if the copy fails, the table on the device is no longer what it was.
-        self.pointers = None
-        self._addresses.write([*values, *extras])
-        self.pointers = pointers
-
-    def launch(self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
-        """Launch on the current stream, through the compiled kernel itself from the second time on.
-
-        The JIT's own dispatch looks at every argument again, for 10 to 27 µs (triton#7771); nothing here is
-        specialised on values, so one compiled kernel serves all arguments.
-        """
-        key = (kernel, programs, constants)
-        runner = self._runners.get(key)
-        if runner is not None:
-            runner(*arguments, *constants)
-            return
-        compiled = kernel[(programs,)](*arguments, *constants, **OPTIONS)
-        # The interpreter returns nothing and has nothing to keep.
-        if isinstance(compiled, triton.compiler.CompiledKernel):
-            self._runners[key] = compiled[(programs, 1, 1)]
-
-
-class _Cache:
-    """The last tables used, and those that CUDA graphs own."""
-
-    def __init__(self) -> None:
-        self._recent: OrderedDict[tuple[int, Any], Tables] = OrderedDict()
-        # A graph replays with the tables it was captured with, for as long as it lives, which nobody tells
-        # us. They leave the cache, so that no upload and no other stream ever touches them, and stay.
-        self._captured: dict[Any, list[Tables]] = {}
-
-    def clear(self) -> None:
-        self._recent.clear()
-        self._captured.clear()
-
-    def __len__(self) -> int:
-        return len(self._recent)
-
-    def get(self, stream: int, what: Any) -> Tables | None:
-        found = self._recent.get((stream, what))
-        if found is not None:
-            self._recent.move_to_end((stream, what))
-        return found
-
-    def put(self, stream: int, what: Any, tables: Tables) -> None:
-        self._recent[(stream, what)] = tables
-        while len(self._recent) > CACHED:
-            self._recent.popitem(last=False)
-
-    def for_capture(self, what: Any, pointers: tuple[int, ...], tensors: int) -> Tables:
-        """Tables that hold exactly these addresses, made before the capture on whatever stream."""
-        for tables in self._captured.get(what, ()):
-            if tables.pointers == pointers:
-                return tables
-        known = [(key, tables) for key, tables in self._recent.items() if key[1] == what]
-        for key, tables in known:
-            if tables.pointers == pointers:
-                del self._recent[key]
-                self._captured.setdefault(what, []).append(tables)
-                return tables
-        others = [tables for _, tables in known] + self._captured.get(what, [])
-        raise _uncapturable(others, pointers, tensors)
-
-
-def _uncapturable(known: Sequence[Tables], pointers: tuple[int, ...], tensors: int) -> Uncapturable:
-    advice = (
-        "addresses cannot be uploaded while a CUDA graph is captured. Run one measurement before the capture "
-        "with the very same gradients, and keep them in place: zero_grad(set_to_none=False)"
-    )
-    # Several may be known: of other streams and graphs, or of a ring that lay at the same address once. The one that
-    # differs least says what moved.
-    tables = max(known, key=lambda each: sum(map(int.__eq__, each.pointers or (), pointers)), default=None)
-    for index, (old, new) in enumerate(zip((tables and tables.pointers) or (), pointers)):
-        if old != new:
-            gain = index >= tensors
-            fate = f"moved from {old:#x} to {new:#x} since the last measurement; {advice}"
-            return Uncapturable(fate, index - tensors if gain else index, gain)
-    return Uncapturable(f"were not measured before the capture; {advice}")
-
-
 _cache = _Cache()
 
 
 def release() -> None:
-    """Drop all tables and workspaces, those of captured graphs too: no graph may be replayed afterwards.
-
-    Also the way back to clean counters after a kernel was killed half way.
-    """
+    """Drop all tables and workspaces, those of captured graphs too: no graph may be replayed afterwards."""
     with _lock:
         _cache.clear()
 
@@ -355,14 +138,29 @@ def lock() -> AbstractContextManager[Any]:
     return _lock
 
 
-def _stream(device: torch.device) -> tuple[int, bool]:
-    """The current stream's handle, and whether it is being captured."""
+def _stream(device: torch.device) -> tuple[int, int]:
+    """The current stream's handle, and the number of the capture that it is in; 0: none."""
     if device.type == "cpu":
-        return 0, False
+        return 0, 0
     module = torch.get_device_module(device)
     capturing = getattr(module, "is_current_stream_capturing", None)
     stream: int = triton.runtime.driver.active.get_current_stream(device.index)
-    return stream, capturing is not None and capturing()
+    return stream, capture_number(stream) if capturing is not None and capturing() else 0
+
+
+def capture_number(stream: int) -> int:
+    """By which the driver tells captures apart: torch says only that there is one.
+
+    1 for all of them where it does not say; then two graphs over the same tensors must not be replayed side by side.
+    """
+    library, name = ("libamdhip64.so", "hip") if torch.version.hip else ("libcuda.so.1", "cu")
+    try:
+        ask = ctypes.CDLL(library)[f"{name}StreamGetCaptureInfo_v2"]
+    except (OSError, AttributeError):
+        return 1
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    error = ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return 1 if error else number.value
 
 
 def find_tables(
@@ -395,7 +193,7 @@ def find_tables(
         distinct: refuse two tensors at one address, which a kernel that writes would race on.
         noted: where each tensor is noted; belongs into ``domain`` too.
     """
-    stream, capturing = _stream(device)
+    stream, capture = _stream(device)
     if flat is None:
         pointers, signature = _moving_signature(tensors)
     elif settled:
@@ -405,8 +203,8 @@ def find_tables(
     segments = tuple(segments)
     what = (domain, device.index, num_segments, segments, tuple(outside), signature)
     pointers = (*pointers, *extra_pointers)
-    if capturing:
-        return _cache.for_capture(what, pointers, len(pointers) - len(extra_pointers))
+    if capture:
+        return _cache.for_capture((capture, stream), what, pointers, len(pointers) - len(extra_pointers))
     tables = _cache.get(stream, what)
     if tables is None:
         tables = _make_tables(tensors, segments, num_segments, device, len(extras), outside, noted)

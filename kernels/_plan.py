@@ -22,8 +22,9 @@ TARGET_ITEMS = 8192
 MOST_ITEMS = 1 << 18
 # Tensors that a segment may have: the kernel counts three kinds of them in 21 bits each of one number.
 MOST_TENSORS = (1 << 21) - 1
-# Numbers in the workspace that say where the number of samples and the table of tensors are.
-TABLE_ADDRESSES = 4
+# Addresses in the workspace: of the number of samples and the table of tensors, and the sum of those of the counters.
+NOTED_ADDRESSES = 4
+TABLE_ADDRESSES = NOTED_ADDRESSES + 1
 
 
 @dataclass(frozen=True)

@@ -374,6 +374,17 @@ def finish(  # type: ignore[no-untyped-def]
         _write_sums(work, item_starts, items, num_segments, summary, outside, SEGMENTS, MEASURED, SUMSQ)
 
 
+@triton.jit(noinline=True)
+def clear_other_counters(work, counters, items, slots, num_segments, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Zeros over the counters of the launch before, where one that was stopped half way has left something else."""
+    lane = tl.arange(0, BLOCK)
+    count = num_segments + 1 + tl.maximum(slots, 1)
+    both = tl.load(marks_of(work, items, num_segments) - 1)
+    cell = (both - counters.to(tl.int64)).to(tl.pointer_type(tl.int32)) + lane
+    for block in range(0, count, BLOCK):
+        tl.store(cell + block, tl.zeros([BLOCK], tl.int32), mask=block + lane < count)
+
+
 # Not inlined, like the steps above: their registers are needed one after the other and not beside the main loop's.
 @triton.jit(noinline=True)
 def complete_tensor(  # type: ignore[no-untyped-def]

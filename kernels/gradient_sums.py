@@ -162,6 +162,7 @@ def _run_item(  # type: ignore[no-untyped-def]
                 # Only segments that have items ever close, so only those are counted.
                 if closed == busy_segments - 1:
                     tl.store(counters + num_segments, 0)
+                    _row.clear_other_counters(work, counters, items, slots, num_segments, _row.TENSOR_BLOCK)
                     _row.finish(
                         work, item_starts, addresses + slots, items, num_segments, summary, outside, grad_scale,
                         gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
@@ -214,21 +215,21 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     if PERSISTENT:
         for each in range(item, items, tl.num_programs(0)):
             _run_item(
-                each, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
-                chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
-                gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES,
-                BYTES, SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
-                TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
-                APART, GUARDED,
+                each, address_table, meta_table, work_table, counter_table, items, slots, num_segments,
+                busy_segments, chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64),
+                grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms,
+                exploding_rms, LANES, BYTES, SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING,
+                EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE,
+                SUMMARY_HEAD, APART, GUARDED,
             )  # fmt: skip
     else:
         _run_item(
-            item, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
-            chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
-            gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES, BYTES,
-            SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
-            TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
-            APART, GUARDED,
+            item, address_table, meta_table, work_table, counter_table, items, slots, num_segments,
+            busy_segments, chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64),
+            grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms,
+            exploding_rms, LANES, BYTES, SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING,
+            EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE,
+            SUMMARY_HEAD, APART, GUARDED,
         )  # fmt: skip
 
 
@@ -293,7 +294,7 @@ def _arguments(
 ) -> tuple[Any, ...]:
     """The run-time arguments of both kernels."""
     return (
-        tables.addresses, tables.meta, tables.work_address, tables.counters_address, tables.items, tables.slots,
+        tables.addresses, tables.meta, tables.work_address, tables.turn(), tables.items, tables.slots,
         tables.plan.num_segments, tables.busy_segments, tables.plan.chunk, _address(flat), summary.data_ptr(),
         _address(outside), *scalars, *numbers,
     )  # fmt: skip

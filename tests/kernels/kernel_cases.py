@@ -44,7 +44,7 @@ from seedtriton.gradients.row import (
     Window,
     coefficients_of,
 )
-from seedtriton.kernels import _launch, gradient_scale, gradient_sums
+from seedtriton.kernels import _launch, _tables, gradient_scale, gradient_sums
 
 EPSILON = 1e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -247,8 +247,8 @@ def test_scratch_is_not_rectangular(device):
     # pytorch#190549: one large tensor and many small ones took largest x count, 24 MB for 20 KB.
     tensors = [random(65537, torch.float32, device)] + [random(1, torch.float32, device) for _ in range(20)]
     gradient_sums.segmented_sumsq(tensors, spread(21, 2), 2)
-    assert tables().work.numel() == (9 + 20) + 5 * 2 + 4 + 21
-    assert tables().counters.numel() == 3 + 21
+    assert tables().work.numel() == (9 + 20) + 5 * 2 + 5 + 21
+    assert tables().counters.numel() == 2 * (3 + 21)
 
 
 def test_unaligned_base_still_right(device):
@@ -326,12 +326,12 @@ def test_counters_are_zero_between_calls_and_scratch_does_not_matter(two_launche
         sample.record(gradients, [0, 2, 2, 0], more={"two_launches": two_launches})
         sample.assert_same()
         state = tables()
-        assert state.counters.tolist() == [0] * (3 + 1 + 4)
+        assert state.counters.tolist() == [[0] * (3 + 1 + 4)] * 2
         # What lies in the scratch between calls must not matter, but for the numbers of tensors and elements, and where
         # the table of tensors is.
         state.work[: state.items + 6] = NAN
         state.work[state.items + 12 : state.items + 15] = NAN
-        state.work[state.items + 15 + 4 :] = NAN
+        state.work[state.items + 15 + 5 :] = NAN
 
 
 def test_live_counts_tensors_that_are_not_all_zero(device):
@@ -877,16 +877,53 @@ def test_gains_that_cannot_be_read_are_named(device):
 
 def test_tables_hold_no_gradient_and_are_bounded(device):
     references = []
-    for size in range(1, _launch.CACHED + 10):
+    for size in range(1, _tables.CACHED + 10):
         tensor = torch.zeros(size, device=device)
         references.append(weakref.ref(tensor))
         gradient_sums.segmented_sumsq([tensor], [0], 1)
         del tensor
     gc.collect()
     assert not any(reference() is not None for reference in references)
-    assert len(_launch._cache) == _launch.CACHED
+    assert len(_launch._cache) == _tables.CACHED
     _launch.release()
     assert len(_launch._cache) == 0
+
+
+@pytest.mark.parametrize("stopped", [1, 3])
+def test_counters_that_a_stopped_launch_has_left_heal_by_themselves(stopped, device):
+    sample = Sample(3, device)
+    gradients = [random(n, torch.float32, device) for n in (20000, 5, 300, 9000)]
+    for number in range(stopped):
+        sample.record(gradients, [0, 2, 2, 0])
+        state = tables()
+        left = state.turn()  # of a launch of which half the programs have run
+        row = (left - state.counters.data_ptr()) // state.counters[0].nbytes
+        state.counters[row] = torch.arange(8, device=device) + number
+        for _ in range(2):
+            sample.record(gradients, [0, 2, 2, 0])
+            sample.assert_same()
+        assert not state.counters.any()
+
+
+def test_each_capture_has_tables_of_its_own(device, monkeypatch):
+    gradients = [random(100, torch.float32, device)]
+    sample = Sample(1, device)
+    stream = _launch._stream(torch.device(device))[0]
+    owned = []
+    for capture in (1, 2):
+        with monkeypatch.context() as patch:
+            sample.record(gradients, [0])
+            owned.append(tables())
+            for _ in range(2):  # twice in one graph, on one stream
+                patch.setattr(_launch, "_stream", lambda _, capture=capture: (stream + 1, capture))
+                sample.record(gradients, [0])
+            assert len(_launch._cache) == 0
+            patch.setattr(_launch, "_stream", lambda _, capture=capture: (stream + 2, capture))
+            with pytest.raises(_launch.Uncapturable, match=r"another CUDA graph or to another stream.*before each"):
+                sample.record(gradients, [0])
+    assert owned[0].work_address != owned[1].work_address
+    assert not {owned[0].turn(), owned[0].turn()} & {owned[1].turn(), owned[1].turn()}
+    sample.assert_same()
 
 
 def test_an_upload_during_a_capture_names_the_tensor_that_moved(device, monkeypatch):
@@ -895,7 +932,7 @@ def test_an_upload_during_a_capture_names_the_tensor_that_moved(device, monkeypa
     sample = Sample(2, device)
     sample.record(gradients, [0, 1], gains, [1])
     stream = _launch._stream(torch.device(device))[0]
-    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, True))
+    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, 1))
     moved = [gradients[0], gradients[1].clone()]
     old, new = (t.data_ptr() for t in (gradients[1], moved[1]))
     expected = f"tensor 1 moved from {old:#x} to {new:#x}.*set_to_none=False"
@@ -918,9 +955,9 @@ def test_of_several_measurements_before_a_capture_the_one_that_differs_least_say
     stream = _launch._stream(torch.device(device))[0]
     first, second = ([random(n, torch.float32, device) for n in (100, 9000)] for _ in range(2))
     sample.record(first, [0, 0])
-    monkeypatch.setattr(_launch, "_stream", lambda _: (stream + 1, False))
+    monkeypatch.setattr(_launch, "_stream", lambda _: (stream + 1, 0))
     sample.record(second, [0, 0])
-    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, True))
+    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, 1))
     with pytest.raises(_launch.Uncapturable, match="tensor 1 moved"):
         sample.record([second[0], second[1].clone()], [0, 0])
 
@@ -932,7 +969,7 @@ def test_tables_of_a_captured_graph_are_never_uploaded_to_again(device, monkeypa
     captured = tables()
     with monkeypatch.context() as patch:
         stream = _launch._stream(torch.device(device))[0]
-        patch.setattr(_launch, "_stream", lambda _: (stream + 1, True))  # capture happens on a stream of its own
+        patch.setattr(_launch, "_stream", lambda _: (stream + 1, 1))  # capture happens on a stream of its own
         sample.record(gradients, [0])
         sample.record(gradients, [0])
     held = captured._addresses.values.tolist()

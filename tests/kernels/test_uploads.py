@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from seedtriton.kernels import _launch
+from seedtriton.kernels import _launch, _tables
 
 
 class Device:
@@ -32,18 +32,18 @@ class Device:
 
 def test_a_staging_buffer_is_used_again_only_after_its_event():
     device = Device()
-    table = _launch._AddressTable(3, torch.device("cpu"), device, pin=False)
-    for turn in range(3 * _launch.STAGES):
+    table = _tables._AddressTable(3, torch.device("cpu"), device, pin=False)
+    for turn in range(3 * _tables.STAGES):
         table.write([turn, 2**40 + turn, -turn])
         assert table.values.tolist() == [turn, 2**40 + turn, -turn]
-    assert len(device.events) == _launch.STAGES >= 3
+    assert len(device.events) == _tables.STAGES >= 3
     # Nobody waits in the first round; later each buffer waits for its own copy, once per use.
-    assert [(e.recorded, e.waited) for e in device.events] == [(3, 2)] * _launch.STAGES
-    assert len({buffer.data_ptr() for buffer, _, _ in table._staged}) == _launch.STAGES
+    assert [(e.recorded, e.waited) for e in device.events] == [(3, 2)] * _tables.STAGES
+    assert len({buffer.data_ptr() for buffer, _, _ in table._staged}) == _tables.STAGES
 
 
 def test_an_empty_table_has_memory_and_writes_nothing():
-    table = _launch._AddressTable(0, torch.device("cpu"), Device(), pin=False)
+    table = _tables._AddressTable(0, torch.device("cpu"), Device(), pin=False)
     table.write([])
     assert table.values.tolist() == [0]
 

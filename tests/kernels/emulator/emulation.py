@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +57,7 @@ class Emulator:
     def __init__(self, allocated: Allocated) -> None:
         self.allocated, self.target = allocated, "sm_90"
         self.seed = self.launches = 0
+        self.turns = sys.maxsize  # after which a launch is stopped
         self.backward: bool | None = None  # the order of warps; None: any
         self.instead: dict[Any, Any] = {}  # kernels that a test has changed
 
@@ -65,7 +67,7 @@ class Emulator:
         regions, values = self.allocated.regions(), [bits_of(value) for value in arguments]
         self.launches += 1
         if self.backward is None:
-            Machine(library, Memory(regions, chance), chance).run(entry, values, programs, warps)
+            Machine(library, Memory(regions, chance), chance).run(entry, values, programs, warps, self.turns)
         else:
             memory = Memory(regions, chance, stale=0.0, early=1.0)
             Machine(library, memory, chance).run_in_order(entry, values, programs, warps, self.backward)

@@ -367,8 +367,11 @@ class Machine:
                     self._turn([warp for warp in block.warps if warp.frames and not warp.waits][-1 if backward else 0])
                 self._memory.write_back_all(block)
 
-    def run(self, entry: str, arguments: Sequence[int], programs: int, warps: int) -> None:
-        """Launch ``programs`` programs; every order of them and of their warps may happen."""
+    def run(self, entry: str, arguments: Sequence[int], programs: int, warps: int, turns: int = sys.maxsize) -> None:
+        """Launch ``programs`` programs; every order of them and of their warps may happen.
+
+        After so many ``turns`` of warps it is stopped, whatever has run until then.
+        """
         waiting = self._chance.sample(range(programs), programs)
         at_once = self._chance.choice((1, 2, 4, 8))
         # How often stores arrive before they have to: some GPUs of this kind are quick, some lazy.
@@ -376,7 +379,8 @@ class Machine:
         running: list[Block] = []
         started: list[Block] = []
         with np.errstate(all="ignore"):
-            while waiting or running:
+            while (waiting or running) and turns:
+                turns -= 1
                 while waiting and len(running) < at_once:
                     running.append(self._started(waiting.pop(), entry, arguments, programs, warps))
                     started.append(running[-1])

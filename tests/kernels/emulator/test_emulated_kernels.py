@@ -5,6 +5,7 @@ every size and alignment, are the interpreter's.
 """
 
 import random
+import sys
 
 import pytest
 import torch
@@ -118,6 +119,23 @@ def test_under_random_schedules(name, emulator):
 
 def test_there_are_enough_of_them():
     assert sum(count * (2 if run is rows else 1) for run, count, _ in CASES.values()) >= 200
+
+
+def test_a_launch_that_was_stopped_spoils_none_after_it(emulator):
+    """Whatever it has left of counters, partial sums and marks, the two after it are right."""
+    left = 0
+    for seed in range(12):
+        emulator.seed = seed
+        tensors, segments = gradients(random.Random(seed), 3)
+        emulator.turns = 3 + 5 * seed
+        gradient_sums.segmented_sumsq(tensors, segments, 3)
+        left += bool(next(reversed(_launch._cache._recent.values())).counters.any())
+        emulator.turns = sys.maxsize
+        for _ in range(2):
+            for tensor in tensors:
+                tensor.mul_(2.0)  # so that a partial sum of the launch before is a wrong one
+            assert_sums(gradient_sums.segmented_sumsq(tensors, segments, 3), tensors, segments, 3)
+    assert left > 2, "too few were stopped between the first item and the last"
 
 
 def caught(emulator, tmp_path, old, new, run, schedules, **options):

@@ -11,6 +11,7 @@ from kernel_cases import (
     Listed,
     Sample,
     _launch,
+    _tables,
     gradient_scale,
     gradient_sums,
     kernel_record,
@@ -148,7 +149,7 @@ def test_no_synchronisation(device):
     others = [tensor.clone() for tensor in tensors]
     coefficient = torch.ones((), device=device)
     # Before: kernels are compiled, and every pinned buffer exists.
-    for _ in range(_launch.STAGES):
+    for _ in range(_tables.STAGES):
         for list_ in (tensors, others):
             record(sample, list_)
             gradient_scale.scale_(list_, coefficient)
@@ -172,7 +173,7 @@ def test_no_allocation(device):
             record(sample, list_, grad_scale=coefficient)
             gradient_scale.scale_(list_, coefficient)
 
-    for _ in range(_launch.STAGES):
+    for _ in range(_tables.STAGES):
         run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats(device)["allocation.all.allocated"]

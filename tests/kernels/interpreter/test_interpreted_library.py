@@ -355,7 +355,7 @@ def test_gradients_in_several_buffers_are_measured_one_by_one(through, buffers):
 
 def capture(monkeypatch):
     stream, _ = _launch._stream(torch.device("cpu"))
-    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, True))
+    monkeypatch.setattr(_launch, "_stream", lambda _: (stream, 1))
 
 
 def move(parameter):

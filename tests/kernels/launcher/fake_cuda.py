@@ -62,6 +62,10 @@ class FakeCuda:
         """CUDA's error numbers from now on; 0: none."""
         self._library.fake_fail(load, launch)
 
+    def capture(self, number: int, error: int = 0) -> None:
+        """What the driver says of the capture of any stream."""
+        self._library.fake_capture(ctypes.c_uint64(number), error)
+
     @property
     def launches(self) -> int:
         return int(self._library.fake_launches())

@@ -21,7 +21,8 @@ static struct {
 } last;
 static long launches, modules;
 static int sizes[MOST_ARGUMENTS], size_count;
-static int fail_load, fail_launch;
+static int fail_load, fail_launch, fail_capture;
+static uint64_t capture;
 
 /* --- for the tests --- */
 void fake_expect(int count, const int *bytes) {
@@ -31,6 +32,10 @@ void fake_expect(int count, const int *bytes) {
 void fake_fail(int load, int launch) {
     fail_load = load;
     fail_launch = launch;
+}
+void fake_capture(uint64_t number, int error) {
+    capture = number;
+    fail_capture = error;
 }
 long fake_launches(void) { return launches; }
 long fake_modules(void) { return modules; }
@@ -82,6 +87,11 @@ int cuModuleLoadData(void **module, const void *image) {
         return fail_load;
     *module = (void *)++modules;
     return SUCCESS;
+}
+int cuStreamGetCaptureInfo_v2(void *stream, int *status, uint64_t *number, void *graph, void *nodes, size_t *count) {
+    *status = capture != 0;
+    *number = capture;
+    return fail_capture;
 }
 int cuModuleUnload(void *module) { return SUCCESS; }
 int cuModuleGetFunction(void **function, void *module, const char *name) { *function = module; return SUCCESS; }

@@ -72,12 +72,13 @@ def test_the_arguments_arrive_as_the_kernel_declares_them(cuda):
     kernel = gradient_sums._sums_kernel
     cuda.expect(kernel)
     into = window()
-    for _ in range(2):  # through the JIT, and through the runner that is kept
+    for again in (False, True):  # through the JIT, and through the runner that is kept
         record(gradients(), into)
         found = dict(zip((p.name for p in kernel.params if not p.is_constexpr), cuda.arguments(kernel)))
         assert found["addresses"] == tables().addresses
         assert found["work"] == tables().work.data_ptr()
-        assert found["counters"] == tables().counters.data_ptr()
+        rows = [row.data_ptr() for row in tables().counters]
+        assert found["counters"] == rows[again]
         assert found["items"] == tables().items == cuda.grid
         assert (found["num_segments"], found["summary"]) == (2, into.summary.data_ptr())
         assert (found["max_norm"], found["eps"], found["found_inf"]) == (1.0, Rules(1.0).eps, 0)
@@ -139,14 +140,14 @@ def test_addresses_that_move_are_uploaded_and_nothing_else_changes(cuda, dispatc
 
 @pytest.fixture
 def stream(monkeypatch):
-    """The current stream: [its number, whether it is being captured]."""
-    now = [0, False]
+    """The current stream: [its handle, the number of the capture that it is in or 0]."""
+    now = [0, 0]
     monkeypatch.setattr(_launch, "_stream", lambda device: tuple(now))
     return now
 
 
 def test_a_capture_needs_a_measurement_before_it(cuda, stream):
-    stream[1] = True
+    stream[1] = 7
     before = cuda.launches
     with pytest.raises(_launch.Uncapturable, match="were not measured before the capture"):
         sums(gradients())
@@ -156,14 +157,40 @@ def test_a_capture_needs_a_measurement_before_it(cuda, stream):
 def test_what_a_graph_was_captured_with_no_upload_ever_touches(cuda, stream):
     tensors = gradients()
     sums(tensors)
-    stream[:] = [1, True]
+    stream[:] = [1, 7]
     sums(tensors)
     (captured,) = (each for found in _launch._cache._captured.values() for each in found)
     before = captured._addresses.values.tolist()
-    stream[:] = [0, False]
+    stream[:] = [0, 0]
     sums(gradients())
     assert tables() is not captured
     assert captured._addresses.values.tolist() == before == [t.data_ptr() for t in tensors]
+
+
+def test_two_graphs_over_the_same_tensors_share_no_memory_that_is_written(cuda, stream):
+    kernel = gradient_sums._sums_kernel
+    cuda.expect(kernel)
+    names = [p.name for p in kernel.params if not p.is_constexpr]
+    tensors, written = gradients(), []
+    for capture in (7, 8):
+        stream[:] = [0, 0]
+        sums(tensors)
+        stream[:] = [1, capture]
+        for _ in range(2):
+            sums(tensors)
+            written.append([dict(zip(names, cuda.arguments(kernel)))[each] for each in ("work", "counters")])
+    assert written[0][0] == written[1][0]
+    assert len({counters for _, counters in written}) == 4
+    assert written[0][0] != written[2][0] == written[3][0]
+    stream[:] = [1, 9]
+    with pytest.raises(_launch.Uncapturable, match="Run one measurement before each capture"):
+        sums(tensors)
+
+
+@pytest.mark.parametrize("error", [0, 900])
+def test_the_driver_says_which_capture_it_is(cuda, error):
+    cuda.capture(number=123456789012, error=error)
+    assert _launch.capture_number(1) == (1 if error else 123456789012)
 
 
 # --- what fails ---
@@ -215,7 +242,7 @@ def test_bad_input_is_no_failure_of_the_driver(cuda):
 
 
 def test_a_capture_that_cannot_be_is_no_failure_of_the_driver(cuda, stream):
-    stream[1] = True
+    stream[1] = 7
     with pytest.raises(WiringError, match="were not measured before the capture"):
         ops.segmented_sumsq(gradients(), SEGMENTS, 2)
     assert not backend._failed
