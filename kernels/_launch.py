@@ -24,6 +24,8 @@ __all__ = ["NOWHERE", "OPTIONS", "Noted", "Tables", "Uncapturable", "Unsupported
 
 # The dtype codes of the kernels' runtime switch.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Types that are what they say; every other one may stand for something else.
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 _dtype_of = attrgetter("dtype")
 _lock = threading.RLock()
@@ -65,7 +67,7 @@ def warp_size(kind: str) -> int:
 
 def unsupported(tensor: Tensor, device: torch.device | None = None) -> str | None:
     """Why the kernels cannot take ``tensor`` (on ``device``, if given), or None when they can."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
+    if type(tensor) not in PLAIN:
         return f"it is a {type(tensor).__name__}, not a plain tensor"
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
@@ -251,10 +253,15 @@ def _moving_signature(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], Any]:
             if reason is not None:
                 raise Unsupported(index, reason) from None
         raise
-    if not all(pointers):  # what stands for other tensors (DTensor) gives 0, whatever signature is known
+    # What a signature does not say, and may differ between tensors of one: what stands for other tensors has another
+    # type, and often the address 0; a lazy minus is no part of the memory.
+    if not (all(pointers) and PLAIN.issuperset(map(type, tensors))) or any(map(Tensor.is_neg, tensors)):
         for index, (tensor, pointer) in enumerate(zip(tensors, pointers)):
-            if not pointer and tensor.numel():
-                raise Unsupported(index, unsupported(tensor) or "it has elements and no address")
+            reason = unsupported(tensor)
+            if reason is None and not pointer and tensor.numel():
+                reason = "it has elements and no address"
+            if reason is not None:
+                raise Unsupported(index, reason)
     return pointers, signature
 
 

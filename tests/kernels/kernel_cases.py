@@ -926,6 +926,27 @@ def test_each_capture_has_tables_of_its_own(device, monkeypatch):
     sample.assert_same()
 
 
+@pytest.mark.parametrize("kind", ["subclass", "negated"])
+def test_a_signature_that_is_known_lets_nothing_else_in(kind, device):
+    """Same shapes, dtypes and strides, and at the same addresses even: what they are is looked at in every call."""
+    class Other(torch.Tensor):
+        pass
+
+    tensors = [random(64, torch.float32, device) for _ in range(2)]
+    found = gradient_sums.segmented_sumsq(tensors, [0, 1], 2)
+    impostor = {
+        "subclass": lambda: tensors[1].as_subclass(Other),
+        "negated": lambda: torch._neg_view(tensors[1]),
+    }[kind]()
+    before = tables()._addresses.values.tolist()
+    for _ in range(2):
+        with pytest.raises(_launch.Unsupported, match=r"Other, not a plain tensor|negated") as caught:
+            gradient_sums.segmented_sumsq([tensors[0], impostor], [0, 1], 2)
+        assert caught.value.index == 1
+        assert tables()._addresses.values.tolist() == before
+    assert torch.equal(gradient_sums.segmented_sumsq(tensors, [0, 1], 2), found)
+
+
 def test_an_upload_during_a_capture_names_the_tensor_that_moved(device, monkeypatch):
     gradients = [random(n, torch.float32, device) for n in (100, 9000)]
     gains = [torch.zeros((), device=device)]
