@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 from bench import headline as headline_report  # noqa: E402
 from bench import parallel as parallel_report  # noqa: E402
 from bench.growth import tables as growth_report  # noqa: E402 - the root has to be known first
+from bench.performance import pictures as performance_pictures  # noqa: E402
 from bench.performance import tables as performance_report  # noqa: E402
 from bench.readiness import tables as readiness_report  # noqa: E402
 
@@ -118,8 +119,8 @@ def main():
     for kind, draw in {
         "growth": lambda record: growth_report.figure(record, docs / "growth.png"),
         "readiness": lambda record: readiness_report.picture(record["runs"], docs / "readiness.png"),
-        "gpu": lambda record: performance_report.pictures(record, docs),
-        "cpu": lambda record: performance_report.pictures(record, docs),
+        "gpu": lambda record: performance_pictures.pictures(record, docs),
+        "cpu": lambda record: performance_pictures.pictures(record, docs),
     }.items():
         path = newest(kind)
         if path is not None:

@@ -1,4 +1,4 @@
-"""The raw output of run.py as tables and as pictures, of a GPU or of a CPU."""
+"""The raw output of run.py as tables, of a GPU or of a CPU."""
 
 import re
 import statistics
@@ -23,7 +23,7 @@ TITLES = {
 
 def markdown(record, name):
     """One table for each task: our time, and everybody's over ours."""
-    head, gpu = record["header"], _gpu(record)
+    head, gpu = record["header"], is_of_gpu(record)
     part = "cpu" if not gpu else "cuda"
     copy = statistics.median(one["copy_bytes_per_second"] for one in record["anchors"].values())
     said = (
@@ -45,7 +45,7 @@ def markdown(record, name):
             lines += ["", f"{TITLES[task]}:", "", *_table(rows, gpu)]
     if record["fits"]:
         lines += ["", "Growth of time, its exponent over the larger half of the sizes:", "", *_growth(record, gpu)]
-    return "\n".join([*lines, "", *(f"![{text}](docs/{file})" for text, file in _files(record))])
+    return "\n".join([*lines, "", *(f"![{text}](docs/{file})" for text, file in files_of(record))])
 
 
 # What makes a row the same in two files.
@@ -92,7 +92,8 @@ def predictions(record, name, measured=None):
     return "\n".join(lines)
 
 
-def _gpu(record):
+def is_of_gpu(record):
+    """Whether it was measured on a GPU."""
     return record["header"].get("cuda") is not None
 
 
@@ -167,83 +168,10 @@ def _cell(ours, theirs, gpu):
     return f"{found:.2f}{wall} / {theirs['cpu_us_median'] / ours['cpu_us_median']:.1f}"
 
 
-def _files(record):
-    kind = "gpu" if _gpu(record) else "cpu"
+def files_of(record):
+    """What each picture shows, and its file."""
+    kind = "gpu" if is_of_gpu(record) else "cpu"
     return [
         (f"Achieved bandwidth against size, {kind.upper()}", f"bandwidth-{kind}.png"),
         (f"Everybody's time over ours, {kind.upper()}", f"ratios-{kind}.png"),
     ]
-
-
-def pictures(record, folder):
-    """Both pictures, into ``folder``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    for draw, (_, file) in zip((_bandwidth, _ratios), _files(record)):
-        draw(record, pyplot).savefig(folder / file, dpi=110)
-        pyplot.close("all")
-
-
-# Colour-blind safe (Okabe and Ito); ours is black.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#999999", "#882255")
-
-
-def _bandwidth(record, pyplot):
-    """Bytes over time of the norm in fp32 and bf16; ours against size, with the copy as the roof."""
-    field = "gpu_us_median" if _gpu(record) else "wall_us_median"
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), sharey=True)
-    copy = statistics.median(one["copy_bytes_per_second"] for one in record["anchors"].values())
-    for axis, dtype in zip(axes, ("fp32", "bf16")):
-        rows = [row for row in record["rows"] if row["task"] == "norm" and row["dtype"] == dtype and row[field]]
-        names = [OURS, *dict.fromkeys(row["contender"] for row in rows if not row["contender"].startswith(OURS))]
-        for name, colour in zip(names, ("black", *COLOURS)):
-            points = sorted((row["bytes"], row["bytes"] / row[field] / 1e3) for row in rows if row["contender"] == name)
-            if points:
-                width = 2 if name == OURS else 1
-                axis.plot(*zip(*points), "o-", color=colour, label=name, markersize=4, linewidth=width)
-        axis.axhline(copy / 1e9, color="black", linestyle="--", linewidth=1)
-        axis.annotate("copy, read plus written", (0.02, copy / 1e9), xycoords=("axes fraction", "data"), fontsize=8)
-        axis.set(xscale="log", yscale="log", xlabel="bytes of all gradients", title=f"norm, {dtype}")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("GB/s")
-    axes[1].legend(fontsize=7)
-    figure.suptitle(f"Each byte counted once; {record['header']['device']}")
-    figure.tight_layout()
-    return figure
-
-
-def _ratios(record, pyplot):
-    """Per task and peer the median of their time over ours, and from the worst to the best case."""
-    from matplotlib import ticker
-
-    tasks = [task for task in SHOWN if any(row["task"] == task for row in record["rows"])]
-    figure, axes = pyplot.subplots(1, max(len(tasks), 1), figsize=(3.4 * max(len(tasks), 1) + 1, 4.4), squeeze=False)
-    for axis, task in zip(axes[0], tasks):
-        rows = [row for row in record["rows"] if row["task"] == task]
-        ours = {(row["shape"], row["dtype"]): row for row in rows if row["contender"] == OURS}
-        found = {}
-        for row in rows:
-            if not row["contender"].startswith(OURS) and (row["shape"], row["dtype"]) in ours:
-                times, _ = ratio(ours[row["shape"], row["dtype"]], row)
-                if times is not None:
-                    found.setdefault(row["contender"], []).append(times)
-        for place, (_, values) in enumerate(reversed(found.items())):
-            axis.barh(place, statistics.median(values), color="#56B4E9")
-            said = f"{statistics.median(values):.3g}"
-            axis.annotate(said, (0.99, place + 0.25), xycoords=("axes fraction", "data"), ha="right", fontsize=7)
-            axis.plot([min(values), max(values)], [place, place], color="black", linewidth=1)
-        axis.set_yticks(range(len(found)), list(reversed(found)), fontsize=7)
-        axis.axvline(1.0, color="black", linewidth=1)
-        axis.set(xscale="log", title=task)
-        # 0.5, 1, 2 and so on: the default writes every tenth as a power, one over the other where the axis is short.
-        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axis.xaxis.set_minor_locator(ticker.NullLocator())
-        axis.tick_params(axis="x", labelsize=7)
-        axis.grid(alpha=0.25, axis="x")
-    figure.suptitle(f"Their time over ours: median bar, line from least to most; {record['header']['device']}")
-    figure.tight_layout()
-    return figure

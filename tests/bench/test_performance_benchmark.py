@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from bench.performance import contenders, shapes
+from bench.performance import pictures as performance_pictures
 from bench.performance import run as gpu
 from bench.performance import tables as performance_report
 from bench.performance.contenders import TASKS, Call, Contender, Work, WrongAnswer
@@ -485,10 +487,29 @@ def test_a_gpu_result_becomes_tables():
 
 
 def test_and_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
-    performance_report.pictures(synthetic(), tmp_path)
+    matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    before = matplotlib.get_backend(), dict(matplotlib.rcParams)
+    performance_pictures.pictures(synthetic(), tmp_path)
+    assert (matplotlib.get_backend(), dict(matplotlib.rcParams)) == before
     assert {path.name for path in tmp_path.iterdir()} == {"bandwidth-gpu.png", "ratios-gpu.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_pictures_have_a_row_for_each_and_names_in_the_place_of_codes():
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    codes = {contender.name for found in TASKS.values() for contender in found}
+    unnamed = {name for name in codes if name not in performance_pictures.NAMES}
+    assert {name for name in unnamed if not name.startswith("seedtriton")} == set()
+    assert not any(re.match(r"P\d", name) for name in performance_pictures.NAMES.values())
+    ratios = performance_pictures.ratios(synthetic())
+    assert len(ratios.axes) == len(performance_report.SHOWN)
+    (peer, loop) = (line for line in ratios.axes[0].lines if line.get_marker() == "o")
+    assert (peer.get_xdata()[0], loop.get_xdata()[0]) == (2.0, 5.0)
+    bandwidth = performance_pictures.bandwidth(synthetic())
+    fp32 = {line.get_label(): line for line in bandwidth.axes[0].lines if line.get_marker() != "None"}
+    assert fp32["seedtriton"].get_xdata()[0] == pytest.approx(1000.0), "10 MB in 10 us are 1000 GB/s"
+    assert fp32["seedtriton"].get_linestyle() == "None", "sizes are rows, and nothing joins them"
+    assert [label.get_text() for label in bandwidth.axes[0].get_yticklabels()] == ["GPT-2, 10 MB"]
 
 
 def test_the_readme_block_says_so_while_there_is_no_result(monkeypatch, tmp_path):
