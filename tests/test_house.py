@@ -214,6 +214,9 @@ PUBLIC = {
         CallableSink CsvSink Event History JsonLinesSink LogSink MlflowSink Sink Summary TensorBoardSink WandbSink
         numbers
     """,
+    "seedtriton.report.page": "write_page",
+    "seedtriton.report.plots": "lifecycle_figure",
+    "seedtriton.report.runs": "read_events",
     "seedtriton.integrations.accelerate": "AcceleratedGrowth prepare_growth",
     "seedtriton.integrations.lightning": "Growing restore_slots",
     "seedtriton.integrations.peft": "AdapterMonitor load_seeds monitor_adapters save_seeds",
