@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .errors import ConfigurationError
 from .evidence import SeedEvidence
-from .probe import BlendProbe
+from .probe import FALL_ERRORS, BlendProbe
 from .state import PlainState
 from .thresholds import GateThresholds
 
@@ -103,7 +103,7 @@ class Watch(PlainState):
             above = not now <= admission
             lasts = harms or (not probe.precise and probe.changes[0] > 0.0 and above)
             # Of a loss, not of a change: since admission the host has moved as well.
-            lost = lost or probe.risen_above(admission) > 0.0
+            lost = lost or probe.risen_above(admission, FALL_ERRORS) > 0.0
         t = worst_gain_t(known)
         blamed = lost and alone and limits.max_harm_t is not None and t is not None and t < -BLAME_T
         return dataclasses.replace(

@@ -111,13 +111,13 @@ class BlendProbe(PlainState):
         """What a move must exceed to be more than ``errors`` times its ``error``, of which few losses tell little."""
         return error * (errors if self.degrees is None else student(errors, self.degrees))
 
-    def risen_above(self, loss: float) -> float:
+    def risen_above(self, loss: float, errors: float) -> float:
         """How far the loss at the first alpha is above another ``loss`` of the same samples, in ``spread``s.
 
-        0.0 where that is within ``FALL_ERRORS`` of the noise, or the noise is not known.
+        0.0 where that is within so many standard ``errors``, or the noise is not known.
         """
         rise = self.loss + self.changes[0] - loss
-        if not rise > max(self.noise(FALL_ERRORS, self.loss_error), ROUNDING * abs(loss)):
+        if not rise > max(self.noise(errors, self.loss_error), ROUNDING * abs(loss)):
             return 0.0
         return rise / self.spread if self.spread else math.inf
 

@@ -12,7 +12,7 @@ from . import evidence as ev
 from .evidence import SeedEvidence
 from .harm import Watch, harm_of_blend, harm_of_slope, worst_gain_t
 from .lifecycle import Stage
-from .probe import FALL_ERRORS, BlendProbe
+from .probe import FALL_ERRORS, RISE_ERRORS, BlendProbe
 from .tensors import NAMING, TensorReading, name_tensors
 from .thresholds import GateThresholds
 from .verdict import MODES_DISAGREE, SEED_REPLACES_HOST, Check, SeedStatus
@@ -246,7 +246,7 @@ def _probed_loss_kept(probe: BlendProbe, watch: Watch | None, limit: float) -> C
     if admission is None or not probe.precise:
         return Check("loss", "loss", None, None, limit, "not asked: not told, and the probe's noise is not known")
     return at_most(
-        "loss", "max_probe_harm", probe.risen_above(admission), limit, "loss_kept", LOSS_RISEN,
+        "loss", "max_probe_harm", probe.risen_above(admission, RISE_ERRORS), limit, "loss_kept", LOSS_RISEN,
         f"rise of the validation loss above {admission:.4g}, that at admission, in standard deviations of the samples'",
     )
 

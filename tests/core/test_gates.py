@@ -946,7 +946,7 @@ def test_a_probed_loss_above_that_at_admission_is_not_kept(target, stage):
     """A host adapts to a seed that broke, and does worse still without it: the contribution alone says nothing."""
     helps = {"changes": (-0.25, -0.25), "errors": (0.0625, 0.0625), "spread": 1.0, "degrees": 255}
     probe = probed(**helps)
-    now, noise = probe.loss - 0.25, probe.noise(FALL_ERRORS, 0.0625)
+    now, noise = probe.loss - 0.25, probe.noise(RISE_ERRORS, 0.0625)
 
     def told(admission, probe=probe, limits=None, **known):
         given = {"stage": stage, "accuracy_change": None, "probe": probe, "watch": Watch(admission_loss=admission)}
