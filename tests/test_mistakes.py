@@ -178,6 +178,16 @@ def test_a_tag_that_nobody_measures_is_named_in_the_verdict():
     assert "tags ['generator'], and 'critic' counts here" in str(verdict)
 
 
+def test_measure_takes_no_loss_and_no_optimizer():
+    script = Script()
+    script.growth.germinate("early", Residual(6))
+    loss = script.model(script.x).square().mean()
+    loss.backward()
+    for wrong in (loss, script.optimizer):
+        with pytest.raises(ConfigurationError, match=rf"a GradScaler or nothing, got a {type(wrong).__name__}"):
+            script.growth.measure(wrong)
+
+
 def test_measuring_in_eval_mode_is_said_once(caplog):
     script = Script()
     script.growth.germinate("early", Residual(6))

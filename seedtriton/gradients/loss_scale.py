@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from ..core.errors import WiringError
+from ..core.errors import ConfigurationError, WiringError
 from .optimizers import names_of
 from .row import UNSCALED, LossScale
 
@@ -32,7 +32,10 @@ def read_scaler(
 
     Raises:
         WiringError: no optimizer is known, or one has already stepped.
+        ConfigurationError: it is none.
     """
+    if not hasattr(scaler, "is_enabled"):
+        raise ConfigurationError(f"measure() takes a GradScaler or nothing, got a {type(scaler).__name__}")
     # The public get_scale() waits for the device; these attributes are what torch's own optimizers are given.
     # A scaler that is switched off has none of them.
     scale: Tensor | None = scaler._scale if scaler.is_enabled() else None

@@ -1,7 +1,11 @@
 """The page of a run: whole by itself, right, and with names as text. It is parsed as XML, which forgives nothing."""
 
+import importlib.util
 import json
+import pathlib
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -124,6 +128,20 @@ def test_the_command_writes_it_beside_the_events_and_says_so(folder, tmp_path, c
     for run, said in ((tmp_path, "No such file"), (folder / "report.html", "no event")):
         assert main(["report", str(run)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_browser_shows_every_drawing_and_row_and_fetches_nothing(folder, tree):
+    if importlib.util.find_spec("PyQt6.QtWebEngineWidgets" if importlib.util.find_spec("PyQt6") else "PyQt6") is None:
+        pytest.skip("needs a browser, and none is there: pip install PyQt6 PyQt6-WebEngine has Chromium")
+    path = write_page(folder, folder / "shown.html", "A run")
+    script = pathlib.Path(__file__).with_name("browser.py")
+    done = subprocess.run([sys.executable, script, path], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen == {
+        "title": "A run", "drawings": len(list(tree.iter("svg"))), "curves": len(list(tree.iter("polyline"))),
+        "rows": sum(row.find("td") is not None for row in tree.iter("tr")), "fetched": [], "wider": False, "said": [],
+    }  # fmt: skip
 
 
 def test_a_run_without_seeds_numbers_or_events(tmp_path):
