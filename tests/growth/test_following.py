@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from seedtriton import AlphaSchedule, GrowthController, SeedSlot, Stage, WiringError
 
@@ -140,3 +140,34 @@ def test_another_model_and_itself_are_refused():
         script.growth.follow(nn.Sequential(nn.Linear(4, 4), SeedSlot()))
     with pytest.raises(WiringError, match="cannot follow itself"):
         script.growth.follow(script.model)
+
+
+class Normed(Seed):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(self.norm(x)))
+
+
+def test_update_bn_wants_a_seed_that_is_blended():
+    """What the recipes say of SWA: behind the host a seed does not run, and torch has reset its statistics by then."""
+    script = Script()
+    script.growth.germinate("slot", Normed(), probe=torch.randn(2, 6))
+    script.step(3)
+    ema = AveragedModel(script.model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    script.growth.follow(ema)
+    norm = ema.module.slot.seed.norm
+    kept = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    assert kept["num_batches_tracked"] == 3
+    update_bn([X], ema)
+    assert (float(norm.running_mean.abs().max()), int(norm.num_batches_tracked)) == (0.0, 0)
+    norm.load_state_dict({**norm.state_dict(), **kept})  # copied back
+    assert torch.equal(norm.running_var, kept["running_var"])
+    script.move(Stage.BLENDING)
+    script.step(2)
+    update_bn([X], ema)
+    features = torch.relu(ema.module.first(X))
+    torch.testing.assert_close(norm.running_mean, features.mean(0))
+    assert int(norm.num_batches_tracked) == 1
