@@ -45,6 +45,16 @@ def test_the_readme_is_read_in_one_go():
     assert README.count("\n") <= 150
 
 
+def test_the_lines_for_clients_are_those_of_their_page():
+    """Which tests/clients runs in the real ones."""
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    table = README.partition("| client | lines beyond its own |")[2].partition("\n\n")[0]
+    lines = re.findall(r"`([^`]*[(:].*?)`", table)
+    assert len(lines) == 10
+    code = "".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    assert [line for line in lines if line.removesuffix("]").removesuffix(")") not in code] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """To a file, and to a heading in it."""

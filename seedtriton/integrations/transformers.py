@@ -95,7 +95,7 @@ class GrowthCallback:
         model = kwargs["model"] if self.trainer is None else self.trainer.model_wrapped
         if self.trainer is None:
             _refuse_alone(args)
-        self.begin(model, kwargs["optimizer"], kwargs["lr_scheduler"], state)
+        self.begin(model, kwargs["optimizer"], kwargs["lr_scheduler"], state.max_steps)
         self._training = True
         self._end_epoch_that_was_saved_first(args, state, control)
         self._germinate(state)
@@ -144,7 +144,7 @@ class GrowthCallback:
                 "it is an evaluation that ends one"
             )
 
-    def begin(self, model: nn.Module, optimizer: Any, scheduler: Any, state: Any, saved: Any = None) -> None:
+    def begin(self, model: nn.Module, optimizer: Any, scheduler: Any, total_steps: int, saved: Any = None) -> None:
         """A controller for this model and optimizer, from a saved state if there is one; the present one if it fits.
 
         Raises:
@@ -157,7 +157,7 @@ class GrowthCallback:
             return
         options = dict(self._options)
         if options.get("total_epochs") is None:
-            options.setdefault("total_steps", state.max_steps)
+            options.setdefault("total_steps", total_steps)
         growth = GrowthController(model, optimizer, schedulers=[scheduler], **options)
         unknown = sorted(set(self.seeds) - set(growth.slots))
         if unknown:
@@ -277,6 +277,11 @@ class GrowthTrainerMixin:
             self.growth.measure(self.accelerator.scaler)
         return loss
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As the client's; older ones tell their state of the number of steps only when a checkpoint is loaded."""
+        self._steps_to_come = num_training_steps
+        return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
+
     def create_accelerator_and_postprocess(self) -> None:
         """As the client's, with a clipping that knows seeds."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
@@ -321,7 +326,7 @@ class GrowthTrainerMixin:
         """Seeds into the optimizer, then its state."""
         callback, saved = self._growth_callback(), None if checkpoint is None else saved_in(checkpoint)
         if callback is not None and saved is not None:
-            callback.begin(self.model_wrapped, self.optimizer, self.lr_scheduler, self.state, saved)
+            callback.begin(self.model_wrapped, self.optimizer, self.lr_scheduler, self._steps_to_come, saved)
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:

@@ -404,6 +404,7 @@ def all_of(trainer, callback):
         "verdicts": list(map(str, callback.verdicts)),
         "random": torch.random.get_rng_state(),
         "alpha": callback.growth.slots[SLOT].alpha_value,
+        "progress": callback.growth.progress,
     }
 
 
