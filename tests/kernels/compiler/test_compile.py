@@ -16,8 +16,9 @@ from compiling import F32, F64, TARGETS, VARIANTS, broken, compiled, expected_at
 from seedtriton.kernels import _launch, gradient_scale, gradient_sums  # noqa: E402
 
 # 7 programs of 128 threads fill the 65 536 registers of a multiprocessor, 112 KiB of loads in flight. A small grid,
-# which only tests ask for, keeps more of its arguments.
-REGISTERS, REGISTERS_SMALL_GRID = 72, 80
+# which only tests ask for, keeps more of its arguments. gfx942 has twice the registers, 512 for each of the 4 warps of
+# 64 that run side by side: 5 programs of 256 threads, 80 KiB of loads in flight. LLVM takes 80 to 94 since Triton 3.8.
+REGISTERS, REGISTERS_SMALL_GRID, REGISTERS_GFX942 = 72, 80, 96
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
 
@@ -105,12 +106,15 @@ def atomics(kernel):
     return len(re.findall(r"global_atomic_add", code(kernel)))
 
 
-def assert_good(kernel, tmp_path, loads, counts, most=REGISTERS):
+def assert_good(kernel, tmp_path, loads, counts, small_grid=False):
     wide, narrow = wide_loads_in_loops(kernel)
     assert wide >= loads, f"{wide} wide loads in main loops, {loads} expected"
     assert narrow == 0, f"{narrow} narrow loads beside them"
     # Of a small grid some scalars of a warp may be kept in lanes of vector registers, not in memory.
-    registers, spilled = resources(kernel, tmp_path, *([""] if most == REGISTERS_SMALL_GRID else []))
+    registers, spilled = resources(kernel, tmp_path, *([""] if small_grid else []))
+    most = REGISTERS_SMALL_GRID if small_grid else REGISTERS
+    if "ptx" not in kernel.asm:
+        most = REGISTERS_GFX942
     assert (spilled, registers <= most) == (0, True), f"{registers} registers, {spilled} spilled"
     assert atomics(kernel) == counts
     assert ("bar.sync" if "ptx" in kernel.asm else "s_barrier") in code(kernel)
@@ -124,8 +128,8 @@ def expected_loads(variant, target):
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_sums_kernel(variant, target, tmp_path):
-    most = REGISTERS_SMALL_GRID if variant[4] else REGISTERS
-    assert_good(sums(variant, target), tmp_path, expected_loads(variant, target), expected_atomics(variant), most)
+    loads, counts = expected_loads(variant, target), expected_atomics(variant)
+    assert_good(sums(variant, target), tmp_path, loads, counts, small_grid=variant[4])
 
 
 @pytest.mark.parametrize("variant", MORE_SEGMENTS.values(), ids=MORE_SEGMENTS)
@@ -138,7 +142,8 @@ def test_sums_kernel_with_more_segments(variant, tmp_path):
 def test_the_second_of_two_launches_needs_no_atomics(target, tmp_path):
     kernel = sums(VARIANTS["two-launches"], target, gradient_sums._finish_kernel)
     registers, spilled = resources(kernel, tmp_path)
-    assert (spilled, registers <= REGISTERS, atomics(kernel)) == (0, True, 0)
+    most = REGISTERS if target.backend == "cuda" else REGISTERS_GFX942
+    assert (spilled, registers <= most, atomics(kernel)) == (0, True, 0)
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -78,6 +78,11 @@ def _extended(values: np.ndarray, kind: str) -> np.ndarray:
     return values.view(f"i{values.itemsize}") if kind[0] == "s" else values
 
 
+def _named(modifiers: tuple[str, ...]) -> tuple[str, ...]:
+    """The same with Triton 3.8's longer name of shared memory."""
+    return tuple("shared" if each == "shared::cta" else each for each in modifiers)
+
+
 def _check_alignment(addresses: np.ndarray, size: int) -> None:
     if (addresses % np.uint64(size)).any():
         raise MemoryFault(f"{size} bytes at {int(addresses[0]):#x}, misaligned")
@@ -234,7 +239,7 @@ class Code:
         return wait
 
     def _load(self, instruction: Instruction, modifiers: tuple[str, ...]) -> Step:
-        space, *hints, kind = modifiers
+        space, *hints, kind = _named(modifiers)
         base, offset = address(instruction.operands[1])
         writes = [self._writer(instruction, name, kind) for name in listed(instruction.operands[0])]
         if space == "param":
@@ -267,7 +272,7 @@ class Code:
         return load
 
     def _store(self, instruction: Instruction, modifiers: tuple[str, ...]) -> Step:
-        space, *hints, kind = modifiers
+        space, *hints, kind = _named(modifiers)
         base, offset = address(instruction.operands[0])
         reads = [self._reader(name, kind) for name in listed(instruction.operands[1])]
         if space == "param":
@@ -302,7 +307,7 @@ class Code:
 
     def _access(self, instruction: Instruction, hints: list[str], registers: int) -> tuple[bool, int]:
         """Whether a cache may answer, and how many numbers there are."""
-        space = instruction.parts[1]
+        space = _named(instruction.parts[1:])[0]
         widths = [hint for hint in hints if hint in ("v2", "v4", "v8")]
         caches = [hint for hint in hints if hint not in widths]
         # A store that writes through is a store like any other: nothing is ordered by it.
