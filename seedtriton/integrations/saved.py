@@ -53,8 +53,16 @@ def _are_weights(weights: object) -> bool:
 
 
 def load_weights(saved: Mapping[str, Any], slots: Mapping[str, nn.Module]) -> None:
-    """The weights of seeds into their slots, if they were saved there: behind ``restore_slots``."""
-    for name, own in saved.get("weights", {}).items():
+    """The weights of seeds into their slots, if they were saved there: behind ``restore_slots``.
+
+    Raises:
+        StateDictError: weights of a slot that the model does not have; nothing has changed.
+        RuntimeError: what ``load_state_dict`` raises about weights.
+    """
+    weights = saved.get("weights", {})
+    if unknown := sorted(set(weights) - set(slots)):
+        raise StateDictError(f"{FILE} has weights of slots {unknown}; the slots of the model are {sorted(slots)}")
+    for name, own in weights.items():
         slots[name].load_state_dict(own)
 
 

@@ -522,6 +522,9 @@ def test_damaged_weights_of_seeds_are_refused(tmp_path):
         torch.save({**saved, "weights": weights}, tmp_path / "growth.pt")
         with pytest.raises(StateDictError, match="no growth state"):
             load_seeds(gpt2(slot=True), tmp_path, {SLOT: Seed})
+    torch.save({**saved, "weights": {"elsewhere": saved["weights"][SLOT]}}, tmp_path / "growth.pt")
+    with pytest.raises(StateDictError, match=r"weights of slots \['elsewhere'\]"):
+        load_seeds(gpt2(slot=True), tmp_path, {SLOT: Seed})
 
 
 def test_an_adapter_that_is_added_is_another_host_and_the_seed_learns_on():
