@@ -149,9 +149,6 @@ def clear_segment(  # type: ignore[no-untyped-def]
                 _clear(address, tl.load(meta + item) * halves, BLOCK)
 
 
-# The steps of ``finish`` are not inlined: the compiler would compute their addresses at the start of every program and
-# keep them in registers across the loads, 128 of them on sm_90 instead of 48; and what one step holds is free for the
-# next, so that 256 segments fit into 64 registers on sm_100.
 @triton.jit
 def _row_before(places, num_segments, QUANTITIES: tl.constexpr):  # type: ignore[no-untyped-def]
     """How many samples come before this one, whether it replaces the newest row, and where its own begins."""
@@ -163,6 +160,9 @@ def _row_before(places, num_segments, QUANTITIES: tl.constexpr):  # type: ignore
     return before, replaced, row + (before % tl.load(fixed + 2)) * num_segments * QUANTITIES
 
 
+# The steps of ``finish`` are not inlined: the compiler would compute their addresses at the start of every program and
+# keep them in registers across the loads, 128 of them on sm_90 instead of 48; and what one step holds is free for the
+# next, so that 256 segments fit into 64 registers on sm_100.
 @triton.jit(noinline=True)
 def _note_gone(  # type: ignore[no-untyped-def]
     places, work, items, num_segments, SEGMENTS: tl.constexpr, SUMSQ: tl.constexpr, QUANTITIES: tl.constexpr,
