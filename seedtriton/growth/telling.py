@@ -106,7 +106,9 @@ class Teller(Prober):
 
     def _row(self, name: str) -> dict[str, Any]:
         slot, life = self._wiring.slots[name], self._position.lives.get(name)
-        known, last = None if life is None else life.evidence, self._position.last.get(name)
+        known = None if life is None else life.evidence
+        # Of an empty slot it would be the verdict on a seed that is gone; why() has it.
+        last = None if slot.stage is Stage.DORMANT else self._position.last.get(name)
         return {
             "slot": name,
             "stage": str(slot.stage),

@@ -161,6 +161,8 @@ def test_why_says_what_was_found_and_what_to_do(script):
     assert "What to do: Leave add_to_optimizer=True in germinate" in words
     assert script.growth.why("early").endswith("G2 let the seed in 'early' pass for BLENDING.")
     script.growth.prune("late", "it cannot learn", initiator="policy")
+    script.epochs(3)
+    assert script.growth.summary().rows[1]["last verdict"] is None, "the slot is empty"
     assert "Its last seed was pruned by policy: it cannot learn." in script.growth.why("late")
     with pytest.raises(ConfigurationError, match="no slot 'lat'"):
         script.growth.why("lat")
