@@ -47,6 +47,7 @@ class Plan:
     parts: tuple[int, ...]  # [items] items of the whole slot
     segment_starts: tuple[int, ...]  # [num_segments + 1] first item of each segment
     slot_starts: tuple[int, ...]  # [num_segments + 1] first slot of each segment
+    slot_elements: tuple[int, ...]  # [slots]
     tensor_counts: tuple[int, ...]  # [num_segments] tensors, empty ones too
     element_counts: tuple[int, ...]  # [num_segments]
 
@@ -69,14 +70,15 @@ def chunk_bytes(total: int) -> int:
     return min(max(1 << max(wanted - 1, 0).bit_length(), MIN_CHUNK), MAX_CHUNK)
 
 
-def _chunk_for(sizes: Sequence[int]) -> int:
+def _chunk_for(sizes: Sequence[int], segments: Sequence[int]) -> int:
     """The host's bytes decide, if there is a host: its sums then have the same bits with seeds as without them.
 
     Only seeds of more than MOST_ITEMS * MIN_CHUNK bytes, eight thousand million, behind a host that is small beside
     them are taken in larger pieces.
     """
     total = sum(sizes)
-    chunk = chunk_bytes(sizes[0] or total)
+    host = sum(size for size, segment in zip(sizes, segments) if not segment)
+    chunk = chunk_bytes(host or total)
     while total > chunk * MOST_ITEMS and chunk < MAX_CHUNK:
         chunk *= 2
     return chunk
@@ -100,10 +102,7 @@ def make_plan(
         raise ValueError(f"{len(numels)} sizes, {len(dtypes)} dtypes and {len(segments)} segments")
     tensor_counts, element_counts = _counts(numels, segments, num_segments)
     if chunk is None:
-        sizes = [0] * num_segments
-        for numel, dtype, segment in zip(numels, dtypes, segments):
-            sizes[segment] += numel * WIDTHS[dtype]
-        chunk = _chunk_for(sizes)
+        chunk = _chunk_for([numel * WIDTHS[dtype] for numel, dtype in zip(numels, dtypes)], segments)
 
     # sorted() is stable: within a segment the tensors keep their order.
     tensors = tuple(i for i in sorted(range(len(numels)), key=segments.__getitem__) if numels[i])
@@ -113,8 +112,7 @@ def make_plan(
     slots: list[int] = []
     pieces: list[int] = []
     parts: list[int] = []
-    items_of = [0] * num_segments
-    slots_of = [0] * num_segments
+    items_of, slots_of = [0] * num_segments, [0] * num_segments
     for slot, index in enumerate(tensors):
         most = chunk // WIDTHS[dtypes[index]]
         count = -(-numels[index] // most)
@@ -142,6 +140,7 @@ def make_plan(
         parts=tuple(parts),
         segment_starts=_starts(items_of),
         slot_starts=_starts(slots_of),
+        slot_elements=tuple(numels[index] for index in tensors),
         tensor_counts=tuple(tensor_counts),
         element_counts=tuple(element_counts),
     )

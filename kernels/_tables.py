@@ -6,21 +6,18 @@ gradient. A CUDA graph has tables of its own.
 
 from __future__ import annotations
 
-import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 from seedtriton.kernels import _plan
+from seedtriton.kernels._uploads import AddressTable
 
 # Tables kept; a training script needs one or two per monitor.
 CACHED = 32
-# Pinned buffers per table. An upload waits only for the one that was made this many uploads ago.
-STAGES = 8
 # FMA is asked for by name, because its default changes in Triton 3.10 and the bits with it. num_stages=1:
 # more stages would turn plain 128-bit loads into cp.async with 16 to 192 KB of shared memory.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
@@ -56,48 +53,6 @@ class Noted(NamedTuple):
 NOWHERE = Noted()
 
 
-class _AddressTable:
-    """int64 values on the device, rewritten through pinned buffers that events guard.
-
-    A pinned buffer must not change while a copy of it is under way, and the copy is asynchronous: each is
-    used again only after the event behind its copy has passed.
-    """
-
-    def __init__(self, size: int, device: torch.device, module: Any, pin: bool) -> None:
-        self.values = torch.zeros(max(size, 1), dtype=torch.int64, device=device)
-        self._staged: list[tuple[Tensor, Any, Any]] = []
-        self._turn = 0
-        self._size = size
-        self._module = module
-        self._pin = pin
-
-    def write(self, values: Sequence[int]) -> None:
-        if not values:
-            return
-        if self._module is None:
-            _view(self.values, self._size)[:] = values
-            return
-        buffer, view, event = self._next_buffer()
-        view[:] = values
-        self.values[: self._size].copy_(buffer, non_blocking=True)
-        event.record()
-
-    def _next_buffer(self) -> tuple[Tensor, Any, Any]:
-        if len(self._staged) < STAGES:
-            buffer = torch.empty(self._size, dtype=torch.int64, device="cpu", pin_memory=self._pin)
-            self._staged.append((buffer, _view(buffer, self._size), self._module.Event()))
-            return self._staged[-1]
-        staged = self._staged[self._turn]
-        self._turn = (self._turn + 1) % STAGES
-        staged[2].synchronize()
-        return staged
-
-
-def _view(buffer: Tensor, size: int) -> Any:
-    """The host memory of an int64 tensor as a ctypes array: written without a temporary tensor."""
-    return (ctypes.c_int64 * size).from_address(buffer.data_ptr())
-
-
 class Tables:
     """What launches for one signature need on the device, made once."""
 
@@ -119,7 +74,7 @@ class Tables:
         # The busy path compares these with the current addresses; None: nothing uploaded yet.
         self.pointers: tuple[int, ...] | None = None
         self.base_offsets: tuple[int, ...] | None = None
-        self._addresses = _AddressTable(self.slots + extras, device, module, pin=not cpu)
+        self._addresses = AddressTable(plan, extras, device, module, pin=not cpu)
         columns = (plan.lengths, plan.segments, plan.dtypes, plan.slots, plan.pieces, plan.parts)
         starts = (plan.segment_starts, plan.slot_starts)
         entries = plan.tensors if noted.entries is None else [noted.entries[index] for index in plan.tensors]
@@ -137,15 +92,16 @@ class Tables:
         self.counters = torch.zeros(2, segments + 1 + marked, dtype=torch.int32, device=device)
         self._this: int = self.counters[0].data_ptr()
         self._other: int = self.counters[1].data_ptr()
-        # Partial sums, closed segments (two columns), the two counts of each segment, what of it is gone, the addresses
-        # of the table of tensors and the sum of those of the counters, which stay, and marks: as many as there are, no
-        # rectangle. The item of a plan without elements marks a tensor that is not there.
-        addresses = (*noted.addresses, self._this + self._other)
-        fixed = torch.tensor([*tensors, *elements, *[0] * segments], dtype=torch.float64, **host).view(torch.int64)
-        fixed = torch.cat([fixed, torch.tensor(addresses, dtype=torch.int64, **host)]).view(torch.float64)
-        begin = self.items + 2 * segments
-        self.work = torch.zeros(begin + len(fixed) + marked, dtype=torch.float64, device=device)
-        self.work[begin:-marked] = fixed
+        # Partial sums, closed segments (two columns); the two counts of each segment, the addresses of the table of
+        # tensors, the sum of those of the counters and the elements of each tensor, which stay; marks and sums of
+        # tensors: as many as there are, no rectangle. The item of a plan without elements is of a tensor that is not
+        # there.
+        known = (tensors + elements, (*noted.addresses, self._this + self._other), plan.slot_elements or (0,))
+        kinds = (torch.float64, torch.int64, torch.float64)
+        parts = [torch.tensor(one, dtype=kind, **host).view(torch.float64) for one, kind in zip(known, kinds)]
+        begin, fixed = self.items + 2 * segments, torch.cat(parts)
+        self.work = torch.zeros(begin + len(fixed) + 2 * marked, dtype=torch.float64, device=device)
+        self.work[begin : -2 * marked] = fixed
         self.busy_segments = plan.busy_segments
         self.work_address = self.work.data_ptr()
         self.addresses = self._addresses.values.data_ptr()
@@ -165,7 +121,7 @@ class Tables:
             values = [pointers[index] for index in self.plan.tensors]
         # Forgotten first: if the copy fails, the table on the device is no longer what it was.
         self.pointers = None
-        self._addresses.write([*values, *extras])
+        self._addresses.write(values, extras)
         self.pointers = pointers
 
     def launch(self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:

@@ -75,7 +75,7 @@ def _any_scales(coefficients, num_segments):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scale_item(  # type: ignore[no-untyped-def]
-    item, addresses, meta, items, chunk, base, coefficients, clear, BYTES: tl.constexpr
+    item, addresses, meta, items, base, coefficients, clear, BYTES: tl.constexpr
 ):
     """Scale an item, unless the coefficient of its segment is 1."""
     columns = meta + item
@@ -84,8 +84,7 @@ def _scale_item(  # type: ignore[no-untyped-def]
     if factor != 1.0:
         length = tl.load(columns)
         dtype = tl.load(columns + 2 * items)
-        slot = tl.load(columns + 3 * items)
-        address = base + tl.load(addresses + slot) + tl.load(columns + 4 * items).to(tl.int64) * chunk
+        address = base + tl.load(addresses + item)
         if dtype == 0:
             _scale_run(address, length, factor, cleared, tl.float32, BYTES)
         elif dtype == 1:
@@ -95,20 +94,20 @@ def _scale_item(  # type: ignore[no-untyped-def]
 
 
 _RUNTIME = (
-    "addresses", "meta", "items", "num_segments", "chunk", "base", "coefficients", "norm", "norm_copy", "clear"
+    "addresses", "meta", "items", "num_segments", "base", "coefficients", "norm", "norm_copy", "clear"
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _scale_kernel(  # type: ignore[no-untyped-def]
-    addresses: tl.int64, meta: tl.int64, items: tl.int32, num_segments: tl.int32, chunk: tl.int32, base: tl.int64,
+    addresses: tl.int64, meta: tl.int64, items: tl.int32, num_segments: tl.int32, base: tl.int64,
     coefficients: tl.int64, norm: tl.int64, norm_copy: tl.int64, clear: tl.int32,
     WIDE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Scale x by its segment's coefficient, item after item; nothing is read or written where that is 1.
 
-    addresses: int64 [slots], relative to ``base``
-    meta: int32, columns of the plan, 5 x [items] and more
+    addresses: int64 [items], relative to ``base``
+    meta: int32, columns of the plan, 3 x [items] and more
     coefficients: [num_segments], fp32, or fp64 with WIDE, rounded to fp32
     clear: unless 0, a coefficient below 0 writes zeros
     norm, norm_copy: one fp64 and, unless 0, the fp32 that becomes its copy
@@ -125,7 +124,7 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
         for item in range(first, items, tl.num_programs(0)):
             _scale_item(
                 item, addresses.to(tl.int64).to(tl.pointer_type(tl.int64)),
-                meta.to(tl.int64).to(tl.pointer_type(tl.int32)), items, chunk, base.to(tl.int64), table, clear, BYTES,
+                meta.to(tl.int64).to(tl.pointer_type(tl.int32)), items, base.to(tl.int64), table, clear, BYTES,
             )  # fmt: skip
 
 
@@ -186,7 +185,7 @@ def scale_segments_(
             _scale_kernel,
             programs_for(tables.items),
             (
-                tables.addresses, tables.meta, tables.items, num_segments, tables.plan.chunk,
+                tables.addresses, tables.meta, tables.items, num_segments,
                 0 if flat is None else flat.data_ptr(), coefficients.data_ptr(),
                 0 if copy is None else copy[0].data_ptr(), 0 if copy is None else copy[1].data_ptr(), int(clear),
             ),

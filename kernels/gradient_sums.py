@@ -35,8 +35,6 @@ BLOCK_BYTES = {
     (torch.float64, 64): 4096,
 }
 LANES = {torch.float32: tl.float32, torch.float64: tl.float64}
-# Partial sums read at a time by whoever closes a segment: 4 loads per thread in flight, times the unrolling.
-SUM_BLOCK = 1024
 # Smallest block of segments; larger ones are powers of two, so that few variants are ever compiled.
 MIN_SEGMENTS = 32
 # ``layout`` of ``segmented_sumsq``: ``outside`` has one column, and there is no row.
@@ -58,7 +56,7 @@ def _square_words(  # type: ignore[no-untyped-def]
 
     The body from the first 16-byte boundary to the last is read by 128-bit loads, whole groups of four blocks without
     a mask; at most 15 bytes before it and 15 after it, the edge, by one masked load. What a thread has read is summed
-    in fp32, where fp64 is 64 times slower on some GPUs: never more than 19 additions in a row for 64 Ki elements.
+    in fp32, where fp64 is 64 times slower on some GPUs: never more than 27 additions in a row for 256 KiB.
     """
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     WORD: tl.constexpr = 16 // SIZE
@@ -70,6 +68,9 @@ def _square_words(  # type: ignore[no-untyped-def]
     words = (length - head) // WORD
     groups = words // (4 * WORDS)
     word = tl.arange(0, WORDS)
+    # The edge is asked for before the body, so that nobody waits for it at the end.
+    edge = tl.where(word < head, word, word + words * WORD)
+    z = tl.load(address.to(tl.pointer_type(DTYPE)) + edge, mask=word < length - words * WORD, other=0.0).to(LANES)
     cell = word[:, None] * WORD + tl.arange(0, WORD)[None, :]
     squares = tl.zeros([WORDS, WORD], LANES)
     # The promise of alignment counts only on the pointer: on the integer the compiler forgets it.
@@ -87,23 +88,15 @@ def _square_words(  # type: ignore[no-untyped-def]
             tl.load(at + 2 * BLOCK, mask=left > 2 * WORDS, other=0.0),
             tl.load(at + 3 * BLOCK, mask=left > 3 * WORDS, other=0.0), LANES,
         )  # fmt: skip
-    sums = tl.sum(squares, axis=1)
-
-    edge = tl.where(word < head, word, word + words * WORD)
-    z = tl.load(address.to(tl.pointer_type(DTYPE)) + edge, mask=word < length - words * WORD, other=0.0).to(LANES)
-    return sums + z * z
+    return tl.sum(squares, axis=1) + z * z
 
 
 @triton.jit
-def _sum_item(  # type: ignore[no-untyped-def]
-    item, addresses, meta, work, items, chunk, base, LANES: tl.constexpr, BYTES: tl.constexpr
-):
-    """Read one item and store its partial sum; returns its segment and that sum."""
+def _sum_item(item, addresses, meta, items, base, LANES: tl.constexpr, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of squares of an item."""
     length = tl.load(meta + item)
-    segment = tl.load(meta + items + item)
     dtype = tl.load(meta + 2 * items + item)
-    slot = tl.load(meta + 3 * items + item)
-    address = base + tl.load(addresses + slot) + tl.load(meta + 4 * items + item).to(tl.int64) * chunk
+    address = base + tl.load(addresses + item)
     # A uniform branch: all threads of a program take the same side. One helper call per dtype, because a
     # variable cannot hold pointers of two types.
     if dtype == 0:
@@ -112,16 +105,14 @@ def _sum_item(  # type: ignore[no-untyped-def]
         sums = _square_words(address, length, tl.bfloat16, LANES, BYTES)
     else:
         sums = _square_words(address, length, tl.float16, LANES, BYTES)
-    partial = tl.sum(sums.to(tl.float64))
-    _row.publish(work + item, partial)
-    return segment, partial
+    return tl.sum(sums.to(tl.float64))
 
 
 @triton.jit
 def _run_item(  # type: ignore[no-untyped-def]
-    item, addresses, meta, work, counters, items, slots, num_segments, busy_segments, chunk, base,
+    item, addresses, meta, work, counters, items, slots, num_segments, busy_segments, base,
     summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps, vanishing_rms, exploding_rms,
-    LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    LANES: tl.constexpr, BYTES: tl.constexpr, SEGMENTS: tl.constexpr,
     EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, CLIP_EPS: tl.constexpr, SUMSQ: tl.constexpr,
     LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr,
     TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
@@ -129,51 +120,25 @@ def _run_item(  # type: ignore[no-untyped-def]
     SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Sum an item; whoever completes its segment closes it, whoever closes the last segment finishes."""
-    segment, partial = _sum_item(item, addresses, meta, work, items, chunk, base, LANES, BYTES)
+    partial = _sum_item(item, addresses, meta, items, base, LANES, BYTES)
     if COUNTERS:
-        item_starts = meta + 6 * items
-        # For a row, items report to their tensor and tensors to their segment: still one atomic for most items.
-        if EPILOGUE:
-            reporting = item_starts + num_segments + 1
-            whole = _row.complete_tensor(
-                item, partial, meta, work, counters + num_segments + 1, items, num_segments, chunk, grad_scale,
-                vanishing_rms, exploding_rms,
+        if _row.report_item(
+            item, partial, addresses, meta, work, counters, items, slots, num_segments, busy_segments, base, outside,
+            grad_scale, vanishing_rms, exploding_rms, EPILOGUE, GUARDED, MEASURED, SUMSQ,
+        ):  # fmt: skip
+            _row.finish(
+                work, meta + 6 * items + num_segments + 1, addresses + items, items, num_segments, summary, outside,
+                grad_scale, gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
+                EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE,
+                SUMMARY_HEAD, APART, GUARDED,
             )  # fmt: skip
-        else:
-            reporting = item_starts
-            whole = True
-        if whole:
-            expected = tl.load(reporting + segment + 1) - tl.load(reporting + segment)
-            # Release: whoever sees the count sees this thread's stores above. Acquire: the last one sees the
-            # stores of all others (without it, sums went wrong on 8 GPUs: pytorch#128455).
-            done = tl.atomic_add(counters + segment, 1, sem="acq_rel", scope="gpu")
-            # The item of a plan without elements has no tensor, so that none is expected of it.
-            if done >= expected - 1:
-                tl.store(counters + segment, 0)
-                if EPILOGUE:
-                    sumsq = _row.close_row_segment(segment, work, item_starts, items, num_segments, SUM_BLOCK)
-                    _row.clear_segment(
-                        segment, sumsq, addresses, slots, meta, items, num_segments, chunk, base, outside, GUARDED,
-                        MEASURED, SUMSQ, SUM_BLOCK,
-                    )  # fmt: skip
-                else:
-                    _row.close_segment(segment, work, item_starts, items, SUM_BLOCK)
-                closed = tl.atomic_add(counters + num_segments, 1, sem="acq_rel", scope="gpu")
-                # Only segments that have items ever close, so only those are counted.
-                if closed == busy_segments - 1:
-                    tl.store(counters + num_segments, 0)
-                    _row.clear_other_counters(work, counters, items, slots, num_segments, _row.TENSOR_BLOCK)
-                    _row.finish(
-                        work, item_starts, addresses + slots, items, num_segments, summary, outside, grad_scale,
-                        gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
-                        EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT,
-                        GRAD_SCALE, SUMMARY_HEAD, APART, GUARDED,
-                    )  # fmt: skip
+    else:
+        tl.store(work + item, partial)
 
 
 # Nothing is specialised on values: one compiled kernel then serves every call, and can be called directly.
 _RUNTIME = (
-    "addresses", "meta", "work", "counters", "items", "slots", "num_segments", "busy_segments", "chunk", "base",
+    "addresses", "meta", "work", "counters", "items", "slots", "num_segments", "busy_segments", "base",
     "summary", "outside", "grad_scale", "gain_scale", "found_inf", "max_norm", "eps", "vanishing_rms",
     "exploding_rms",
 )  # fmt: skip
@@ -182,11 +147,11 @@ _RUNTIME = (
 @triton.jit(do_not_specialize=_RUNTIME)
 def _sums_kernel(  # type: ignore[no-untyped-def]
     addresses: tl.int64, meta: tl.int64, work: tl.int64, counters: tl.int64,
-    items: tl.int32, slots: tl.int32, num_segments: tl.int32, busy_segments: tl.int32, chunk: tl.int32,
-    base: tl.int64, summary: tl.int64, outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64,
+    items: tl.int32, slots: tl.int32, num_segments: tl.int32, busy_segments: tl.int32, base: tl.int64,
+    summary: tl.int64, outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64,
     found_inf: tl.int64, max_norm: tl.float64, eps: tl.float64, vanishing_rms: tl.float64,
     exploding_rms: tl.float64,
-    LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    LANES: tl.constexpr, BYTES: tl.constexpr, SEGMENTS: tl.constexpr,
     EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, PERSISTENT: tl.constexpr, CLIP_EPS: tl.constexpr,
     SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
     MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
@@ -195,14 +160,14 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """sumsq[k] = sum of x² over segment k; with EPILOGUE a row of the ring and the summary, else the sums.
 
-    addresses: int64 [slots], of the tensors (relative to ``base``); for a row also [num_segments] of the gains (0:
+    addresses: int64 [items], relative to ``base``; for a row also [num_segments] of the gains (0:
         none), then the modes [num_segments], the addresses of the ring and the count, the window itself, and the
         addresses of the number of samples before this one and of those numbers for the next
     meta: int32, columns of the plan: 6 x [items], item and slot starts 2 x [num_segments + 1], and the entry of each
         tensor in the table of tensors [slots]
     work: 8 bytes each, partial sums [items], sums and (int64) marks of closed segments [2, num_segments], tensors and
-        elements [2, num_segments], what is gone [num_segments], (int64) the addresses of that number and of the table
-        of tensors [4] and marks of tensors [slots]
+        elements [2, num_segments], (int64) the addresses of that number and of the table of tensors [4] and the sum of
+        those of this launch's counters and of the other ones, elements, (int64) marks and sums of tensors [3, slots]
     counters: int32 [num_segments + 1 + slots], zero between calls
     """
     # Addresses come as integers, so that nothing depends on how a pointer argument happens to be aligned.
@@ -215,32 +180,32 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     if PERSISTENT:
         for each in range(item, items, tl.num_programs(0)):
             _run_item(
-                each, address_table, meta_table, work_table, counter_table, items, slots, num_segments,
-                busy_segments, chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64),
-                grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms,
-                exploding_rms, LANES, BYTES, SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING,
-                EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE,
-                SUMMARY_HEAD, APART, GUARDED,
+                each, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
+                base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
+                gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES,
+                BYTES, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
+                TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
+                APART, GUARDED,
             )  # fmt: skip
     else:
         _run_item(
-            item, address_table, meta_table, work_table, counter_table, items, slots, num_segments,
-            busy_segments, chunk, base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64),
-            grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms,
-            exploding_rms, LANES, BYTES, SUM_BLOCK, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING,
-            EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE,
-            SUMMARY_HEAD, APART, GUARDED,
+            item, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
+            base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
+            gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES,
+            BYTES, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
+            TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
+            APART, GUARDED,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _finish_kernel(  # type: ignore[no-untyped-def]
     addresses: tl.int64, meta: tl.int64, work: tl.int64, counters: tl.int64,
-    items: tl.int32, slots: tl.int32, num_segments: tl.int32, busy_segments: tl.int32, chunk: tl.int32,
-    base: tl.int64, summary: tl.int64, outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64,
+    items: tl.int32, slots: tl.int32, num_segments: tl.int32, busy_segments: tl.int32, base: tl.int64,
+    summary: tl.int64, outside: tl.int64, grad_scale: tl.int64, gain_scale: tl.int64,
     found_inf: tl.int64, max_norm: tl.float64, eps: tl.float64, vanishing_rms: tl.float64,
     exploding_rms: tl.float64,
-    LANES: tl.constexpr, BYTES: tl.constexpr, SUM_BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    LANES: tl.constexpr, BYTES: tl.constexpr, SEGMENTS: tl.constexpr,
     EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, PERSISTENT: tl.constexpr, CLIP_EPS: tl.constexpr,
     SUMSQ: tl.constexpr, LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr,
     MEASURED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr,
@@ -254,30 +219,32 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     address_table = addresses.to(tl.int64).to(tl.pointer_type(tl.int64))
     work_table = work.to(tl.int64).to(tl.pointer_type(tl.float64))
     meta_table = meta.to(tl.int64).to(tl.pointer_type(tl.int32))
-    if EPILOGUE:
-        for item in range(items):
-            if tl.load(meta_table + 4 * items + item) == 0:
-                parts = tl.load(meta_table + 5 * items + item)
-                sumsq = _row.sum_range(work_table, item, item + parts, _row.TENSOR_BLOCK)
-                _row.judge_tensor(
-                    item, sumsq, meta_table, _row.marks_of(work_table, items, num_segments), items, num_segments,
-                    chunk, grad_scale.to(tl.int64), vanishing_rms, exploding_rms,
-                )  # fmt: skip
-        # Different threads read below what one thread stored above.
-        tl.debug_barrier()
+    for item in range(items):
+        if tl.load(meta_table + 4 * items + item) == 0:
+            parts = tl.load(meta_table + 5 * items + item)
+            sumsq = _row.sum_range(work_table, item, item + parts, _row.TENSOR_BLOCK)
+            slot = tl.load(meta_table + 3 * items + item)
+            facts = _row.facts_of_tensor(
+                slot, meta_table, work_table, items, slots, num_segments, grad_scale.to(tl.int64), EPILOGUE
+            )
+            _row.close_tensor(
+                slot, sumsq, facts, work_table, items, slots, num_segments, vanishing_rms, exploding_rms, EPILOGUE
+            )
+    # Different threads read below what one thread stored above.
+    tl.debug_barrier()
+    slot_starts = meta_table + 6 * items + num_segments + 1
     for segment in range(num_segments):
+        first, last = tl.load(slot_starts + segment), tl.load(slot_starts + segment + 1)
+        total = _row.close_segment(segment, first, last, work_table, items, slots, num_segments, EPILOGUE)
         if EPILOGUE:
-            starts = meta_table + 6 * items
-            sumsq = _row.close_row_segment(segment, work_table, starts, items, num_segments, SUM_BLOCK)
+            mode = tl.load(address_table + items + num_segments + segment)
             _row.clear_segment(
-                segment, sumsq, address_table, slots, meta_table, items, num_segments, chunk, base.to(tl.int64),
-                outside.to(tl.int64), GUARDED, MEASURED, SUMSQ, SUM_BLOCK,
+                segment, total, mode, address_table, meta_table, items, base.to(tl.int64), outside.to(tl.int64),
+                GUARDED, MEASURED, SUMSQ,
             )  # fmt: skip
-        else:
-            _row.close_segment(segment, work_table, meta_table + 6 * items, items, SUM_BLOCK)
     tl.debug_barrier()
     _row.finish(
-        work_table, meta_table + 6 * items, address_table + slots, items, num_segments, summary.to(tl.int64),
+        work_table, slot_starts, address_table + items, items, num_segments, summary.to(tl.int64),
         outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps,
         CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA,
         QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD, APART, GUARDED,
@@ -295,7 +262,7 @@ def _arguments(
     """The run-time arguments of both kernels."""
     return (
         tables.addresses, tables.meta, tables.work_address, tables.turn(), tables.items, tables.slots,
-        tables.plan.num_segments, tables.busy_segments, tables.plan.chunk, _address(flat), summary.data_ptr(),
+        tables.plan.num_segments, tables.busy_segments, _address(flat), summary.data_ptr(),
         _address(outside), *scalars, *numbers,
     )  # fmt: skip
 
@@ -314,7 +281,7 @@ def _constants(
     """The compile-time arguments of both kernels."""
     segments = max(MIN_SEGMENTS, triton.next_power_of_2(num_segments))
     return (
-        LANES[lanes], BLOCK_BYTES[lanes, max(warp_size, 32)], SUM_BLOCK, segments, epilogue,
+        LANES[lanes], BLOCK_BYTES[lanes, max(warp_size, 32)], segments, epilogue,
         counters, persistent, clip_eps, *layout,
     )  # fmt: skip
 

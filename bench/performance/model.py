@@ -82,12 +82,12 @@ class Design(NamedTuple):
         step: bytes that a program reads per block.
         ahead: 128-bit loads of a thread in flight where an item has enough blocks.
         registers: per thread, at most.
-        before: trips from the start of a program to the address of its data.
+        before: trips from the start of a program to its data.
         report: trips between its data and its end, where its tensor is not the last of a segment; one is an atomic.
         close: trips of the last program after its data, atomics among them, but for partial sums.
         atomics: of the last program.
-        read_ahead: partial sums that a closing program reads in one trip.
-        sums_items: whether a segment adds its items; otherwise its tensors.
+        items_at_once: partial sums of a tensor that a program reads in one trip.
+        tensors_at_once: sums of tensors that a program which closes a segment reads in one trip.
         doubles: fp64 operations of a program at the end of an item.
         scale_programs: of a scaling launch at most; None: one for each item.
     """
@@ -96,12 +96,12 @@ class Design(NamedTuple):
     step: int = 4096
     ahead: int = 8
     registers: int = 72
-    before: int = 2
-    report: int = 3
-    close: int = 16
+    before: int = 1
+    report: int = 2
+    close: int = 8
     atomics: int = 3
-    read_ahead: int = 1024
-    sums_items: bool = True
+    items_at_once: int = 1024
+    tensors_at_once: int = 512
     doubles: int = 1200
     scale_programs: int | None = 2048
 
@@ -120,20 +120,17 @@ class Items(NamedTuple):
 
     sizes: Sequence[int]
     most_parts: int  # items of the largest tensor
-    most_items: int  # of the largest segment
     most_tensors: int  # of the largest segment
 
 
 def items_of(sizes: Sequence[tuple[int, ...]], dtype: str, segments: Sequence[int], number: int) -> Items:
     kinds = [0 if dtype == "fp32" or (dtype == "mixed" and len(size) == 1) else 1 for size in sizes]
     plan = _plan.make_plan([math.prod(size) for size in sizes], kinds, segments, number)
-    starts, slots = plan.segment_starts, plan.slot_starts
     widths = [2 if kind else 4 for kind in plan.dtypes]
     return Items(
         [length * width for length, width in zip(plan.lengths, widths)],
         max(plan.parts),
-        max(b - a for a, b in itertools.pairwise(starts)),
-        max(b - a for a, b in itertools.pairwise(slots)),
+        max(b - a for a, b in itertools.pairwise(plan.slot_starts)),
     )
 
 
@@ -158,9 +155,8 @@ def _busy(card: Card, design: Design, items: Items, trips: int) -> float:
 
 def measure(card: Card, items: Items, row: bool = True, design: Design = DESIGN) -> float:
     """Seconds of one launch of the sums, with the row or without."""
-    close = design.close if row else design.report + 2
-    partials = items.most_items if design.sums_items or not row else items.most_tensors
-    summed = math.ceil(partials / design.read_ahead) + (math.ceil(items.most_parts / 256) if row else 0)
+    close = design.close if row else design.close - 4
+    summed = math.ceil(items.most_parts / design.items_at_once) + math.ceil(items.most_tensors / design.tensors_at_once)
     tail = (close + summed) * card.near + design.atomics * card.fence
     return card.node + _busy(card, design, items, design.before + design.report) + tail
 
@@ -247,7 +243,7 @@ def _predict(card: Card, work: Work, task: str, contender: Contender) -> dict[st
 
 def _ours(card: Card, work: Work, task: str, name: str) -> float:
     if task == "norm" and name != "seedtriton measure":
-        flat = Items(work.items.sizes, work.items.most_items, work.items.most_items, 1)
+        flat = Items(work.items.sizes, len(work.items.sizes), 1)
         return measure(card, flat if name == "seedtriton flat" else work.items, row=False) + card.node  # and its root
     found = measure(card, work.items)
     return found + scale(card, work.items, work.coefficient) if task == "clip" else found

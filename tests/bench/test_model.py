@@ -95,12 +95,13 @@ def test_the_design_is_that_of_the_kernels():
     gradient_sums = pytest.importorskip("seedtriton.kernels.gradient_sums", reason="needs Triton")
     import torch
 
-    from seedtriton.kernels import _launch, gradient_scale
+    from seedtriton.kernels import _launch, _row, gradient_scale
 
     assert model.DESIGN.warps == _launch.OPTIONS["num_warps"]
     assert model.DESIGN.step == gradient_sums.BLOCK_BYTES[torch.float32, 32]
     assert model.DESIGN.scale_programs == gradient_scale.PROGRAMS
-    assert model.DESIGN.read_ahead == gradient_sums.SUM_BLOCK
+    assert model.DESIGN.items_at_once == _row.TENSOR_BLOCK.value
+    assert model.DESIGN.tensors_at_once == _row.SEGMENT_BLOCK.value
 
 
 def test_the_table_says_that_it_predicts_and_shows_a_measurement_beside_it(record):

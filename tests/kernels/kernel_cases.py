@@ -247,7 +247,7 @@ def test_scratch_is_not_rectangular(device):
     # pytorch#190549: one large tensor and many small ones took largest x count, 24 MB for 20 KB.
     tensors = [random(65537, torch.float32, device)] + [random(1, torch.float32, device) for _ in range(20)]
     gradient_sums.segmented_sumsq(tensors, spread(21, 2), 2)
-    assert tables().work.numel() == (9 + 20) + 5 * 2 + 5 + 21
+    assert tables().work.numel() == (9 + 20) + 4 * 2 + 5 + 3 * 21
     assert tables().counters.numel() == 2 * (3 + 21)
 
 
@@ -330,8 +330,7 @@ def test_counters_are_zero_between_calls_and_scratch_does_not_matter(two_launche
         # What lies in the scratch between calls must not matter, but for the numbers of tensors and elements, and where
         # the table of tensors is.
         state.work[: state.items + 6] = NAN
-        state.work[state.items + 12 : state.items + 15] = NAN
-        state.work[state.items + 15 + 5 :] = NAN
+        state.work[state.items + 12 + 5 + 4 :] = NAN
 
 
 def test_live_counts_tensors_that_are_not_all_zero(device):

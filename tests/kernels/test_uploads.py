@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from seedtriton.kernels import _launch, _tables
+from seedtriton.kernels import _launch, _plan, _uploads
 
 
 class Device:
@@ -30,22 +30,33 @@ class Device:
         self.Event = Event
 
 
+def table_of(sizes, extras, device):
+    plan = _plan.make_plan(sizes, [0] * len(sizes), [0] * len(sizes), 1)
+    return _uploads.AddressTable(plan, extras, torch.device("cpu"), device, pin=False)
+
+
 def test_a_staging_buffer_is_used_again_only_after_its_event():
     device = Device()
-    table = _tables._AddressTable(3, torch.device("cpu"), device, pin=False)
-    for turn in range(3 * _tables.STAGES):
-        table.write([turn, 2**40 + turn, -turn])
+    table = table_of([1, 2], 1, device)
+    for turn in range(3 * _uploads.STAGES):
+        table.write([turn, 2**40 + turn], [-turn])
         assert table.values.tolist() == [turn, 2**40 + turn, -turn]
-    assert len(device.events) == _tables.STAGES >= 3
+    assert len(device.events) == _uploads.STAGES >= 3
     # Nobody waits in the first round; later each buffer waits for its own copy, once per use.
-    assert [(e.recorded, e.waited) for e in device.events] == [(3, 2)] * _tables.STAGES
-    assert len({buffer.data_ptr() for buffer, _, _ in table._staged}) == _tables.STAGES
+    assert [(e.recorded, e.waited) for e in device.events] == [(3, 2)] * _uploads.STAGES
+    assert len({buffer.data_ptr() for buffer, _ in table._staged}) == _uploads.STAGES
 
 
-def test_an_empty_table_has_memory_and_writes_nothing():
-    table = _tables._AddressTable(0, torch.device("cpu"), Device(), pin=False)
-    table.write([])
-    assert table.values.tolist() == [0]
+def test_every_item_has_an_address_of_its_own():
+    table = table_of([8192 * 2 + 1, 5, 0, 8192], 2, Device())
+    table.write([2**40, 700, 9], [-3, -4])
+    assert table.values.tolist() == [2**40, 2**40 + 32768, 2**40 + 65536, 700, 9, -3, -4]
+
+
+def test_a_table_without_tensors_has_an_item_and_the_rest():
+    table = table_of([0], 1, Device())
+    table.write([], [5])
+    assert table.values.tolist() == [0, 5]
 
 
 def test_tensors_on_the_cpu_are_refused_without_the_interpreter():

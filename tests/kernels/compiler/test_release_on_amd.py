@@ -49,8 +49,8 @@ def assert_published(kernel, variant):
     found = releases(kernel)
     assert len(found) == expected_atomics(variant)
     assert all(waited or settled for waited, settled in found), f"a store is under way before an atomic: {found}"
-    # The partial sum and the closed segment; of a row the mark of a tensor and the marks of a segment as well.
-    stores = 4 if variant[2] else 2
+    # The partial sum, the tensor, the closed segment; of a row the mark of a tensor and the marks of a segment as well.
+    stores = 5 if variant[2] else 3
     assert all(waited for waited, _ in found) or written_through(kernel) >= stores, "left to a write-back nobody awaits"
 
 

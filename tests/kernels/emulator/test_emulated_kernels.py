@@ -127,7 +127,7 @@ def test_a_launch_that_was_stopped_spoils_none_after_it(emulator):
     for seed in range(12):
         emulator.seed = seed
         tensors, segments = gradients(random.Random(seed), 3)
-        emulator.turns = 3 + 5 * seed
+        emulator.turns = 60 + 10 * seed
         gradient_sums.segmented_sumsq(tensors, segments, 3)
         left += bool(next(reversed(_launch._cache._recent.values())).counters.any())
         emulator.turns = sys.maxsize

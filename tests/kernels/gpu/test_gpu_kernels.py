@@ -11,7 +11,6 @@ from kernel_cases import (
     Listed,
     Sample,
     _launch,
-    _tables,
     gradient_scale,
     gradient_sums,
     kernel_record,
@@ -20,6 +19,7 @@ from kernel_cases import (
 )
 
 from seedtriton.gradients.row import CLIP_COEFFICIENT, SUMSQ
+from seedtriton.kernels._uploads import STAGES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -149,7 +149,7 @@ def test_no_synchronisation(device):
     others = [tensor.clone() for tensor in tensors]
     coefficient = torch.ones((), device=device)
     # Before: kernels are compiled, and every pinned buffer exists.
-    for _ in range(_tables.STAGES):
+    for _ in range(STAGES):
         for list_ in (tensors, others):
             record(sample, list_)
             gradient_scale.scale_(list_, coefficient)
@@ -173,7 +173,7 @@ def test_no_allocation(device):
             record(sample, list_, grad_scale=coefficient)
             gradient_scale.scale_(list_, coefficient)
 
-    for _ in range(_tables.STAGES):
+    for _ in range(STAGES):
         run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
