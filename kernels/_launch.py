@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from seedtriton.kernels import _plan
+from seedtriton.kernels._known import Key, KnownLists
 from seedtriton.kernels._tables import NOWHERE, OPTIONS, Noted, Tables, Uncapturable, _Cache
 
 __all__ = ["NOWHERE", "OPTIONS", "Noted", "Tables", "Uncapturable", "Unsupported", "find_tables", "unsupported"]
@@ -116,12 +117,14 @@ def _check_all(tensors: Sequence[Tensor], device: torch.device) -> None:
 
 
 _cache = _Cache()
+_known = KnownLists()
 
 
 def release() -> None:
     """Drop all tables and workspaces, those of captured graphs too: no graph may be replayed afterwards."""
     with _lock:
         _cache.clear()
+        _known.clear()
 
 
 def guard(device: torch.device) -> AbstractContextManager[Any]:
@@ -196,14 +199,7 @@ def find_tables(
         noted: where each tensor is noted; belongs into ``domain`` too.
     """
     stream, capture = _stream(device)
-    if flat is None:
-        pointers, signature = _moving_signature(tensors)
-    elif settled:
-        pointers, signature = _flat_signature(tensors, flat)
-    else:
-        pointers, signature = _placed_signature(tensors, flat)
-    segments = tuple(segments)
-    what = (domain, device.index, num_segments, segments, tuple(outside), signature)
+    what, pointers = _look(tensors, segments, (domain, device.index, num_segments, tuple(outside)), flat, settled)
     pointers = (*pointers, *extra_pointers)
     if capture:
         return _cache.for_capture((capture, stream), what, pointers, len(pointers) - len(extra_pointers))
@@ -224,6 +220,31 @@ def find_tables(
     with torch.inference_mode(False), torch.no_grad():
         tables.upload(pointers, len(tensors), extras)
     return tables
+
+
+def _look(
+    tensors: Sequence[Tensor],
+    segments: Sequence[int],
+    others: tuple[Any, ...],
+    flat: Tensor | None,
+    settled: bool,
+) -> tuple[Key, tuple[int, ...]]:
+    """What tables are kept by, ``others`` among it, and where the tensors are: in the buffer, if there is one."""
+    if flat is not None:
+        look = _flat_signature if settled else _placed_signature
+        pointers, signature = look(tensors, flat)
+        return Key(*others, tuple(segments), signature), pointers
+    known = _known.find(others, tensors, segments)
+    if known is not None:
+        pointers = tuple(map(Tensor.data_ptr, tensors))
+        if not all(pointers):
+            _refuse_others(tensors, pointers)
+        return known, pointers
+    pointers, signature = _moving_signature(tensors)
+    segments = tuple(segments)
+    key = Key(*others, segments, signature)
+    _known.keep(others, tensors, segments, key)
+    return key, pointers
 
 
 def _make_tables(
@@ -256,13 +277,17 @@ def _moving_signature(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], Any]:
     # What a signature does not say, and may differ between tensors of one: what stands for other tensors has another
     # type, and often the address 0; a lazy minus is no part of the memory.
     if not (all(pointers) and PLAIN.issuperset(map(type, tensors))) or any(map(Tensor.is_neg, tensors)):
-        for index, (tensor, pointer) in enumerate(zip(tensors, pointers)):
-            reason = unsupported(tensor)
-            if reason is None and not pointer and tensor.numel():
-                reason = "it has elements and no address"
-            if reason is not None:
-                raise Unsupported(index, reason)
+        _refuse_others(tensors, pointers)
     return pointers, signature
+
+
+def _refuse_others(tensors: Sequence[Tensor], pointers: Sequence[int]) -> None:
+    for index, (tensor, pointer) in enumerate(zip(tensors, pointers)):
+        reason = unsupported(tensor)
+        if reason is None and not pointer and tensor.numel():
+            reason = "it has elements and no address"
+        if reason is not None:
+            raise Unsupported(index, reason)
 
 
 def _flat_signature(tensors: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int, ...], Any]:

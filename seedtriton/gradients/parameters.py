@@ -356,7 +356,7 @@ class Watched:
 
     def gradients_of(self, given: dict[int, Tensor] | None) -> Listed:
         """The gradients that exist now, or those given by ``id`` of their parameter."""
-        found = [p.grad if given is None else given.get(id(p)) for p in self.tracked]
+        found = [p.grad for p in self.tracked] if given is None else [given.get(id(p)) for p in self.tracked]
         gradients = [gradient for gradient in found if gradient is not None]
         if given is None and len(gradients) != self._had and not torch.compiler.is_compiling():
             self._had, self.unsettled = len(gradients), True

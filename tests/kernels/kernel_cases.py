@@ -730,6 +730,16 @@ def test_one_address_with_another_shape_dtype_or_layout_is_another_plan(device):
         assert_sums(gradient_sums.segmented_sumsq([view], [0], 1), [view], [0], 1)
 
 
+def test_a_list_that_is_known_is_looked_at_by_one_call(device, monkeypatch):
+    shapes = [(9000,), (3, 5), (100,)]
+    for turn in range(3):
+        tensors = [torch.randn(shape, device=device) for shape in shapes]
+        assert_sums(gradient_sums.segmented_sumsq(tensors, (0, 1, 0), 2), tensors, (0, 1, 0), 2)
+        if not turn:
+            monkeypatch.setattr(_launch, "_signature", lambda tensors: pytest.fail("each was asked"))
+    assert len(_launch._cache) == 1
+
+
 def test_a_layout_with_holes_at_a_known_address_is_refused(device):
     whole = random(600, torch.float32, device).view(30, 20)
     gradient_sums.segmented_sumsq([whole.t()], [0], 1)
