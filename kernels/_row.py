@@ -217,12 +217,12 @@ def report_item(  # type: ignore[no-untyped-def]
                 clear_segment(segment, total, mode, addresses, meta, items, base, outside, GUARDED, MEASURED, SUMSQ)
             else:
                 close_segment(segment, first_slot, last_slot, work, items, slots, num_segments, EPILOGUE)
-            both = tl.load(_tensors_of(work, items, slots, num_segments)[0] + NOTED_ADDRESSES)
             # Only segments that have items ever close, so only those are counted.
             complete = tl.atomic_add(counters + num_segments, 1, sem="acq_rel", scope="gpu") == busy_segments - 1
             if complete:
                 tl.store(counters + num_segments, 0)
-                clear_other_counters(both, counters, slots, num_segments)
+                table, _, _, _ = _tensors_of(work, items, slots, num_segments)
+                clear_other_counters(tl.load(table + NOTED_ADDRESSES), counters, slots, num_segments)
     return complete
 
 
@@ -313,7 +313,6 @@ def _finish_row(  # type: ignore[no-untyped-def]
     address = tl.load(places + segment, mask=inside, other=0)
     mode = tl.load(places + num_segments + segment, mask=inside, other=0)
     sumsq, busy = _sums_of(segment, inside, work, slot_starts, items, outside, MEASURED, SUMSQ)
-    marks = _marks_of(segment, inside, busy, work, items, num_segments)
     scale = _scalar_or(grad_scale, 1.0)
     gain_factor = -1.0 / _scalar_or(gain_scale, 1.0)
     skipped = tl.where(_scalar_or(found_inf, 0.0) != 0.0, 1.0, 0.0)
@@ -349,6 +348,7 @@ def _finish_row(  # type: ignore[no-untyped-def]
         segment, inside, sumsq, mode, num_segments, summary_cell, max_norm, eps, CLIP_EPS, APART, GUARDED, TOTAL_NORM,
         CLIP_COEFFICIENT, SUMMARY_HEAD,
     )  # fmt: skip
+    marks = _marks_of(segment, inside, busy, work, items, num_segments)
     _write_marks(segment, inside, marks, cell, outside, LIVE, VANISHING, EXPLODING, MEASURED)
     counts = work + items + 2 * num_segments + segment
     tl.store(cell + TENSORS, tl.load(counts, mask=inside, other=0.0), mask=inside)
