@@ -11,7 +11,7 @@ SANITIZED := "mixed_dtype or zero_size or nan_and_inf"
 
 LIVES := tests/growth tests/gradients/test_fuzz.py
 
-.PHONY: demo test test-unit test-lives test-rest test-parallel test-clients test-kernels test-wheel test-gpu sanitize-gpu check docs bench bench-cpu bench-gpu clean
+.PHONY: demo test test-unit test-lives test-rest test-parallel test-clients test-kernels test-wheel test-versions test-gpu sanitize-gpu check docs bench bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -51,6 +51,11 @@ test-kernels: $(STAMP)
 # sdist -> wheel -> an empty environment, where the package and its kernels must be importable.
 test-wheel: $(STAMP)
 	$(BIN)/python tests/check_wheel.py
+
+# Other versions of torch and Triton, each in an environment of its own: tens of gigabytes and an hour, so not in CI.
+test-versions: $(STAMP)
+	$(BIN)/python bench/versions.py
+	$(BIN)/python bench/report.py --write
 
 # On a machine with a GPU, with the torch and triton that are there: make test-gpu PYTHON=python3
 # It fails where there is no GPU: a lane that skips everything proves nothing.

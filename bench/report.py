@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import headline as headline_report  # noqa: E402
 from bench import parallel as parallel_report  # noqa: E402
+from bench import versions as versions_report  # noqa: E402
 from bench.growth import tables as growth_report  # noqa: E402 - the root has to be known first
 from bench.performance import pictures as performance_pictures  # noqa: E402
 from bench.performance import tables as performance_report  # noqa: E402
@@ -68,6 +69,11 @@ def parallel_table(path):
     return parallel_report.markdown(read(path), path.name)
 
 
+def versions_table(path):
+    """What passes under which versions of torch and Triton, as Markdown."""
+    return versions_report.markdown(read(path), path.name)
+
+
 # Name of the block -> kind of raw output, and what makes Markdown of it.
 TABLES = {
     "readiness": ("readiness", readiness_table),
@@ -77,6 +83,7 @@ TABLES = {
     "bench": ("cpu", performance_tables),
     "parallel": ("parallel", parallel_table),
     "headline": ("readiness", headline_table),
+    "versions": ("versions", versions_table),
 }
 # Where which blocks are.
 PAGES = {
@@ -85,6 +92,7 @@ PAGES = {
     "docs/behind-the-host.md": ("growth",),
     "docs/how-fast.md": ("gpu", "predicted", "bench"),
     "docs/many-gpus.md": ("parallel",),
+    "docs/releasing.md": ("versions",),
 }
 # What a block says while there is no raw output.
 ABSENT = {

@@ -152,6 +152,7 @@ def test_a_change_of_the_variable_is_seen(env):
 )
 def test_what_is_missing_is_found_without_importing_it(env, absent, reason):
     env.setattr(backend.importlib.util, "find_spec", lambda name: None if name == absent else object())
+    env.setattr(backend, "triton_version", lambda: backend.OLDEST)  # whichever is installed
     missing = backend._triton_missing()
     assert reason in missing
     assert bool(missing) == bool(absent)

@@ -12,7 +12,8 @@ from seedtriton.gradients import ops, reference
 from seedtriton.gradients.row import EXTRA, SUMSQ
 from seedtriton.kernels import _launch
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+# Before Triton 3.7 it also leaned on a conversion that numpy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
 
 
 @pytest.fixture

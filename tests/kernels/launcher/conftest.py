@@ -31,6 +31,7 @@ def cuda(driver, monkeypatch):
     _launch.release()
     yield driver
     driver.fail()
+    driver.expect(None)
     _launch.release()
     backend._failed.clear()
     backend._choose.cache_clear()

@@ -22,6 +22,7 @@ def built(compiler: str, folder: Path) -> Path:
     library = folder / "libcuda.so.1"
     command = [compiler, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
     subprocess.run([*command, str(HERE / "libcuda.c")], check=True)
+    library.with_name("libcuda.so").symlink_to(library)  # the name by which Triton 3.4 links
     return library
 
 
@@ -54,8 +55,8 @@ class FakeCuda:
         return Driver()
 
     def expect(self, kernel: Any) -> None:
-        """From now on keep the run-time arguments of launches of that kernel."""
-        kinds = [_BYTES[p.annotation_type] for p in kernel.params if not p.is_constexpr]
+        """From now on keep the run-time arguments of launches, which have to be of that kernel; None: of none."""
+        kinds = [] if kernel is None else [_BYTES[p.annotation_type] for p in kernel.params if not p.is_constexpr]
         self._library.fake_expect(len(kinds), (ctypes.c_int * len(kinds))(*kinds))
 
     def fail(self, load: int = 0, launch: int = 0) -> None:
