@@ -15,6 +15,9 @@ from .events import Event
 def read_events(path: str | os.PathLike[str]) -> list[Event]:
     """The events of a file of JSON lines, as ``JsonLinesSink`` writes it.
 
+    Args:
+        path: of the file, UTF-8.
+
     Raises:
         ConfigurationError: a line that is no event, by its number, or a file that is no text.
         OSError: there is no such file, or it cannot be read.
