@@ -21,10 +21,9 @@ def markdown(readiness, fresh, new, growth, new_growth):
         optimizers = ", ".join(dict.fromkeys(run["optimizer"] for run in runs))
         figure = f"{_wrong(runs, PROBED)} ({optimizers})"
         lines.append(f"| wrong verdicts of G2 with a probe of each sample{said} | {figure} |")
-    runs = readiness["runs"]
-    figure = f"{_wrong(runs, GRADIENTS)}; {_wrong(runs, MEAN)}"
-    lines.append(f"| the same, by gradients alone; with the mean loss alone | {figure} |")
-    lines.append(f"| the ratio of the original gate, 0.05 | {_wrong(runs, BARE)} |")
+        figure = f"{_wrong(runs, GRADIENTS)}; {_wrong(runs, MEAN)}"
+        lines.append(f"| the same, by gradients alone; with the mean loss alone | {figure} |")
+    lines.append(f"| the ratio of the original gate, 0.05 | {_wrong(readiness['runs'], BARE)} |")
     for said, record in (("", growth), (", new tasks", new_growth)):
         if record is None:
             continue
