@@ -383,6 +383,37 @@ def run_all(cases: Sequence[Case], processes: int) -> list[dict[str, Any]]:
     return runs
 
 
+def cases_of_gates(record: dict[str, Any]) -> list[Case]:
+    """The lives of an earlier output in which the gates decide; nothing else depends on what a gate asks."""
+    phases = record["header"]["phases"]
+    whole = Phases(**{**phases, "ramp": AlphaSchedule(**phases["ramp"])})
+    return [
+        Case(found["task"], found["strategy"], found["random_seed"], whole, found["optimizer"])
+        for found in record["runs"]
+        if found["strategy"] in (GATED, UNPROBED, *SABOTAGED)
+    ]
+
+
+def again_by_gates(path: pathlib.Path, command: str, processes: int) -> list[dict[str, Any]]:
+    """Live an output's lives under the gates again, and write them in the place of those; its header says so."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    head = {**record["header"], "gates": header(command)}
+    cases = cases_of_gates(record)
+    anew = dict(zip(((c.task, c.optimizer, c.strategy, c.random_seed) for c in cases), run_all(cases, processes)))
+    runs = [
+        anew.get((found["task"], found["optimizer"], found["strategy"], found["random_seed"]), found)
+        for found in record["runs"]
+    ]
+    path.write_text(json.dumps({"header": head, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    return runs
+
+
+def _judged(runs: Sequence[dict[str, Any]]) -> int:
+    found = [*bars(runs), *bars(runs, GATED), *lives(runs)]
+    print(*found, sep="\n")
+    return 0 if all(bar.passed for bar in found) else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, write, and print what became of the bars; 1 when one is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__.splitlines()[0])
@@ -396,11 +427,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two tasks, few strategies and random seeds, fewer steps")
     parser.add_argument("--processes", type=int, default=2, help="at the same time, one thread each; 2 unless told")
     parser.add_argument("--output", type=pathlib.Path, help="JSON; bench/results/ unless told, for a whole set")
+    parser.add_argument(
+        "--gates-of", type=pathlib.Path, metavar="OUTPUT",
+        help="live the lives of an earlier output in which the gates decide again, in their place, and no others",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     for name in ("seeds", "warm", "processes"):
         number = getattr(options, name)
         if number is not None and number < 1:
             parser.error(f"--{name} must be at least 1, got {number}")
+    command = shlex.join(["python", "-m", "bench.growth", *(sys.argv[1:] if arguments is None else arguments)])
+    if options.gates_of is not None:
+        return _judged(again_by_gates(options.gates_of, command, options.processes))
     tasks = chosen(options.tasks or (QUICK_TASKS if options.quick else TASKS))
     seeds = options.seeds or (QUICK_SEEDS if options.quick else None)
     phases = dataclasses.replace(QUICK_PHASES if options.quick else Phases(), warm=options.warm)
@@ -421,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
     # Before the first run: files may change while it goes on.
     head = {
-        **header(shlex.join(["python", "-m", "bench.growth", *(sys.argv[1:] if arguments is None else arguments)])),
+        **header(command),
         "threads": 1,
         "processes": options.processes,
         "phases": dataclasses.asdict(phases),
@@ -437,9 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if output is not None:
         output.write_text(json.dumps({"header": head, "runs": runs}, indent=1) + "\n", encoding="utf-8")
         print(f"written: {output}")
-    found = [*bars(runs), *bars(runs, GATED), *lives(runs)]
-    print(*found, sep="\n")
-    return 0 if all(bar.passed for bar in found) else 1
+    return _judged(runs)
 
 
 if __name__ == "__main__":

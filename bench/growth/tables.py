@@ -73,6 +73,8 @@ def _tables(record, name, command, tasks):
         f"the same batches in every row; torch {head['torch']} on a CPU "
         f"([raw output](bench/results/{name}), `{command}`)."
     )
+    if "gates" in head:
+        said += f" Where the gates decide, of {head['gates']['date']}, commit {head['gates']['commit']}."
     safe = (
         "Highest loss while blending, as a multiple of the loss at germination; for no growth what the host alone "
         "did in the same steps:"

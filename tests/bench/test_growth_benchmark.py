@@ -64,6 +64,31 @@ def test_the_raw_output_has_every_field(quick):
         assert (run["final_accuracy"] is None) == (run["task"] == "regression")
 
 
+def test_lives_under_the_gates_can_be_lived_again_in_their_place(tmp_path, monkeypatch):
+    def life(strategy, seed, **more):
+        return {"task": "spirals", "optimizer": "AdamW", "strategy": strategy, "random_seed": seed, **more}
+
+    head = {"phases": dataclasses.asdict(growth.Phases(training=7)), "commit": "before"}
+    sabotaged = next(iter(growth.SABOTAGED))
+    before = [life(growth.NO_GROWTH, 0, old=1), life(growth.GATED, 1, old=2), life(sabotaged, 0, old=3)]
+    path = tmp_path / "growth.json"
+    path.write_text(json.dumps({"header": head, "runs": before}), encoding="utf-8")
+    seen = []
+
+    def run_all(cases, processes):
+        seen.extend(cases)
+        return [life(case.strategy, case.random_seed, new=processes) for case in cases]
+
+    monkeypatch.setattr(growth, "run_all", run_all)
+    runs = growth.again_by_gates(path, "again", 2)
+    assert [case.strategy for case in seen] == [growth.GATED, sabotaged]
+    assert {case.phases for case in seen} == {growth.Phases(training=7)}
+    assert runs == [before[0], life(growth.GATED, 1, new=2), life(sabotaged, 0, new=2)]
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["runs"] == runs
+    assert (written["header"]["commit"], written["header"]["gates"]["command"]) == ("before", "again")
+
+
 def test_straight_through_is_seen_to_be_worse(quick):
     """The benchmark can fail: the same bars, asked of what earlier systems do."""
     _, record = quick
