@@ -110,30 +110,21 @@ def _sum_item(item, addresses, meta, items, base, LANES: tl.constexpr, BYTES: tl
 
 @triton.jit
 def _run_item(  # type: ignore[no-untyped-def]
-    item, addresses, meta, work, counters, items, slots, num_segments, busy_segments, base,
-    summary, outside, grad_scale, gain_scale, found_inf, max_norm, eps, vanishing_rms, exploding_rms,
-    LANES: tl.constexpr, BYTES: tl.constexpr, SEGMENTS: tl.constexpr,
-    EPILOGUE: tl.constexpr, COUNTERS: tl.constexpr, CLIP_EPS: tl.constexpr, SUMSQ: tl.constexpr,
-    LIVE: tl.constexpr, VANISHING: tl.constexpr, EXPLODING: tl.constexpr, MEASURED: tl.constexpr,
-    TENSORS: tl.constexpr, ELEMENTS: tl.constexpr, EXTRA: tl.constexpr, QUANTITIES: tl.constexpr,
-    TOTAL_NORM: tl.constexpr, CLIP_COEFFICIENT: tl.constexpr, GRAD_SCALE: tl.constexpr,
-    SUMMARY_HEAD: tl.constexpr, APART: tl.constexpr, GUARDED: tl.constexpr,
+    item, addresses, meta, work, counters, items, slots, num_segments, busy_segments, base, outside, grad_scale,
+    vanishing_rms, exploding_rms, LANES: tl.constexpr, BYTES: tl.constexpr, EPILOGUE: tl.constexpr,
+    COUNTERS: tl.constexpr, GUARDED: tl.constexpr, MEASURED: tl.constexpr, SUMSQ: tl.constexpr,
 ):  # fmt: skip
-    """Sum an item; whoever completes its segment closes it, whoever closes the last segment finishes."""
+    """Sum an item; whoever completes its segment closes it. Whether that was the last one."""
     partial = _sum_item(item, addresses, meta, items, base, LANES, BYTES)
+    complete = item < 0
     if COUNTERS:
-        if _row.report_item(
+        complete = _row.report_item(
             item, partial, addresses, meta, work, counters, items, slots, num_segments, busy_segments, base, outside,
             grad_scale, vanishing_rms, exploding_rms, EPILOGUE, GUARDED, MEASURED, SUMSQ,
-        ):  # fmt: skip
-            _row.finish(
-                work, meta + 6 * items + num_segments + 1, addresses + items, items, num_segments, summary, outside,
-                grad_scale, gain_scale, found_inf, max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING,
-                EXPLODING, MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE,
-                SUMMARY_HEAD, APART, GUARDED,
-            )  # fmt: skip
+        )  # fmt: skip
     else:
         tl.store(work + item, partial)
+    return complete
 
 
 # Nothing is specialised on values: one compiled kernel then serves every call, and can be called directly.
@@ -175,27 +166,32 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     meta_table = meta.to(tl.int64).to(tl.pointer_type(tl.int32))
     work_table = work.to(tl.int64).to(tl.pointer_type(tl.float64))
     counter_table = counters.to(tl.int64).to(tl.pointer_type(tl.int32))
-    item = tl.program_id(0)
+    first = tl.program_id(0)
     # One program, one item, unless a smaller grid is asked for: the partial sums are the items' either way.
     if PERSISTENT:
-        for each in range(item, items, tl.num_programs(0)):
-            _run_item(
-                each, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
-                base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
-                gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES,
-                BYTES, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
-                TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
-                APART, GUARDED,
+        complete = first < 0
+        for item in range(first, items, tl.num_programs(0)):
+            complete = complete | _run_item(
+                item, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
+                base.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64), vanishing_rms, exploding_rms, LANES,
+                BYTES, EPILOGUE, COUNTERS, GUARDED, MEASURED, SUMSQ,
             )  # fmt: skip
     else:
-        _run_item(
-            item, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
-            base.to(tl.int64), summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64),
-            gain_scale.to(tl.int64), found_inf.to(tl.int64), max_norm, eps, vanishing_rms, exploding_rms, LANES,
-            BYTES, SEGMENTS, EPILOGUE, COUNTERS, CLIP_EPS, SUMSQ, LIVE, VANISHING, EXPLODING, MEASURED,
-            TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
-            APART, GUARDED,
+        complete = _run_item(
+            first, address_table, meta_table, work_table, counter_table, items, slots, num_segments, busy_segments,
+            base.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64), vanishing_rms, exploding_rms, LANES,
+            BYTES, EPILOGUE, COUNTERS, GUARDED, MEASURED, SUMSQ,
         )  # fmt: skip
+    # Behind the loop: in it, what finishing needs would be registers of every turn.
+    if COUNTERS:
+        if complete:
+            _row.finish(
+                work_table, meta_table + 6 * items + num_segments + 1, address_table + items, items, num_segments,
+                summary.to(tl.int64), outside.to(tl.int64), grad_scale.to(tl.int64), gain_scale.to(tl.int64),
+                found_inf.to(tl.int64), max_norm, eps, CLIP_EPS, EPILOGUE, SEGMENTS, SUMSQ, LIVE, VANISHING, EXPLODING,
+                MEASURED, TENSORS, ELEMENTS, EXTRA, QUANTITIES, TOTAL_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SUMMARY_HEAD,
+                APART, GUARDED,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

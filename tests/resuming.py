@@ -53,10 +53,13 @@ class Run:
         self.log = []
         self.growth = GrowthController(
             self.model, self.optimizer, thresholds=THRESHOLDS, schedule=AlphaSchedule(steps=6, target=0.7),
-            schedulers=[self.scheduler], embargoed_epochs=2, sinks=[self.log.append],
+            schedulers=[self.scheduler], embargoed_epochs=2, sinks=[self.note],
             auto_advance=[Gate.G1, Gate.G2, Gate.G3, Gate.G5], **growth,
         )  # fmt: skip
         self.step = 0
+
+    def note(self, event):
+        self.log.append({name: value for name, value in event.items() if name != "run"})  # of each process its own
 
     def act(self):
         """What the script decides before this step."""

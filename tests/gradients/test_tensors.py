@@ -620,8 +620,9 @@ def test_a_verdict_names_dead_vanishing_and_exploding_tensors():
     assert check.reason.endswith("; and 1 more")
 
 
-def test_tensors_are_read_only_for_a_refusal_that_names_them(monkeypatch):
+def test_tensors_are_read_only_for_a_refusal_that_names_them_and_for_whoever_keeps_events(monkeypatch):
     script = Script()
+    script.growth.telemetry.sinks.clear()
     script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
     monkeypatch.setattr(GradientMonitor, "tensors", lambda *_: pytest.fail("nothing asks for tensors"))
     script.epochs(2)

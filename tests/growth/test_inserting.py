@@ -32,6 +32,7 @@ from seedtriton.testing import assert_isolated
 EASY = GateThresholds(
     min_training_epochs=1, min_samples=4, min_blend_gain_t=None, max_loss_rise=None, min_contribution=None
 )
+NAMED = ("seed", "reason", "tensors", "run")  # fields of events in which paths are, or the name of the run
 WIDTH = 6
 SLOT = "growth_slot"
 
@@ -148,7 +149,7 @@ class Life:
         return self
 
     def told(self):
-        plain = [{key: value for key, value in event.items() if key not in ("seed", "reason")} for event in self.events]
+        plain = [{key: value for key, value in event.items() if key not in NAMED} for event in self.events]
         return repr(plain), {event["stage"] for event in self.events}
 
     def weights(self):
