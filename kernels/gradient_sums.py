@@ -183,7 +183,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
             BYTES, EPILOGUE, COUNTERS, GUARDED, MEASURED, SUMSQ,
         )  # fmt: skip
     # Behind the loop: in it, what finishing needs would be registers of every turn.
-    if COUNTERS:
+    if COUNTERS:  # noqa: SIM102 - decided by the compiler, the other one by the program
         if complete:
             _row.finish(
                 work_table, meta_table + 6 * items + num_segments + 1, address_table + items, items, num_segments,
