@@ -10,7 +10,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_P
 
 import pytest
 import torch
-from clients.truth import documented
+from clients.truth import LOOSE, documented
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -46,11 +46,6 @@ pytestmark = pytest.mark.filterwarnings("default")  # the client's own are its b
 
 VOCABULARY, LENGTH, WIDTH = 32, 8, 16
 SLOT = "transformer.h.0.mlp.1"
-LOOSE = GateThresholds(
-    min_training_improvement=None, min_training_epochs=1, min_samples=2, min_blend_gain_t=None, min_live_share=0.1,
-    max_accuracy_drop=None, min_gradient_ratio=0.0, max_harm_t=None, min_blending_epochs=1,
-    min_holding_epochs=1, min_displacement=0.0,
-)  # fmt: skip
 FAST = {
     "thresholds": LOOSE, "auto_advance": [Gate.G1, Gate.G2, Gate.G3, Gate.G5], "mode": "permissive", "sinks": [],
     "schedule": AlphaSchedule(steps=6),

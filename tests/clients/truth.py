@@ -15,6 +15,12 @@ EASY = GateThresholds(
     min_training_improvement=None, min_training_epochs=2, min_samples=4, min_blend_gain_t=None, min_live_share=0.2,
     max_accuracy_drop=None, min_gradient_ratio=0.0, min_blending_epochs=50,
 )  # fmt: skip
+# With these it goes on as fast as that, to the end.
+LOOSE = GateThresholds(
+    min_training_improvement=None, min_training_epochs=1, min_samples=2, min_blend_gain_t=None, min_live_share=0.1,
+    max_accuracy_drop=None, min_gradient_ratio=0.0, max_harm_t=None, min_blending_epochs=1,
+    min_holding_epochs=1, min_displacement=0.0,
+)  # fmt: skip
 GROWTH = {"thresholds": EASY, "schedule": AlphaSchedule(steps=30), "auto_advance": [Gate.G1, Gate.G2], "sinks": []}
 
 

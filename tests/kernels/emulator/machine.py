@@ -249,15 +249,12 @@ class Code:
                 frame, _extended(frame.passed[base] if base in frame.passed else frame.parameters[base], kind)
             )
         cached, width = self._access(instruction, hints, len(writes))
-        size, place, guard = bits(kind) // 8, self._reader(base, "b64"), self._guard(instruction)
-        behind = np.uint64(offset % (1 << 64))
+        size, places = bits(kind) // 8, self._places(instruction, base, offset)
 
         def load(warp: Warp, frame: Frame) -> None:
-            lanes = guard(frame)
-            lanes = np.ones(LANES, bool) if lanes is None else lanes
+            lanes, addresses = places(frame)
             if not lanes.any():
                 return
-            addresses = place(frame)[lanes] + behind
             _check_alignment(addresses, size * width)
             threads = warp.threads[lanes]
             for write in writes:
@@ -285,15 +282,12 @@ class Code:
 
             return give
         _, width = self._access(instruction, hints, len(reads))
-        size, place, guard = bits(kind) // 8, self._reader(base, "b64"), self._guard(instruction)
-        behind = np.uint64(offset % (1 << 64))
+        size, places = bits(kind) // 8, self._places(instruction, base, offset)
 
         def store(warp: Warp, frame: Frame) -> None:
-            lanes = guard(frame)
-            lanes = np.ones(LANES, bool) if lanes is None else lanes
+            lanes, addresses = places(frame)
             if not lanes.any():
                 return
-            addresses = place(frame)[lanes] + behind
             _check_alignment(addresses, size * width)
             threads = warp.threads[lanes]
             for read in reads:
@@ -304,6 +298,20 @@ class Code:
                 addresses = addresses + np.uint64(size)
 
         return store
+
+    def _places(
+        self, instruction: Instruction, base: str, offset: int
+    ) -> Callable[[Frame], tuple[np.ndarray, np.ndarray]]:
+        """Which lanes take part, and the addresses of these."""
+        place, guard = self._reader(base, "b64"), self._guard(instruction)
+        behind = np.uint64(offset % (1 << 64))
+
+        def found(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+            lanes = guard(frame)
+            lanes = np.ones(LANES, bool) if lanes is None else lanes
+            return lanes, place(frame)[lanes] + behind
+
+        return found
 
     def _access(self, instruction: Instruction, hints: list[str], registers: int) -> tuple[bool, int]:
         """Whether a cache may answer, and how many numbers there are."""
