@@ -397,7 +397,7 @@ def cases_of_gates(record: dict[str, Any]) -> list[Case]:
 def again_by_gates(path: pathlib.Path, command: str, processes: int) -> list[dict[str, Any]]:
     """Live an output's lives under the gates again, and write them in the place of those; its header says so."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    head = {**record["header"], "gates": header(command)}
+    head = {**record["header"], "gates": {**header(command), "threads": 1, "processes": processes}}
     cases = cases_of_gates(record)
     anew = dict(zip(((c.task, c.optimizer, c.strategy, c.random_seed) for c in cases), run_all(cases, processes)))
     runs = [
@@ -414,8 +414,7 @@ def _judged(runs: Sequence[dict[str, Any]]) -> int:
     return 0 if all(bar.passed for bar in found) else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, write, and print what became of the bars; 1 when one is missed."""
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--tasks", nargs="+", choices=[*SETS, *ALL_TASKS], metavar="TASK",
@@ -436,6 +435,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = getattr(options, name)
         if number is not None and number < 1:
             parser.error(f"--{name} must be at least 1, got {number}")
+    others = [name for name in ("tasks", "optimizers", "seeds", "warm", "quick", "output") if getattr(options, name)]
+    if options.gates_of is not None and others:
+        parser.error(f"--gates-of lives the cases of that output again, in its place: leave --{others[0]} out")
+    return options
+
+
+def _cases(
+    tasks: Sequence[str], optimizers: Sequence[str], seeds: int | None, phases: Phases, quick: bool
+) -> list[Case]:
+    """Every way to grow by every optimizer, and the sabotaged seeds by the first."""
+    cases = [
+        Case(task, strategy, random_seed, phases, optimizer)
+        for optimizer in optimizers
+        for task in tasks
+        for strategy in (QUICK_STRATEGIES if quick else ROWS[optimizer])
+        for random_seed in range(seeds or SEEDS[optimizer])
+    ]
+    if not quick and ADAMW in optimizers:
+        cases += [
+            Case(task, strategy, random_seed, phases)
+            for task in tasks
+            for strategy in SABOTAGED
+            for random_seed in range(min(seeds or SABOTAGE_SEEDS, SABOTAGE_SEEDS))
+        ]
+    return cases
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, write, and print what became of the bars; 1 when one is missed."""
+    options = _options(arguments)
     command = shlex.join(["python", "-m", "bench.growth", *(sys.argv[1:] if arguments is None else arguments)])
     if options.gates_of is not None:
         return _judged(again_by_gates(options.gates_of, command, options.processes))
@@ -443,20 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds = options.seeds or (QUICK_SEEDS if options.quick else None)
     phases = dataclasses.replace(QUICK_PHASES if options.quick else Phases(), warm=options.warm)
     optimizers = options.optimizers or ([ADAMW] if options.quick else list(ROWS))
-    cases = [
-        Case(task, strategy, random_seed, phases, optimizer)
-        for optimizer in optimizers
-        for task in tasks
-        for strategy in (QUICK_STRATEGIES if options.quick else ROWS[optimizer])
-        for random_seed in range(seeds or SEEDS[optimizer])
-    ]
-    if not options.quick and ADAMW in optimizers:
-        cases += [
-            Case(task, strategy, random_seed, phases)
-            for task in tasks
-            for strategy in SABOTAGED
-            for random_seed in range(min(seeds or SABOTAGE_SEEDS, SABOTAGE_SEEDS))
-        ]
+    cases = _cases(tasks, optimizers, seeds, phases, options.quick)
     # Before the first run: files may change while it goes on.
     head = {
         **header(command),

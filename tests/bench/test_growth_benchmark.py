@@ -316,6 +316,12 @@ def test_no_runs_are_refused(option, capsys):
     assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_another_choice_of_lives_does_not_go_with_those_of_an_output(capsys):
+    with pytest.raises(SystemExit):
+        growth.main(["--gates-of", "growth.json", "--seeds", "2"])
+    assert "leave --seeds out" in capsys.readouterr().err
+
+
 def test_tables_give_median_and_worst(quick):
     _, record = quick
     phases = dataclasses.asdict(growth.Phases())

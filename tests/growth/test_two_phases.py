@@ -131,12 +131,18 @@ def test_slots_of_another_state_are_refused():
     assert growth.slots["early"].stage is Stage.FOSSILIZED
 
 
-def test_another_seed_and_weights_that_were_trained_are_none_of_the_states():
+def loaded_and_pruned():
+    """A run with the state of another, of which one seed leaves before the first step."""
     saved = copy.deepcopy(stopped_at(10).state())
     run = Run()
     run.growth.load_state_dict(saved["growth"], seeds=SEEDS_BY_SLOT)
     run.model.load_state_dict(saved["model"])
     run.growth.prune("late")
+    return run
+
+
+def test_another_seed_and_weights_that_were_trained_are_none_of_the_states():
+    run = loaded_and_pruned()
     for _ in range(2):  # the first step goes unmeasured
         nn.functional.cross_entropy(run.model(run.x[0]), run.y[0]).backward()
         run.optimizer.step()
@@ -144,11 +150,7 @@ def test_another_seed_and_weights_that_were_trained_are_none_of_the_states():
 
 
 def test_a_seed_put_in_before_the_first_step_is_not_held_against_the_weights_of_the_one_before():
-    saved = copy.deepcopy(stopped_at(10).state())
-    run = Run()
-    run.growth.load_state_dict(saved["growth"], seeds=SEEDS_BY_SLOT)
-    run.model.load_state_dict(saved["model"])
-    run.growth.prune("late")
+    run = loaded_and_pruned()
     while run.growth.slots["late"].stage is not Stage.DORMANT:
         run.growth.end_epoch(accuracy=0.5)
     run.growth.germinate("late", SEEDS_BY_SLOT["late"]())

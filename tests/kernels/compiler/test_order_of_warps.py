@@ -8,21 +8,10 @@ Triton places barriers for shared memory alone, so that for global memory they a
 import pytest
 import torch
 from compiling import broken
-from emulator.emulation import Allocated, take_over
 from kernel_cases import INF, Sample, place
 
 from seedtriton.gradients.row import APPEND, GUARDED, REPLACE, REPLACE_USABLE, coefficients_of
-from seedtriton.kernels import _launch, _plan, gradient_scale, gradient_sums
-
-
-@pytest.fixture
-def emulator(monkeypatch):
-    _launch.release()
-    monkeypatch.setattr(_plan, "MIN_CHUNK", 256)
-    monkeypatch.setattr(_plan, "MAX_CHUNK", 256)
-    with Allocated() as allocated:
-        yield take_over(monkeypatch, allocated)
-    _launch.release()
+from seedtriton.kernels import _launch, gradient_scale, gradient_sums
 
 
 def outcome(emulator, backward, num_segments, replace, two_launches):

@@ -10,24 +10,12 @@ import sys
 import pytest
 import torch
 from compiling import broken
-from emulator.emulation import Allocated, take_over
 from kernel_cases import DTYPES, EPSILON, Sample, assert_sums, place, truth
 
 from seedtriton.gradients.row import APPEND, REPLACE, REPLACE_USABLE, SUMSQ
-from seedtriton.kernels import _launch, _plan, gradient_scale, gradient_sums
+from seedtriton.kernels import _launch, gradient_scale, gradient_sums
 
 F32, F64 = torch.float32, torch.float64
-
-
-@pytest.fixture
-def emulator(monkeypatch):
-    """Pieces of 256 bytes, so that small tensors have many items."""
-    _launch.release()
-    monkeypatch.setattr(_plan, "MIN_CHUNK", 256)
-    monkeypatch.setattr(_plan, "MAX_CHUNK", 256)
-    with Allocated() as allocated:
-        yield take_over(monkeypatch, allocated)
-    _launch.release()
 
 
 def gradients(chance, num_segments):
