@@ -23,7 +23,7 @@ CACHED = 32
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
-class Uncapturable(RuntimeError):  # noqa: N818 - as above
+class Uncapturable(RuntimeError):  # noqa: N818 - caught as a condition, as Unsupported is
     """Addresses that a CUDA graph, while it is captured, cannot take up.
 
     Attributes:

@@ -95,4 +95,3 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("page", nargs="?", help="where the page goes (default: report.html beside the events)")
     report.add_argument("--title", default="", help="of the page")
     return parser
-

@@ -113,18 +113,9 @@ class GateThresholds(PlainState):
     lasting_harm_epochs: int | None = 6
 
     # A release without these questions asked nothing there.
-    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        dict.fromkeys(
-            (
-                "max_seed_not_finite",
-                "max_displacement",
-                "max_loss_rise",
-                "max_harm_t",
-                "harm_epochs",
-                "lasting_harm_epochs",
-            )
-        )
-    )
+    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType(dict.fromkeys((
+        "max_seed_not_finite", "max_displacement", "max_loss_rise", "max_harm_t", "harm_epochs", "lasting_harm_epochs",
+    )))  # fmt: skip
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -100,8 +100,10 @@ def makes_state(optimizer: torch.optim.Optimizer) -> bool:
     It sets all rates and all gradients to zero for that, so it trains nothing. A first step of a warm-up has a rate
     of zero as well, and gradients that are not; only then they are looked at, which waits for the device.
     """
+    if optimizer.state:
+        return False
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if optimizer.state or not rates or not all(map(_is_zero, rates)):
+    if not rates or not all(map(_is_zero, rates)):
         return False
     found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     held = [getattr(gradient, "_local_tensor", gradient) for gradient in found]

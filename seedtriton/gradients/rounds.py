@@ -27,7 +27,6 @@ def check_every(every: int) -> None:
     """ConfigurationError unless a measurement in so many steps is possible."""
     if type(every) is not int or every < 1:
         raise ConfigurationError(f"every must be a whole number of optimizer steps of at least 1, got {every!r}")
-TAGS_KEPT = 8  # of other losses, to name them
 
 
 class Rounds:

@@ -186,5 +186,3 @@ def test_importing_and_using_it_on_a_cpu_loads_no_heavy_library():
 def test_that_check_can_fail():
     code = "import seedtriton, sys, types; sys.modules['triton'] = types.ModuleType('triton')"
     assert imported_by(code) == ["triton"]
-
-

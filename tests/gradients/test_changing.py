@@ -600,8 +600,6 @@ def test_a_copied_controller_goes_on():
     assert len(optimizer.param_groups) == 2
 
 
-
-
 class Shard(torch.nn.Parameter):
     """Looks like a DTensor, which fully_shard replaces by the gathered parameter during a forward pass."""
 
