@@ -45,7 +45,7 @@ GATED = "gates decide"  # the library as it comes: the default isolation, and th
 UNPROBED = "gates decide, no probe"  # they have the gradients, and a mean loss per epoch
 SABOTAGED = {f"sabotaged: {name}": kind for name, kind in SABOTAGES.items()}  # the gates decide about such seeds
 STRAIGHT_THROUGH = "straight-through"
-OLD_RULE = "trust region 0.2, norms"  # the rule that 0.1 had
+OLD_RULE = "trust region 0.2, norms"  # the rule that the first version had
 ISOLATIONS = {
     STRAIGHT_THROUGH: StraightThrough(),
     OLD_RULE: TrustRegion(0.2, NORM),

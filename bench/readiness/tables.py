@@ -48,7 +48,7 @@ def markdown(record, name, fresh=None, fresh_name="", new=None, new_name=""):
             counts += f"; of {len(rest)} by {by}, G2 with probe: {_wrong(rest, 'G2')}"
         lines += [
             "",
-            f"{settled} On others, with the same limits, {len(again)} runs by {FIRST} "
+            f"{settled} On others, by the gate of commit {fresh['commit']}, {len(again)} runs by {FIRST} "
             f"([raw output](bench/results/{fresh_name})) had these wrong verdicts: {counts}.",
         ]
     lucky = [_lucky_refusals(_by_optimizer(one["runs"])[0]) for one in (record, fresh) if one is not None]

@@ -74,9 +74,8 @@ ADVICE: Mapping[str, Advice] = MappingProxyType(
         "seed_not_finite": Advice(
             "Gradients of the seed were NaN or infinite where the host's were finite. Behind the host they cost it "
             "nothing; blended in, they would be its own.",
-            f"{_LOSSES} Find the operation in the seed (growth.monitor.tensors() names the tensors); after a window "
-            "without one the seed is asked again. Where a GradScaler skips such steps anyway, "
-            "GateThresholds(max_seed_not_finite=None).",
+            f"{_LOSSES} Find the operation in the seed; after a window without one it is asked again. Where a "
+            "GradScaler skips such steps anyway, GateThresholds(max_seed_not_finite=None).",
         ),
         "host_gradient_undefined": Advice(
             "The host has next to no gradient (frozen, or it has converged), so the ratio has nothing to divide by.",

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from .errors import ConfigurationError
-from .probe import BlendProbe as BlendProbe  # 0.1 had it here, and users import it from here
+from .probe import BlendProbe as BlendProbe  # the first version had it here, and users import it from here
 from .series import plateau_share, root_mean, t_statistic
 from .state import PlainState
 

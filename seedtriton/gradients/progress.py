@@ -317,7 +317,7 @@ class Progress:
         return {**state, "marks": cut}
 
     def later(self) -> dict[str, Any]:
-        """What states of 0.1 do not hold, with what its absence means: that nobody waits."""
+        """What states of the first version do not hold, with what its absence means: that nobody waits."""
         return {"waited": [0] * len(self.steps.by_optimizer())}
 
     def check_state(self, state: Mapping[str, Any], kind: str, parameters: Mapping[str, Sequence[Tensor]]) -> None:

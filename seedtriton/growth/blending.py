@@ -186,7 +186,7 @@ class GateNetwork(nn.Module):
     Args:
         channels: number of channels C.
         dims: dimensions of the features that share one value, such as (2, 3) of [B, C, H, W]; None is all but the
-            first and the channels, which is what states of 0.1 mean.
+            first and the channels, which is what states of the first version mean.
         channel_dim: where the channels are; dim 1 of 4-D features and the last of 2-D and 3-D ones unless told.
     """
 

@@ -46,8 +46,8 @@ class TrustRegion:
       moment has a radius of its own.)
       Never longer than straight-through's gradient in any element, and so as stable as that under every optimizer.
     - "norm": the contribution as a whole is held to it, and only in the middle over its elements. Its gradient is as
-      long as the contribution is wide, without a limit: SGD with momentum runs away with it. What 0.1 had, and here
-      for comparison.
+      long as the contribution is wide, without a limit: SGD with momentum runs away with it. What the first version
+      had, for comparison.
 
     The default of ``rho`` is the largest of 0.1, 0.2, 0.3, 0.5 and 1.0 that did not overshoot on a host that had
     nearly converged (by the rule "norm"; ``bench.growth --warm``); on hosts that still learn all of these end alike.

@@ -22,7 +22,7 @@ _KEYS = (
     "lifecycle", "alpha", "rho", "blend", "channels", "dtype", "frozen", "isolation_violations", "checks_due",
     "preserves_shape", "copy_input",
 )  # fmt: skip
-# Only in a state where there is something to say: 0.1 knew none of them. Its rule was "norm".
+# Only in a state where there is something to say: the first version knew none of them. Its rule was "norm".
 _LATER: Mapping[str, Any] = MappingProxyType(
     {"gate_dims": None, "channel_dim": None, "isolate_blending": False, "random": {}, "rule": NORM, "handed_on": None}
     | {"least": TrustRegion.least}

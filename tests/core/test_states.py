@@ -142,7 +142,7 @@ def test_a_state_that_does_not_fit_is_refused_and_named(name):
 
 
 def test_thresholds_of_a_release_without_a_question_do_not_ask_it():
-    """0.1 had no upper limit of the displacement, and no watch: its thresholds go on deciding as they did."""
+    """The first had no upper limit of the displacement, and no watch: its thresholds go on deciding as they did."""
     later = (
         "max_seed_not_finite", "max_displacement", "max_loss_rise", "max_harm_t", "harm_epochs", "lasting_harm_epochs",
     )  # fmt: skip
