@@ -251,6 +251,7 @@ class GrowthTrainerMixin:
     model_wrapped: Any
     optimizer: Any
     state: Any
+    _steps_to_come: int | None = None  # unless a subclass makes its scheduler by itself
 
     @property
     def growth(self) -> GrowthController | None:
@@ -326,7 +327,8 @@ class GrowthTrainerMixin:
         """Seeds into the optimizer, then its state."""
         callback, saved = self._growth_callback(), None if checkpoint is None else saved_in(checkpoint)
         if callback is not None and saved is not None:
-            callback.begin(self.model_wrapped, self.optimizer, self.lr_scheduler, self._steps_to_come, saved)
+            steps = self.state.max_steps if self._steps_to_come is None else self._steps_to_come
+            callback.begin(self.model_wrapped, self.optimizer, self.lr_scheduler, steps, saved)
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:

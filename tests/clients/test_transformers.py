@@ -436,6 +436,20 @@ def test_a_run_that_is_resumed_goes_on_bit_for_bit(step, stage, more, tmp_path):
     assert callback.growth.epoch >= 2
 
 
+def test_a_trainer_that_makes_its_own_scheduler_is_resumed(tmp_path):
+    class OwnScheduler(Growing):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer, 0.5, num_training_steps)
+            return self.lr_scheduler
+
+    more = {"kind": OwnScheduler, "save_strategy": "steps", "save_steps": 5}
+    whole, callback = grown(tmp_path / "run", lively(), **more)
+    resumed, again = grown(tmp_path / "again", lively(), resume=str(tmp_path / "run" / "checkpoint-5"), **more)
+    assert again.growth.progress == 1.0
+    for part, value in all_of(whole, callback).items():
+        assert same(all_of(resumed, again)[part], value), part
+
+
 def test_a_checkpoint_from_before_the_seed_is_resumed(tmp_path):
     more = {"save_strategy": "steps", "save_steps": 4}
     whole, callback = grown(tmp_path / "run", lively(germinate_at=6), **more)
