@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -15,6 +16,9 @@ from .slot import SeedSlot
 from .wiring import in_seed_of, unwrap
 
 logger = logging.getLogger("seedtriton")
+
+_T = TypeVar("_T")
+_Ref = Callable[[], "_T | None"]
 
 
 class Followers:
@@ -54,16 +58,29 @@ class _Copy:
     """One copy, by weak references: it ends when its owner lets it go."""
 
     def __init__(self, model: nn.Module, own: Mapping[str, SeedSlot], slots: Mapping[str, SeedSlot]) -> None:
-        self._model = weakref.ref(model)
-        self._own = {name: weakref.ref(slot) for name, slot in own.items()}
+        self._model: _Ref[nn.Module] = weakref.ref(model)
+        self._own: dict[str, _Ref[SeedSlot]] = {name: weakref.ref(slot) for name, slot in own.items()}
         self._missing: set[str] = set()
         # Of which seed the copy's is one: another in the same slot is copied anew.
         self._of = {name: _ref(slots[name].seed) for name, slot in own.items() if slot.seed is not None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Copy:
+        """The copy of this copy, if it was copied before in the same ``deepcopy``; else one that has ended."""
+        twin: _Copy = _Copy.__new__(_Copy)
+        memo[id(self)] = twin
+        twin._model = _twin(self._model, memo)
+        twin._own = {name: _twin(ref, memo) for name, ref in self._own.items()}
+        twin._missing = set(self._missing)
+        twin._of = {name: _twin(ref, memo) for name, ref in self._of.items()}
+        return twin
+
     def step(self, slots: Mapping[str, SeedSlot]) -> bool:
         """Whether the copy is still there."""
+        model = self._model()
+        if model is None:
+            return False
         if len(self._own) < len(slots):
-            self._find(slots)
+            self._find(model, slots)
         for name, ref in self._own.items():
             place = ref()
             if place is None:
@@ -71,14 +88,14 @@ class _Copy:
             self._mirror(name, slots[name], place)
         return True
 
-    def _find(self, slots: Mapping[str, SeedSlot]) -> None:
-        """Look for slots that the model has got since; what a copy has not got is said once."""
-        modules = {} if (model := self._model()) is None else dict(model.named_modules())
-        for name in slots.keys() - self._own.keys():
+    def _find(self, model: nn.Module, slots: Mapping[str, SeedSlot]) -> None:
+        """Look, once, for slots that the model has got since; what a copy has not got is said."""
+        modules = dict(model.named_modules())
+        for name in slots.keys() - self._own.keys() - self._missing:
             place = modules.get(name)
             if isinstance(place, SeedSlot):
                 self._own[name] = weakref.ref(place)
-            elif name not in self._missing:
+            else:
                 self._missing.add(name)
                 logger.warning("a copy that follows the model has no slot %r, and will miss what grows there", name)
 
@@ -101,6 +118,11 @@ def _nothing() -> None:
     return None
 
 
-def _ref(seed: nn.Module | None) -> weakref.ref[nn.Module]:
+def _ref(seed: nn.Module | None) -> _Ref[nn.Module]:
     assert seed is not None
     return weakref.ref(seed)
+
+
+def _twin(ref: _Ref[_T], memo: Mapping[int, Any]) -> _Ref[_T]:
+    twin = memo.get(id(ref()))
+    return _nothing if twin is None else weakref.ref(twin)

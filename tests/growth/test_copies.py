@@ -8,6 +8,7 @@ import pytest
 import torch
 from clients.truth import GROWTH, Adapter, Net, data
 from same import same
+from torch.optim.swa_utils import AveragedModel
 
 from seedtriton import AlphaSchedule, GradientMonitor, GrowthController, Stage, WiringError
 
@@ -76,6 +77,29 @@ def test_a_controller_that_is_copied_alone_brings_its_model_and_optimizer():
     steps = [growth.evidence()["slot"].optimizer_steps for growth in (twin, run.growth)]
     assert (twin.step, steps[0] - steps[1]) == (5, 1)
     assert same(run.whole(), before)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_average_follows_the_training_that_it_is_of(together):
+    """Copied before the controller, it follows the twin; left out, the twin has none, and lets the first one's be."""
+    run = Run()
+    ema = AveragedModel(run.model)
+    run.growth.follow(ema)
+    run.growth.germinate("slot", Adapter())
+    run.live(1)
+    parts = (run.model, run.optimizer, *([ema] if together else []), run.growth)
+    *_, before_last, growth = copy.deepcopy(parts)
+    before = copy.deepcopy(ema.state_dict())
+    growth.prune("slot", "the twin wants it")
+    assert (ema.module.slot.stage, run.model.slot.stage) == (Stage.TRAINING, Stage.TRAINING)
+    assert same(ema.state_dict(), before)
+    if together:
+        assert before_last.module.slot.stage is Stage.PRUNED
+        assert before_last.module.slot.seed is None
+    else:
+        assert growth._followers._copies == []
+    run.growth.prune("slot")
+    assert ema.module.slot.stage is Stage.PRUNED
 
 
 def through_torch(value):
