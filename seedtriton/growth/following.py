@@ -79,7 +79,7 @@ class _Copy:
         model = self._model()
         if model is None:
             return False
-        if len(self._own) < len(slots):
+        if slots.keys() - self._own.keys() - self._missing:
             self._find(model, slots)
         for name, ref in self._own.items():
             place = ref()

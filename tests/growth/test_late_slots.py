@@ -170,11 +170,19 @@ def test_an_average_follows_into_the_seed_of_a_seed():
     average.update_parameters(script.model)
 
 
-def test_a_copy_without_a_later_slot_is_told_once(caplog):
+def test_a_copy_without_a_later_slot_is_told_and_searched_once(caplog, monkeypatch):
     script = Script()
     average = AveragedModel(script.model)
     script.growth.follow(average)
+    searched, usual = [], TwoSlots.named_modules
+
+    def named_modules(self, *arguments, **named):
+        searched.append(self is average.module)
+        return usual(self, *arguments, **named)
+
+    monkeypatch.setattr(TwoSlots, "named_modules", named_modules)
     insert_slot(script.model, "second")
     script.growth.germinate("second.growth_slot", Residual(6))
     script.epoch()
+    assert searched.count(True) == 1
     assert caplog.text.count("has no slot 'second.growth_slot'") == 1
