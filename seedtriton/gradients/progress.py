@@ -72,9 +72,8 @@ class StepCounter:
         self._hook(optimizer, entry)
 
     def _hook(self, optimizer: torch.optim.Optimizer, entry: _Counted) -> None:
-        def look(stepping: torch.optim.Optimizer, given: Sequence[object], named: Mapping[str, object]) -> None:
-            closed = any(value is not None and value is not stepping for value in (*given, *named.values()))
-            entry.idling = not closed and makes_state(stepping)  # a closure makes the gradients later
+        def look(stepping: torch.optim.Optimizer, *_: object) -> None:
+            entry.idling = makes_state(stepping)
 
         def count(*_: object) -> None:
             if entry.idling:

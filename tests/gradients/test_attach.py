@@ -490,7 +490,7 @@ def test_the_step_that_torch_makes_to_have_a_state_is_neither_counted_nor_measur
     assert (monitor.steps_taken(), int(monitor.count)) == (1, 1)
 
 
-@pytest.mark.parametrize("spoil", ["rate", "gradient", "none", "closure", "state"])
+@pytest.mark.parametrize("spoil", ["rate", "gradient", "nothing", "none", "closure", "state"])
 def test_a_step_that_trains_nothing_counts_where_it_is_one_of_the_loops(spoil):
     """The first one of a warm-up has a rate of zero, one of a dead network gradients of zero."""
     model = nn.Linear(3, 2)

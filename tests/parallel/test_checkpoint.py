@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from parallel.harness import block, host, values, wrapped
 from parallel.test_ranks import alone, germinate, grow, learn, near, told
+from torch import nn
 
-from seedtriton import StateDictError
+from seedtriton import GradientMonitor, Ranks, StateDictError
 from seedtriton.parallel import Checkpointed
 
 HALF = 6
@@ -145,6 +146,37 @@ def test_a_step_that_torch_makes_to_load_an_optimizer_is_none():
     for wanted, found, steps in values(resumed, 2):
         assert found == wanted
         assert (found["steps"], steps) == (2 * HALF, 2 * HALF)
+
+
+def warmed(rank, world):
+    """Rates that begin at zero, a seed of which the second rank holds nothing, and a step of torch for a state."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    torch.manual_seed(0)
+    model = wrapped(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), "fsdp")
+    optimizers = [torch.optim.AdamW(part.parameters(), 1e-2) for part in model]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 3) for optimizer in optimizers]
+    monitor = GradientMonitor(model[0], {"a": model[1]}, optimizers=optimizers, ranks=Ranks())
+    monitor.attach(*optimizers)
+    steps = []
+    get_optimizer_state_dict(model, optimizers[1])
+    steps.append(monitor.steps_taken())
+    optimizers[1].state.clear()
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        for optimizer, scheduler in zip(optimizers, schedulers):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        steps.append(monitor.steps_taken())
+    known = monitor.read()["a"]
+    return [p.to_local().numel() for p in model[1].parameters()], steps, known.samples, known.optimizer_steps
+
+
+def test_every_rank_counts_the_same_steps_from_a_rate_of_zero_on():
+    (first, *counted), (second, *others) = values(warmed, 2)
+    assert (first, second) == ([4, 1], [0, 0])
+    assert counted == others == [[0, 2, 4, 6], 3, 3]
 
 
 def test_another_entry_is_refused():
