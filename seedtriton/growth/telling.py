@@ -74,19 +74,26 @@ class Teller(Prober):
         return "\n".join(lines)
 
     @contextmanager
-    def live(self, file: TextIO | None = None) -> Iterator[None]:
+    def live(self, file: TextIO | None = None) -> Iterator[bool]:
         """Keep ``summary()`` in sight while the training runs: ``with growth.live(): ...`` around the loop.
 
         It is drawn at most four times a second, by rich and into a terminal; without either there is nothing to see,
-        and what the script prints goes on above it. (``growth.progress`` is how far the training is.)
+        and what the script prints goes on above it. Of many ranks the first alone draws. (``growth.progress`` is how
+        far the training is.)
 
         Args:
             file: where to draw; the standard output unless told.
+
+        Yields:
+            Whether there is something to see.
         """
+        if self._wiring.ranks is not None and not self._wiring.ranks.tells:
+            yield False
+            return
         with LiveTable(self.summary, file) as table:
             self._position.told.append(table.refresh)
             try:
-                yield
+                yield table.draws
             finally:
                 self._position.told.remove(table.refresh)
 

@@ -1,8 +1,11 @@
 """What a controller says of itself: in a terminal, in a notebook, as records; never by asking a device or a rank."""
 
+import copy
 import html.parser
 import io
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from networks import Residual
 from scripts import Script
 
 from seedtriton import ConfigurationError, GradientMonitor, Stage
+from seedtriton.growth.telling import Teller
 from seedtriton.report import Summary, live
 from seedtriton.report.history import COLUMNS, record_of
 
@@ -214,3 +218,82 @@ def test_the_live_table_leaves_the_controller_as_it_was_when_the_loop_fails():
     with pytest.raises(KeyError), script.growth.live(io.StringIO()):
         raise KeyError
     assert script.growth._position.told == []
+
+
+class Gone(Terminal):
+    """A terminal that is closed while the training runs."""
+
+    closed_by_user = False
+
+    def write(self, text):
+        if self.closed_by_user:
+            raise OSError("the terminal is gone")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("broken", ["terminal", "table"])
+def test_a_table_that_cannot_be_drawn_ends_and_the_training_goes_on(broken, monkeypatch, caplog):
+    pytest.importorskip("rich", reason="drawing in a terminal needs rich")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(live, "PERIOD", 0.0)
+    script, screen, out = Script(), Gone(), sys.stdout
+    script.growth.germinate("early", Residual(6))
+    with script.growth.live(screen):
+        script.epoch()
+        if broken == "terminal":
+            screen.closed_by_user = True
+        else:
+            monkeypatch.setattr(Teller, "_row", lambda self, name: 1 / 0)
+        script.epochs(2)
+        assert sys.stdout is out, "what the script prints no longer goes through the table"
+    assert script.growth.epoch == 3
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "growth.live() cannot draw, and has ended; training goes on"
+    ]
+
+
+def test_a_terminal_that_fails_from_the_beginning_is_no_error_either(monkeypatch, caplog):
+    pytest.importorskip("rich", reason="drawing in a terminal needs rich")
+    monkeypatch.setenv("TERM", "xterm")
+    script, screen = Script(), Gone()
+    screen.closed_by_user = True
+    with script.growth.live(screen) as drawn:
+        script.epoch()
+    assert not drawn
+    assert caplog.text.count("cannot draw") == 1
+
+
+def test_a_copy_that_is_made_inside_the_block_does_not_draw(monkeypatch):
+    pytest.importorskip("rich", reason="drawing in a terminal needs rich")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(live, "PERIOD", 0.0)
+    script, screen = Script(), Terminal()
+    script.growth.germinate("early", Residual(6))
+    with script.growth.live(screen):
+        twin = copy.deepcopy(script)
+        seen = len(screen.getvalue())
+        twin.epoch()
+        assert len(screen.getvalue()) == seen
+        script.epoch()
+        assert len(screen.getvalue()) > seen
+
+
+def test_the_block_says_whether_there_is_something_to_see(monkeypatch):
+    pytest.importorskip("rich", reason="drawing in a terminal needs rich")
+    monkeypatch.setenv("TERM", "xterm")
+    growth = Script().growth
+    for file in (Terminal(), io.StringIO()):
+        with growth.live(file) as drawn:
+            assert drawn is isinstance(file, Terminal)
+
+
+def test_of_many_ranks_the_one_that_tells_draws(monkeypatch):
+    pytest.importorskip("rich", reason="drawing in a terminal needs rich")
+    monkeypatch.setenv("TERM", "xterm")
+    for tells in (True, False):
+        growth, screen = Script().growth, Terminal()
+        monkeypatch.setattr(growth._wiring, "ranks", types.SimpleNamespace(tells=tells))
+        with growth.live(screen) as drawn:
+            pass
+        assert drawn is tells
+        assert bool(screen.getvalue()) is tells
