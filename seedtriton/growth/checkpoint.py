@@ -30,6 +30,7 @@ SeedOrFactory = nn.Module | Callable[[], nn.Module]
 
 def save(wiring: Wiring, position: Position) -> dict[str, Any]:
     """Plain values and tensors, see ``GrowthController.state_dict``."""
+    wiring.find()
     wiring.settle()
     taken(wiring.told_by_all(told_of(None, None, wiring.slots), "state_dict()"), wiring.slots)
     wiring.sync_buffers()
@@ -114,6 +115,7 @@ def load(
         ConfigurationError: a slot's seed is missing, or an impossible value. In each case nothing has changed.
     """
     check_seeds(seeds)
+    wiring.find()
     values = _read(state)
     check_slots(values, wiring.slots)
     occupied = [name for name, slot in wiring.slots.items() if slot.stage is not Stage.DORMANT]
@@ -146,6 +148,7 @@ def load(
 
 def exchange(wiring: Wiring, position: Position, state: object, seeds: Mapping[str, SeedOrFactory]) -> None:
     """The seeds of ``state`` for those that are there, see ``clients.exchange``."""
+    wiring.find()
     values = _read(state)
     check_slots(values, wiring.slots)
     modules = _modules(values, seeds, wiring.slots)

@@ -65,6 +65,7 @@ class Prober:
         Raises:
             WiringError: it has other slots than the model, or is the model itself.
         """
+        self._wiring.find()
         if self._followers is None:
             self._followers = Followers(self._wiring.slots)
             self._position.told.append(self._followers.step)

@@ -38,7 +38,7 @@ class Teller(Prober):
         """
         where = f"epoch {self.epoch}, step {self.step}"
         share = "" if self.progress is None else f", {self.progress:.0%} of the training"
-        return Summary(f"Growth, {where}{share}", [self._row(name) for name in self._wiring.slots])
+        return Summary(f"Growth, {where}{share}", self._rows())
 
     def history(self) -> list[dict[str, Any]]:
         """What has happened since this controller was made: one flat record per event, oldest first.
@@ -100,16 +100,19 @@ class Teller(Prober):
     def __repr__(self) -> str:
         """Every slot in a line: stage, alpha, samples and the last verdict."""
         lines = [f"{type(self).__name__}(epoch {self.epoch}, step {self.step})"]
-        for name in self._wiring.slots:
-            row = self._row(name)
+        for row in self._rows():
             alpha = "" if row["alpha"] is None else f", alpha {row['alpha']:.3g}"
             samples = "" if row["samples"] is None else f", {row['samples']} samples"
             said = "" if row["last verdict"] is None else f", {row['last verdict']}"
-            lines.append(f"  {name}: {row['stage']}{alpha}{samples}{said}")
+            lines.append(f"  {row['slot']}: {row['stage']}{alpha}{samples}{said}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        self._wiring.find()
+        return [self._row(name) for name in self._wiring.slots]
 
     def _row(self, name: str) -> dict[str, Any]:
         slot, life = self._wiring.slots[name], self._position.lives.get(name)

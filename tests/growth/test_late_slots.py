@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from networks import Residual
+from same import same
 from scripts import Script, TwoSlots
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -21,6 +22,7 @@ from seedtriton import (
     merge_fossils,
     restore_slots,
 )
+from seedtriton.growth.clients import exchange
 
 INNER = "early.seed.slot"
 
@@ -73,6 +75,40 @@ def test_a_slot_that_is_put_in_later_is_found_by_its_name_and_at_the_end_of_an_e
     evidence = script.growth.evidence()["second.growth_slot"]
     assert evidence.in_optimizer
     assert evidence.samples > 32
+
+
+def with_late_slot():
+    """A script whose model gets a slot after its controller."""
+    script = Script()
+    insert_slot(script.model, "second")
+    return script
+
+
+def test_a_slot_that_is_put_in_later_is_saved_and_told_of_at_once():
+    script = with_late_slot()
+    assert "second.growth_slot" in repr(script.growth)
+    script = with_late_slot()
+    assert [row["slot"] for row in script.growth.summary().rows] == ["early", "late", "second.growth_slot"]
+    assert list(with_late_slot().growth.state_dict()["slots"]) == ["early", "late", "second.growth_slot"]
+    script = with_late_slot()
+    script.growth.follow(copy.deepcopy(script.model))
+
+
+@pytest.mark.parametrize("load", [lambda growth, *given: growth.load_state_dict(*given), exchange])
+def test_a_state_with_a_slot_that_was_put_in_later_is_loaded_into_a_model_that_has_it_by_now(load):
+    script = with_late_slot()
+    script.growth.germinate("second.growth_slot", Residual(6))
+    script.epochs(2)
+    growth, model, optimizer, order = saved(script)
+    script.epochs(3)
+    again = with_late_slot()
+    load(again.growth, growth, {"second.growth_slot": lambda: Residual(6)})
+    again.model.load_state_dict(model)
+    again.optimizer.load_state_dict(optimizer)
+    again.generator.set_state(order)
+    again.epochs(3)
+    assert same(again.model.state_dict(), script.model.state_dict())
+    assert same(again.growth.state_dict(), script.growth.state_dict())
 
 
 def test_a_slot_in_a_seed_waits_until_that_seed_is_permanent():
