@@ -8,7 +8,7 @@ go through the dispatcher, which costs 20 µs and more for a list of 300 tensors
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -183,19 +183,18 @@ def _segmented_sumsq(
     tensors: Sequence[Tensor], segments: Sequence[int], num_segments: int, lanes: torch.dtype
 ) -> Tensor:
     if tensors and backend_of(tensors[0].device).name == "triton":
-        # The kernel looks at what the tensors are only when their signature is new; checking each of them
-        # here, in every call, would cost more than the launch.
-        try:
-            return _launch_sumsq(Listed(tensors, segments), num_segments, lanes)
-        except backend.LaunchError:
-            return _segmented_sumsq(tensors, segments, num_segments, lanes)
-        except ValueError:  # Unsupported, or lists that the check below explains
-            check_lists(tensors, segments, num_segments)
-        inside, outside = _split(Listed(tensors, segments), tensors[0].device)
-        if not inside.tensors:
-            return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
-        rest = reference.segmented_sumsq(*outside[:2], num_segments, lanes, tensors[0].device)
-        return _launch_sumsq(inside, num_segments, lanes, rest.view(-1, 1))
+        with suppress(backend.LaunchError):
+            # The kernel looks at what the tensors are only when their signature is new; checking each of them
+            # here, in every call, would cost more than the launch.
+            try:
+                return _launch_sumsq(Listed(tensors, segments), num_segments, lanes)
+            except ValueError:  # Unsupported, or lists that the check below explains
+                check_lists(tensors, segments, num_segments)
+            inside, outside = _split(Listed(tensors, segments), tensors[0].device)
+            if not inside.tensors:
+                return reference.segmented_sumsq(tensors, segments, num_segments, lanes)
+            rest = reference.segmented_sumsq(*outside[:2], num_segments, lanes, tensors[0].device)
+            return _launch_sumsq(inside, num_segments, lanes, rest.view(-1, 1))
     check_segments(tensors, segments, num_segments)
     try:
         # What is joined with others is summed in a dtype that holds both: integers among them would not be refused.
@@ -247,20 +246,18 @@ def _scale_(
     if backend_of(coefficients.device).name == "triton" and any(map(Tensor.numel, listed.tensors)):
         from ..kernels import gradient_scale
 
-        try:
-            _launch_scale(listed, coefficients, clear, names, copy)
-        except backend.LaunchError:
-            pass
-        except gradient_scale.Unsupported:
-            check_scalable(listed.tensors)
+        with suppress(backend.LaunchError):
+            try:
+                _launch_scale(listed, coefficients, clear, names, copy)
+                return
+            except gradient_scale.Unsupported:
+                check_scalable(listed.tensors)
             inside, outside = _split(listed, coefficients.device)
             # A tensor that is listed twice is scaled twice, which programs side by side cannot do.
             places = [tensor.data_ptr() for tensor in inside.tensors if tensor.numel()]
             if len(set(places)) == len(places):
                 _launch_scale(inside, coefficients, clear, names)
                 listed = outside
-        else:
-            return
     check_scalable(listed.tensors)
     reference.scale_segments_(listed, coefficients, clear)
     if copy is not None:
@@ -298,12 +295,12 @@ def _record_(
         return
     from ..kernels import gradient_sums
 
-    try:
-        _launch_record(gradients, gains, window, rules, scale, flat, names)
-    except backend.LaunchError:
-        reference.record_(gradients, gains, window, rules, scale)
-    except gradient_sums.Unsupported:
-        inside, rest = _split(gradients, device)
+    with suppress(backend.LaunchError):
+        try:
+            _launch_record(gradients, gains, window, rules, scale, flat, names)
+            return
+        except gradient_sums.Unsupported:
+            inside, rest = _split(gradients, device)
         elements = list(map(Tensor.numel, rest.tensors))
         with torch.no_grad():
             sums = reference.sums_of(rest, rules, device)
@@ -312,6 +309,8 @@ def _record_(
         _launch_record(inside, gains, window, rules, scale, None, names, Outside(columns, counts))
         reference.note_tensors_(window.table, window.written, sums, rest.entries)
         reference.quarantine_(rest, window.summary, rules)
+        return
+    reference.record_(gradients, gains, window, rules, scale)
 
 
 def _launch_record(

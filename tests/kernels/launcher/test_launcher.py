@@ -200,21 +200,33 @@ def summed(tensors):
     return torch.equal(ops.segmented_sumsq(tensors, SEGMENTS, 2), reference.segmented_sumsq(tensors, SEGMENTS, 2))
 
 
-CALLS = {
-    "sums": summed,
-    "scale": lambda tensors: ops.scale_(tensors, 0.5) or {t.unique().item() for t in tensors} == {0.5},
-}
+def scaled(tensors):
+    return ops.scale_(tensors, 0.5) or {t.unique().item() for t in tensors} == {0.5}
 
 
+def recorded(tensors):
+    found, wanted = window(), window()
+    arguments = Listed(tensors, SEGMENTS), Listed([], [])
+    ops.record_(*arguments, found, Rules(1.0))
+    reference.record_(*arguments, wanted, Rules(1.0), ops.UNSCALED)
+    sums = torch.equal(found.table.sumsq, wanted.table.sumsq)
+    return sums and torch.equal(found.ring.nan_to_num(-1.0), wanted.ring.nan_to_num(-1.0))
+
+
+CALLS = {"sums": summed, "scale": scaled, "record": recorded}
+LISTS = {"all fit": gradients, "one does not": lambda: [*gradients()[:2], torch.ones(7, dtype=torch.float64)]}
+
+
+@pytest.mark.parametrize("listed", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("error", [{"load": 209}, {"launch": 700}], ids=["load", "launch"])
-def test_a_driver_that_fails_is_said_once_and_eager_torch_goes_on(cuda, error, call, caplog, monkeypatch):
+def test_a_driver_that_fails_is_said_once_and_eager_torch_goes_on(cuda, error, call, listed, caplog):
     for kernel in (gradient_sums._sums_kernel, gradient_scale._scale_kernel):
         kernel.device_caches.clear()  # nothing is loaded yet
     cuda.fail(**error)
     with caplog.at_level(logging.ERROR):
-        assert call(gradients())
-        assert call(gradients())
+        assert call(listed())
+        assert call(listed())
     (said,) = (record.message for record in caplog.records)
     assert "could not be launched" in said
     assert "the fake driver was told to fail" in said
