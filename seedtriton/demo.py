@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,14 +39,14 @@ Show = Callable[[int, "float | None", float, "GrowthController | None"], None]
 
 
 def train(task: Task, seed: int, *, grow: bool, sinks: list[Any], show: Show) -> Result:
-    """Train the host, with seeds or without; the same batches either way."""
+    """Train the host, with seeds or without; the same batches either way. ``show`` speaks where no table is drawn."""
     torch.manual_seed(seed)
     model = task.host()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     growth = GrowthController(model, optimizer, evaluate=task.losses, sinks=sinks) if grow else None
     batches = torch.Generator().manual_seed(seed)
     result = Result([], [], [])
-    with contextlib.nullcontext() if growth is None else growth.live():
+    with contextlib.nullcontext(False) if growth is None else growth.live() as drawn:
         for epoch in range(1, task.epochs + 1):
             if growth is not None and epoch == task.germination + 1:
                 _germinate(growth, task)
@@ -65,7 +63,8 @@ def train(task: Task, seed: int, *, grow: bool, sinks: list[Any], show: Show) ->
                 for verdict in growth.end_epoch(accuracy=accuracy, loss=loss):
                     result.verdicts.append((epoch, verdict))
                     _give_up(growth, verdict)
-            show(epoch, accuracy, loss, growth)
+            if not drawn:
+                show(epoch, accuracy, loss, growth)
     return result
 
 
@@ -96,9 +95,7 @@ def run(folder: str = "runs/demo", seed: int = 0, task: str = "digits") -> int:
     events_file.unlink(missing_ok=True)
     sink = JsonLinesSink(events_file)
     begun = time.perf_counter()
-    table = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None  # growth.live() then says it
-    show = _quiet if table else _say_line
-    grown = train(chosen, seed, grow=True, sinks=[sink, _say_moves], show=show)
+    grown = train(chosen, seed, grow=True, sinks=[sink, _say_moves], show=_say_line)
     print("the same host, the same batches, without growth ...")
     plain = train(chosen, seed, grow=False, sinks=[], show=_quiet)
     for epoch, (accuracy, loss) in enumerate(zip(plain.accuracies, plain.losses), start=1):

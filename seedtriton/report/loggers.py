@@ -5,6 +5,7 @@ Each draws ``numbers(event)`` at the event's step, and imports its client when i
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import re
@@ -12,15 +13,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.errors import ConfigurationError
 from .events import Event, numbers, step_of
 
+_T = TypeVar("_T")
 _ROOM = 65536  # bytes that a writer of TensorBoard's should find on the disk before another one is made
 
 
-class TensorBoardSink:
+class _Logger:
+    """Copies log to the same client: it has threads and connections, and belongs to the script."""
+
+    def __deepcopy__(self: _T, memo: dict[int, Any]) -> _T:
+        twin = memo[id(self)] = copy.copy(self)
+        return twin
+
+
+class TensorBoardSink(_Logger):
     """Scalars for TensorBoard, on disk after every event.
 
     Args:
@@ -59,13 +69,20 @@ class TensorBoardSink:
                 self._writer = None
             raise
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorBoardSink:
+        """With a writer of its own it is followed by another one, in a file beside."""
+        twin = super().__deepcopy__(memo)
+        if self._make is not None:
+            twin._writer = None
+        return twin
+
     def close(self) -> None:
         """Close a writer of its own; one that was given stays open."""
         if self._make is not None and self._writer is not None:
             self._writer.close()
 
 
-class WandbSink:
+class WandbSink(_Logger):
     """Metrics for Weights & Biases, online or offline as the run is.
 
     They are drawn over ``growth/step``, the optimizer's step, whatever wandb's own step counts: that one belongs to the
@@ -106,7 +123,7 @@ class WandbSink:
         self._step, self._row = step, self._run.step
 
 
-class MlflowSink:
+class MlflowSink(_Logger):
     """Metrics for MLflow, in one run whichever is active later.
 
     Characters that MLflow does not allow in a name become ``_``.

@@ -6,6 +6,7 @@ it works again, with the number of events that it lost in between.
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -154,6 +155,12 @@ class Telemetry:
         """Whether somebody takes events who does not only write them to a log."""
         return any(not isinstance(sink, LogSink) for sink in self.sinks)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Telemetry:
+        """A run of its own, with copies of the sinks; those of files append to the same file."""
+        twin = memo[id(self)] = Telemetry(copy.deepcopy(self.sinks, memo))
+        twin.history, twin.lost, twin._known = copy.deepcopy((self.history, self.lost, self._known), memo)
+        return twin
+
     def emit(self, event: Event) -> None:
         """Hand on one event; a sink that raises is reported, once, and is tried again with the next event."""
         self.history.take(event)
@@ -222,12 +229,19 @@ class _Lines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close(), or when nobody holds the sink
+        self._path = os.path.abspath(path)
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by close(), or when nobody holds the sink
         self.close = weakref.finalize(self, self._file.close)
         # Whoever wrote here before may have been ended in the middle of a line.
         self._torn = self.size() > 0 and self._read(-1, 1) != b"\n"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Lines:
+        """The same file once more: whole lines from several sides do not mix, and each side closes its own."""
+        twin = memo[id(self)] = type(self)(self._path)
+        if not self.close.alive:
+            twin.close()
+        return twin
 
     def size(self) -> int:
         return os.fstat(self._file.fileno()).st_size

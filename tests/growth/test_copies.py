@@ -11,6 +11,8 @@ from same import same
 from torch.optim.swa_utils import AveragedModel
 
 from seedtriton import AlphaSchedule, GradientMonitor, GrowthController, Stage, WiringError
+from seedtriton.report.runs import read_events
+from seedtriton.report.sinks import CsvSink, JsonLinesSink
 
 X, Y = data(16).tensors
 
@@ -100,6 +102,29 @@ def test_an_average_follows_the_training_that_it_is_of(together):
         assert growth._followers._copies == []
     run.growth.prune("slot")
     assert ema.module.slot.stage is Stage.PRUNED
+
+
+def test_a_twin_of_a_controller_with_a_file_tells_that_file_of_a_run_of_its_own(tmp_path):
+    run, path = Run(), tmp_path / "events.jsonl"
+    run.growth.telemetry.sinks[:] = [JsonLinesSink(path), CsvSink(tmp_path / "events.csv")]
+    run.live(2)
+    twin = copy.deepcopy(run.growth)
+    assert [record["epoch"] for record in twin.history()] == [1, 2]
+    twin.end_epoch(accuracy=0.25)
+    for sink in twin.telemetry.sinks:
+        sink.close()
+    run.live(1, 2)
+    mine, its = run.growth.telemetry.run, twin.telemetry.run
+    assert mine != its
+    events = [(event["run"], event["epoch"]) for event in read_events(path)]
+    assert events == [(mine, 1), (mine, 2), (its, 3), (mine, 3)]
+    assert len(twin.history()) == len(run.growth.history()) == 3
+    rows = (tmp_path / "events.csv").read_text().splitlines()
+    assert [row for row in rows if "accuracy" in row][-2:] == ["epoch,,3,8,,accuracy,0.25", "epoch,,3,12,,accuracy,0.5"]
+    for sink in run.growth.telemetry.sinks:
+        sink.close()
+    copy.deepcopy(run.growth).end_epoch(accuracy=0.5)
+    assert len(read_events(path)) == 4, "the copy of a closed one is closed"
 
 
 def through_torch(value):

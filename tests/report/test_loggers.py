@@ -1,10 +1,12 @@
 """TensorBoard, wandb and MLflow: with stand-ins that are always there, and with the clients where those are."""
 
+import copy
 import errno
 import math
 import pathlib
 import subprocess
 import sys
+import threading
 import types
 
 import house
@@ -40,6 +42,13 @@ def test_one_that_is_not_installed_is_an_error_that_names_the_package(monkeypatc
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ConfigurationError, match=f"needs {package}: pip install {package}"):
         make()
+
+
+def uncopyable(kind):
+    """A client as they are: with a lock inside."""
+    made = kind()
+    made.lock = threading.Lock()
+    return made
 
 
 # --- TensorBoard ---
@@ -103,6 +112,21 @@ def test_tensorboard_in_a_folder_goes_on_with_a_new_writer_once_there_is_room(mo
     assert [[step for _, _, step in writer.scalars[::2]] for writer in made] == [[0, 1], [4, 5]]
     assert all(writer.closed for writer in made)
     assert telemetry.lost == 2
+
+
+def test_a_copy_of_one_in_a_folder_has_a_writer_of_its_own_there(monkeypatch, tmp_path):
+    made = []
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = lambda folder: made.append(uncopyable(lambda: Writer(folder))) or made[-1]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    sink = TensorBoardSink(tmp_path / "runs")
+    twin = copy.deepcopy(sink)
+    twin(event(1))
+    twin.close()
+    sink(event(2))
+    assert [writer.folder for writer in made] == [str(tmp_path / "runs")] * 2
+    assert [[step for _, _, step in writer.scalars[::2]] for writer in made] == [[2], [1]]
+    assert [writer.closed for writer in made] == [False, True]
 
 
 def test_room_is_looked_for_in_folders_of_this_machine_and_leaves_nothing(tmp_path, monkeypatch):
@@ -277,3 +301,21 @@ def test_the_real_mlflow_keeps_what_was_logged(tmp_path):
             sink({**event(step, ratio=step / 8, loss=math.inf), "seed": "a+b"})
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "growth/a_b/ratio")
     assert [(each.step, each.value) for each in history] == [(3, 3 / 8), (5, 5 / 8)]
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("sink, kind, taken", [(TensorBoardSink, Writer, "scalars"), (WandbSink, Run, "filled")])
+def test_a_copy_logs_to_the_same_client(sink, kind, taken):
+    client = uncopyable(kind)
+    telemetry = Telemetry([sink(client)])
+    copy.deepcopy(telemetry).emit(event(1))
+    assert getattr(client, taken)
+
+
+def test_a_copy_of_one_for_mlflow_logs_to_the_same_run(client):
+    telemetry = Telemetry([MlflowSink("told")])
+    telemetry.sinks[0]._client.lock = threading.Lock()
+    copy.deepcopy(telemetry).emit(event(4))
+    assert [run for run, _ in client.batches] == ["told"]
