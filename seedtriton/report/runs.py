@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import ConfigurationError
@@ -47,8 +49,11 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
 def runs_of(events: Sequence[Event]) -> list[list[Event]]:
     """The runs in a sequence of events, oldest first.
 
-    A run ends where the ``run`` that the events name is another one, or, without such names, where the epochs go back.
-    What goes on behind its first epoch is no new run, but resumes the one before, which ends where it begins.
+    Events belong together by the ``run`` that they name, also where two controllers told at once; one that names none
+    goes with the event before it. A run ends where its epochs go back. What goes on behind its first epoch is no new
+    run, but resumes the one of its name, or else the one before, which ends where the first epoch of what goes on ends;
+    one that is told of meanwhile is not ended, but stays beside what has branched off. A baseline belongs to the run
+    that it follows, or to the first.
 
     Raises:
         ConfigurationError: an event without a name or an epoch.
@@ -56,27 +61,66 @@ def runs_of(events: Sequence[Event]) -> list[list[Event]]:
     for number, event in enumerate(events, start=1):
         if type(event.get("event")) is not str or type(event.get("epoch")) is not int:
             raise ConfigurationError(f"event {number} has no name or no epoch: no controller has emitted {event}")
-    runs: list[list[Event]] = []
-    for part in _parts([event for event in events if event["event"] != "baseline"]):
-        first = part[0]["epoch"]
-        if runs and first > 1:
-            runs[-1] = [event for event in runs[-1] if event["epoch"] < first] + part
-        else:
-            runs.append(part)
-    baseline = [event for event in events if event["event"] == "baseline"]
-    if baseline:
-        runs[-1:] = [[*(runs[-1] if runs else []), *baseline]]
-    return runs
+    ahead = list(itertools.takewhile(_is_baseline, events))
+    runs: list[_Part] = []
+    for part in _parts(events[len(ahead) :]):
+        before = next((run for run in reversed(runs) if run.name == part.name), runs[-1] if runs else None)
+        if before is not None and part.first_epoch > 1:
+            kept = [event for event in before.events if _is_baseline(event) or event["epoch"] < part.first_epoch]
+            part.events[:0] = kept
+            if before.end < part.begin:
+                runs.remove(before)
+        runs.append(part)
+    found = [run.events for run in runs] or ([[]] if ahead else [])
+    if ahead:
+        found[0][:0] = ahead
+    return found
 
 
-def _parts(events: Sequence[Event]) -> list[list[Event]]:
-    parts: list[list[Event]] = []
-    for event in events:
-        last = parts[-1][-1] if parts else None
-        if last is None or event.get("run", last.get("run")) != last.get("run") or event["epoch"] < last["epoch"]:
-            parts.append([])
-        parts[-1].append(event)
+@dataclass(eq=False)
+class _Part:
+    """What one controller told, one epoch after another.
+
+    Attributes:
+        name: of the run.
+        begin: place of the first of its events in the file.
+        end: place of the last.
+        epoch: of the last that is no baseline.
+        events: in the order of the file.
+    """
+
+    name: str | None
+    begin: int
+    end: int = 0
+    epoch: int = 0
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def first_epoch(self) -> int:
+        """The first epoch that ends in it: what a script does before that still bears the number of the one before."""
+        ended = (event["epoch"] for event in self.events if event["event"] == "epoch")
+        return int(next(ended, self.events[0]["epoch"] + 1))
+
+
+def _parts(events: Sequence[Event]) -> list[_Part]:
+    parts: list[_Part] = []
+    latest: dict[str | None, _Part] = {}
+    name: str | None = None
+    for place, event in enumerate(events):
+        name = name if event.get("run") is None else str(event["run"])
+        part = latest.get(name)
+        if part is None or (event["epoch"] < part.epoch and not _is_baseline(event)):
+            part = latest[name] = _Part(name, place)
+            parts.append(part)
+        part.events.append(event)
+        part.end = place
+        if not _is_baseline(event):
+            part.epoch = event["epoch"]
     return parts
+
+
+def _is_baseline(event: Event) -> bool:
+    return bool(event["event"] == "baseline")
 
 
 def stage_bands(events: Sequence[Event], last_epoch: int) -> dict[str, list[tuple[Stage, int, int]]]:

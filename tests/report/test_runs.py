@@ -53,9 +53,50 @@ def test_a_run_that_was_resumed_is_one_run_and_what_was_lost_is_not_in_it():
     assert points(run, None, "loss") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
-def test_a_baseline_belongs_to_the_last_run():
-    events = [epoch(1), epoch(2), epoch(1), {"event": "baseline", "epoch": 1}, {"event": "baseline", "epoch": 2}]
-    assert [len(run) for run in runs_of(events)] == [2, 3]
+def test_a_resumed_run_keeps_the_epoch_before_whatever_the_script_does_first():
+    """What happens before the first end_epoch() bears the number of the epoch before, which is not told again."""
+    early = {"event": "pruned", "seed": "s", "epoch": 2, "run": "b"}
+    before = [epoch(n, run="a", loss=1.0) for n in (1, 2, 3, 4)]
+    (run,) = runs_of([*before, early, epoch(3, run="b", loss=2.0)])
+    assert points(run, None, "loss") == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert early in run
+    (run,) = runs_of([*before[:2], early])  # ended before it had an epoch
+    assert [event["epoch"] for event in run] == [1, 2, 2]
+    fresh = [{**early, "event": "germinated", "epoch": 0}, epoch(1, run="b")]
+    assert runs_of(before + fresh) == [before, fresh]
+
+
+def test_runs_that_were_told_of_at_once_are_told_apart():
+    one, two = [epoch(n, run="a") for n in (1, 2, 3)], [epoch(n, run="b") for n in (1, 2, 3)]
+    assert runs_of([event for pair in zip(one, two) for event in pair]) == [one, two]
+
+
+def test_a_run_that_goes_back_by_itself_is_one_and_loses_what_it_went_back_behind():
+    events = [epoch(n, run="a", loss=1.0) for n in (1, 2, 3)] + [epoch(n, run="a", loss=2.0) for n in (2, 3)]
+    (run,) = runs_of(events)
+    assert points(run, None, "loss") == [(1, 1.0), (2, 2.0), (3, 2.0)]
+
+
+def test_a_twin_stands_beside_the_run_that_it_branched_off():
+    one, two = [epoch(n, run="a") for n in (1, 2, 3, 4)], [epoch(n, run="b") for n in (3, 4)]
+    assert runs_of([*one[:2], two[0], one[2], two[1], one[3]]) == [one, one[:2] + two]
+
+
+def test_a_baseline_belongs_to_the_run_that_it_follows():
+    first, second = [epoch(1, run="a"), epoch(2, run="a")], [epoch(1, run="b")]
+    baseline = [{"event": "baseline", "epoch": n} for n in (1, 2)]
+    assert runs_of(first + baseline + second + baseline) == [first + baseline, second + baseline]
+    assert runs_of(first + baseline + second) == [first + baseline, second]
+    resumed = [epoch(2, run="b")]
+    assert runs_of(first + baseline + resumed) == [first[:1] + baseline + resumed]
+    nameless = [epoch(1), epoch(2), epoch(1)]
+    assert [len(run) for run in runs_of(nameless + baseline)] == [2, 3]
+
+
+def test_a_baseline_that_comes_first_belongs_to_the_first_run():
+    baseline, run = [{"event": "baseline", "epoch": 1}], [epoch(1, run="a")]
+    assert runs_of(baseline + run) == [baseline + run]
+    assert runs_of(baseline) == [baseline]
 
 
 def test_bands_curves_limits_and_passes():
