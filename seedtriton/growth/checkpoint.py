@@ -39,7 +39,7 @@ def save(wiring: Wiring, position: Position) -> dict[str, Any]:
     # Ranks differ in one thing alone, the mark of a random state of each; the first one's is saved.
     own = {name: slot.lifecycle_state() for name, slot in wiring.slots.items()}
     states = wiring.told_by_all(own, "state_dict()")[0]
-    to_come = {} if position.unchecked is None else position.unchecked.saved
+    to_come = {} if position.unchecked is None else position.unchecked.to_come()
     return {
         "version": VERSION,
         "epoch": position.epoch,

@@ -51,11 +51,15 @@ class Unchecked:
         self.saved, self._slots, self._steps, self._then = saved, slots, steps, steps()
         self._seeds = {name: slots[name].seed for name in saved}
 
+    def to_come(self) -> dict[str, Digest]:
+        """Those of the seeds that are there yet, and no others in their slots."""
+        there = {name: slot.seed for name, slot in self._slots.items() if slot.seed is not None}
+        return {name: found for name, found in self.saved.items() if there.get(name) is self._seeds[name]}
+
     def check(self) -> None:
         """``check`` what was neither replaced nor trained since."""
         if self._steps() == self._then:
-            same = [name for name, seed in self._seeds.items() if self._slots[name].seed is seed]
-            check({name: self.saved[name] for name in same if name in self.saved}, self._slots)
+            check(self.to_come(), self._slots)
 
 
 def check(saved: Mapping[str, Digest], slots: Mapping[str, nn.Module]) -> None:

@@ -79,13 +79,15 @@ class _Copy:
         model = self._model()
         if model is None:
             return False
+        slots = {name: slot for name, slot in slots.items() if not _is_gone(slot)}
+        self._missing &= slots.keys()
+        for name in [name for name, ref in self._own.items() if name not in slots or _is_gone(ref())]:
+            del self._own[name]
         if slots.keys() - self._own.keys() - self._missing:
             self._find(model, slots)
         for name, ref in self._own.items():
-            place = ref()
-            if place is None:
-                return False
-            self._mirror(name, slots[name], place)
+            if (place := ref()) is not None:
+                self._mirror(name, slots[name], place)
         return True
 
     def _find(self, model: nn.Module, slots: Mapping[str, SeedSlot]) -> None:
@@ -112,6 +114,11 @@ class _Copy:
             place.load_lifecycle_state(slot.lifecycle_state())
         if slot.seed is not None and place.alpha_value != slot.alpha_value:
             place.set_alpha(slot.alpha_value)
+
+
+def _is_gone(place: SeedSlot | None) -> bool:
+    """Whether its model has it no more, as far as a slot knows, whoever may still hold it."""
+    return place is None or getattr(place, "removed", False)
 
 
 def _nothing() -> None:

@@ -61,8 +61,8 @@ def insert_slot(model: nn.Module, path: str, *, features: int | str | None = Non
     """Put a slot behind a module of a model, whose code stays as it is: what the module returns passes through it.
 
     Its name, ``slot.name``, is ``path + ".growth_slot"``. An ``nn.Sequential`` runs it as its last module, everything
-    else by a forward hook. Call it before ``GrowthController``, on every rank; before or after ``torch.compile``, DDP
-    and ``fully_shard`` is all the same (what was compiled is compiled anew).
+    else by a forward hook. A controller that was there before finds it; on many ranks call it before, and on every
+    rank. Before or after ``torch.compile``, DDP and ``fully_shard`` is all the same; what was compiled is so anew.
 
     Args:
         model: DDP and compiled wrappers are looked through, as are wrappers of the module itself.
@@ -103,7 +103,7 @@ def insert_slot(model: nn.Module, path: str, *, features: int | str | None = Non
 
 
 def remove_slot(model: nn.Module, path: str) -> None:
-    """Take back what ``insert_slot(model, path)`` did. A controller that knows the slot germinates nothing in it.
+    """Take back what ``insert_slot(model, path)`` did. A controller forgets the slot; one of many ranks refuses it.
 
     Raises:
         ConfigurationError: no such module, or no inserted slot behind it.

@@ -192,8 +192,8 @@ class Mover:
 
     def emit(self, event: str, name: str | None, **fields: Any) -> None:
         """Tell the sinks, with where the training and the slot are; ``name`` None: of no seed."""
-        self._position.tell()
         stage = None if name is None else str(self._wiring.slots[name].stage)
+        self._position.tell()
         epoch, step = self._position.epoch, self._position.step
         where = {"seed": name, "epoch": epoch, "step": step, "stage": stage, "run": self._telemetry.run}
         self._telemetry.emit({"event": event, **where, **fields})

@@ -30,7 +30,7 @@ class Wiring:
 
     Args:
         model: the module itself, see ``unwrap``.
-        slots: ``slots_of`` it; ``find`` adds to them.
+        slots: ``slots_of`` it; ``find`` keeps them up to date.
         optimizer: what trains the host and gets a group per seed; wrappers are looked through.
         schedulers: of its learning rates.
         window: samples that the monitor keeps.
@@ -71,8 +71,7 @@ class Wiring:
             raise ConfigurationError(
                 f"a slot is told by its path in the model, one of {sorted(self.slots)}, not by a {type(name).__name__}"
             )
-        if name not in self.slots:
-            self.find()
+        self.find()
         if name not in self.slots:
             known = f"its slots are {sorted(self.slots)}"
             if not isinstance(dict(self.model.named_modules()).get(name), SeedSlot):
@@ -90,13 +89,20 @@ class Wiring:
     def find(self) -> None:
         """Take in the slots that the model has got since: put in later, or in a seed that is a fossil by now.
 
+        And forget the empty ones that it has no more. One that is there keeps its name when a wrapper has renamed it.
         Of this process alone: on many ranks all would have to be asked.
         """
-        if self.ranks is None:
-            for name, slot in slots_in(self.model).items():
-                if name not in self.slots:
-                    slot.name = name
-                    self.slots[name] = slot
+        if self.ranks is not None:
+            return
+        there = slots_in(self.model)
+        own, known = set(map(id, there.values())), set(map(id, self.slots.values()))
+        for name, slot in list(self.slots.items()):
+            if slot.stage is Stage.DORMANT and id(slot) not in own:
+                del self.slots[name]
+        for name, slot in there.items():
+            if name not in self.slots and id(slot) not in known:
+                slot.name = name
+                self.slots[name] = slot
 
     def put_in(
         self,

@@ -655,8 +655,10 @@ def test_a_slot_with_a_seed_or_at_rest_stays():
     life.epochs(3)
     assert model.layers[0].growth_slot is slot
     remove_slot(model, "layers.0")
-    with pytest.raises(WiringError, match="was removed from its model"):
+    with pytest.raises(ConfigurationError, match=r"no slot 'layers\.0\.growth_slot'"):
         life.growth.germinate(slot.name, Residual(WIDTH))
+    with pytest.raises(WiringError, match="was removed from its model"):
+        slot.germinate(Residual(WIDTH))
     assert slot.stage is Stage.DORMANT
     assert slot.seed is None
 

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from seedtriton import (
     AlphaSchedule,
+    ConfigurationError,
     GateThresholds,
     SeedSlot,
     Stage,
@@ -20,6 +21,7 @@ from seedtriton import (
     insert_slot,
     load_grown,
     merge_fossils,
+    remove_slot,
     restore_slots,
 )
 from seedtriton.growth.clients import exchange
@@ -109,6 +111,70 @@ def test_a_state_with_a_slot_that_was_put_in_later_is_loaded_into_a_model_that_h
     again.epochs(3)
     assert same(again.model.state_dict(), script.model.state_dict())
     assert same(again.growth.state_dict(), script.growth.state_dict())
+
+
+def removed():
+    """A script whose model had a slot for an epoch."""
+    script = with_late_slot()
+    script.epoch()
+    assert "second.growth_slot" in script.growth.slots
+    remove_slot(script.model, "second")
+    return script
+
+
+def test_a_slot_that_is_removed_is_forgotten():
+    assert [row["slot"] for row in removed().growth.summary().rows] == ["early", "late"]
+    growth, *_ = saved(removed())
+    Script().growth.load_state_dict(growth)
+    with pytest.raises(ConfigurationError, match=r"no slot 'second.growth_slot'; its slots are \['early', 'late'\]"):
+        removed().growth.germinate("second.growth_slot", Residual(6))
+
+
+def test_one_that_is_put_in_again_is_used():
+    script = removed()
+    slot = insert_slot(script.model, "second")
+    script.growth.germinate(slot.name, Residual(6))
+    assert slot.stage is Stage.TRAINING
+    script.epoch()
+    assert script.growth.evidence()[slot.name].samples == 16
+    assert script.growth.slots[slot.name] is slot
+
+
+def test_one_that_is_removed_before_the_first_step_has_no_weights_to_check():
+    script = with_late_slot()
+    script.growth.germinate("second.growth_slot", Residual(6))
+    growth, *_ = saved(script)
+    again = with_late_slot()
+    again.growth.load_state_dict(growth, {"second.growth_slot": lambda: Residual(6)})
+    again.growth.prune("second.growth_slot")
+    for _ in range(3):
+        again.growth.end_epoch()
+    remove_slot(again.model, "second")
+    assert "second.growth_slot" not in again.growth.state_dict()["slots"]
+    again.epoch()
+    assert again.growth.step == 16
+
+
+def test_an_empty_slot_is_known_by_the_object_that_is_in_the_model():
+    script = Script()
+    script.model.early, script.model.late = nn.Sequential(script.model.early), SeedSlot()
+    script.epoch()
+    assert script.growth.slots == {"early": script.model.early[0], "late": script.model.late}
+    script.growth.germinate("late", Residual(6))
+    script.growth.germinate("early", Residual(6))
+    assert script.model.late.stage is script.model.early[0].stage is Stage.TRAINING
+
+
+def test_a_seed_stays_known_when_its_slot_is_taken_out_of_the_model():
+    script = Script()
+    script.growth.germinate("late", Residual(6))
+    script.model.late = SeedSlot()
+    script.epoch()
+    assert script.growth.slots["late"].stage is Stage.TRAINING
+    script.growth.prune("late")
+    script.epochs(3)
+    script.growth.germinate("late", Residual(6))
+    assert script.model.late.stage is Stage.TRAINING
 
 
 def test_a_slot_in_a_seed_waits_until_that_seed_is_permanent():
@@ -222,3 +288,23 @@ def test_a_copy_without_a_later_slot_is_told_and_searched_once(caplog, monkeypat
     script.epoch()
     assert searched.count(True) == 1
     assert caplog.text.count("has no slot 'second.growth_slot'") == 1
+
+
+@pytest.mark.parametrize("stepping", [False, True])
+def test_a_copy_goes_on_following_when_a_slot_is_removed_and_put_in_again(stepping, caplog):
+    script = with_late_slot()
+    twin = copy.deepcopy(script.model)
+    script.growth.follow(twin)
+    kept = twin.second.growth_slot
+    for model in (script.model, twin):
+        remove_slot(model, "second")
+    if stepping:
+        script.epoch()
+    for model in (script.model, twin):
+        insert_slot(model, "second")
+    script.growth.germinate("early", Residual(6))
+    script.growth.germinate("second.growth_slot", Residual(6))
+    script.epoch()
+    assert twin.early.stage is twin.second.growth_slot.stage is Stage.TRAINING
+    assert kept.seed is None
+    assert "has no slot" not in caplog.text

@@ -9,6 +9,7 @@ from same import same
 from torch import nn
 
 from seedtriton import ConfigurationError, GrowthController, SeedSlot, Stage, StateDictError, WiringError, restore_slots
+from seedtriton.growth.digest import digest_of
 
 
 def stopped_at(step):
@@ -154,5 +155,6 @@ def test_a_seed_put_in_before_the_first_step_is_not_held_against_the_weights_of_
     while run.growth.slots["late"].stage is not Stage.DORMANT:
         run.growth.end_epoch(accuracy=0.5)
     run.growth.germinate("late", SEEDS_BY_SLOT["late"]())
+    assert run.growth.state_dict()["slots"]["late"]["digest"] == digest_of(run.model.late)
     nn.functional.cross_entropy(run.model(run.x[0]), run.y[0]).backward()
     run.growth.measure()
