@@ -167,7 +167,7 @@ class Mover:
             self.remove(life, *life.pruning)
 
     def largest_tensors(self) -> dict[str, Any]:
-        """The largest gradient tensors of host and seeds, as a field of an event that somebody keeps.
+        """The largest gradient tensors of host and seeds, as a field of an event that somebody keeps whole.
 
         Copied from the device. On many ranks all would have to be asked, and there is none.
         """

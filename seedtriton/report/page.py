@@ -189,7 +189,7 @@ def _tensors(run: Sequence[Event]) -> Iterator[str]:
         for name, shape, norm, rms, state in entries
     )
     head = "".join(f"<th>{word}</th>" for word in ("tensor", "shape", "norm", "", "RMS", "state"))
-    where = f"The largest of the host and of each seed, in the last step of epoch {told[-1]['epoch']}."
+    where = f"The largest of the host and of each seed, as last measured by the end of epoch {told[-1]['epoch']}."
     yield f"<table><caption>{where}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 

@@ -132,6 +132,10 @@ class CsvSink:
         self._lines.close()
 
 
+# These take a line or the numbers of an event: lists in it would be read from the device for nobody.
+IN_PART = (LogSink, CallableSink, CsvSink, TensorBoardSink, WandbSink, MlflowSink)
+
+
 class Telemetry:
     """Hands every event to every sink, each time, whatever became of the one before.
 
@@ -152,8 +156,8 @@ class Telemetry:
 
     @property
     def kept(self) -> bool:
-        """Whether somebody takes events who does not only write them to a log."""
-        return any(not isinstance(sink, LogSink) for sink in self.sinks)
+        """Whether somebody takes whole events, and not only their numbers or a line in a log."""
+        return any(not isinstance(sink, IN_PART) for sink in self.sinks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Telemetry:
         """A run of its own, with copies of the sinks; those of files append to the same file."""

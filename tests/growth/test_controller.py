@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import math
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from seedtriton import (
     WiringError,
 )
 from seedtriton.growth.slot import ISOLATION_CHECKS
-from seedtriton.report import LogSink
+from seedtriton.report import CallableSink, CsvSink, LogSink, MlflowSink, TensorBoardSink, WandbSink
 
 
 def test_a_healthy_seed_lives_from_germinated_to_fossilized_on_measurements_alone():
@@ -630,9 +632,17 @@ def test_an_epoch_tells_of_the_largest_gradient_tensors_where_somebody_keeps_eve
     assert told["last.weight"][3].startswith("not finite, first in sample 17")
 
 
-def test_where_events_only_go_to_a_log_no_tensors_are_read(monkeypatch):
+@pytest.mark.parametrize("kind", ["log", "function", "csv", "tensorboard", "wandb", "mlflow"])
+def test_where_events_are_taken_in_part_only_no_tensors_are_read(kind, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "mlflow", mock.MagicMock())
+    monkeypatch.setitem(sys.modules, "mlflow.entities", mock.MagicMock())
+    sink = {
+        "log": LogSink, "function": lambda: CallableSink(lambda values, step: None),
+        "csv": lambda: CsvSink(tmp_path / "events.csv"), "tensorboard": lambda: TensorBoardSink(mock.MagicMock()),
+        "wandb": lambda: WandbSink(mock.MagicMock()), "mlflow": lambda: MlflowSink("run"),
+    }[kind]()  # fmt: skip
     script = Script()
-    script.growth.telemetry.sinks[:] = [LogSink()]
+    script.growth.telemetry.sinks[:] = [sink]
     script.growth.germinate("early", Residual(6))
     monkeypatch.setattr(script.growth.monitor, "tensors", None)
     script.epoch()
