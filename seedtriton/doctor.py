@@ -34,8 +34,8 @@ class Client(NamedTuple):
     tried: Versions | None = None
 
 
-TORCH: Versions = ("2.6", "2.13")
-TRITON: Versions = ("3.4", "3.7")
+TORCH: Versions = ("2.6", "2.14")
+TRITON: Versions = ("3.4", "3.8")
 CLIENTS = {
     "transformers": Client("GrowthCallback for its Trainer", "hf", ("5.24", "5.24")),
     "lightning": Client("GrowthCallback for its Trainer", "lightning", ("2.6", "2.6")),
