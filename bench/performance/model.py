@@ -32,8 +32,7 @@ class Card(NamedTuple):
         name: as in tables.
         multiprocessors: or compute units.
         bandwidth: bytes per second of the datasheet.
-        copy: fraction of it that a copy reaches, bytes read plus written: measured on an H200 (4.3 TB/s), on the others
-            from published streams.
+        copy: fraction of it that a copy reaches, bytes read plus written, from published streams.
         l2: bytes.
         clock: Hz under load.
         doubles: fp64 operations per clock and multiprocessor.
