@@ -267,7 +267,9 @@ class Watched:
         self._hook_loads()
         if self.collecting is not None:
             self.collecting.watch(self.tracked, self.name_of)
-        self._snapshot = Snapshot((m for s in (self._host, *self._seeds.values()) for m in s.modules()), named)
+        modules = [m for s in (self._host, *self._seeds.values()) for m in s.modules()]
+        self._snapshot = Snapshot(modules, named)
+        self._with_adapters = [module for module in modules if adapters.active_of(module) is not None]
         self.stale = self._loaded = self.unsettled = False
 
     def spread_out(self) -> None:
@@ -338,7 +340,7 @@ class Watched:
 
     def inactive(self) -> dict[str, str]:
         """Which seeds are adapters that nothing computes with, and why, in words."""
-        found = adapters.inactive(m for source in (self._host, *self._seeds.values()) for m in source.modules())
+        found = adapters.inactive(self._with_adapters)
         return {name: found[id(p)] for name, own in self.of_seed.items() for p in own if id(p) in found}
 
     def _hook_loads(self) -> None:

@@ -224,7 +224,7 @@ class Windows(Ring):
     def _evidence(self, found: Unpacked) -> dict[str, SeedEvidence]:
         evidence = self._reader().evidence(found, self._progress)
         piles = self._watched.piling_up(self._progress.steps.optimizers()) if evidence else None
-        inactive = self._watched.inactive()
+        inactive = self._watched.inactive() if evidence else {}
         return {name: self._explained(known, inactive.get(name), piles) for name, known in evidence.items()}
 
     def _explained(self, known: SeedEvidence, inactive: str | None, piles: str | None) -> SeedEvidence:
@@ -274,12 +274,15 @@ class Windows(Ring):
         Raises:
             ConfigurationError: no seed has this name; nothing has changed.
         """
-        self._watched.remove(*map(self._watched.known, names))
+        gone = dict.fromkeys(map(self._watched.known, names))
+        if not gone:
+            return
+        self._watched.remove(*gone)
         self._follow()
-        for name in names:
+        for name in gone:
             self._changes.pop(name, None)
             del self._progress.marks[name]
-        left = {seed: known for seed, known in self._agreed.evidence.items() if seed not in names}
+        left = {seed: known for seed, known in self._agreed.evidence.items() if seed not in gone}
         self._agreed = self._agreed._replace(evidence=left)
         self._rounds.close()
         self._mark_stepped()

@@ -12,6 +12,7 @@ from seedtriton import GradientMonitor, GrowthController, SeedSlot, Stage, Wirin
 from seedtriton.core.evidence import IDLE_LIMIT, MEASURED, NEVER_MEASURED, NO_GRADIENT
 from seedtriton.core.gates import QualityGates
 from seedtriton.core.verdict import SeedStatus
+from seedtriton.gradients import adapters
 from seedtriton.gradients.spread import Holding, Way
 
 
@@ -283,6 +284,13 @@ def test_a_seed_that_is_partly_frozen_is_not_called_so():
     model.seed[0].bias.requires_grad_(False)
     step(model, monitor)
     assert monitor.read()["s"].frozen is False
+
+
+def test_a_reading_asks_no_module_of_adapters_where_none_has_any(monkeypatch):
+    model, monitor = watched()
+    step(model, monitor)
+    monkeypatch.setattr(adapters, "active_of", lambda layer: pytest.fail("a module was asked"))
+    assert monitor.read()["s"].status == MEASURED
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -670,6 +670,22 @@ def test_a_seed_that_leaves_takes_only_its_own_samples():
     assert (found.ratio, found.blend_gain) == (pytest.approx(3.0), 8.0)
 
 
+def test_a_seed_named_twice_is_removed_once_and_nothing_happens_for_no_name():
+    host, one, two = weights(1.0), weights(1.0), weights(1.0)
+    monitor = GradientMonitor([host], {"one": [one], "two": [two]})
+    for parameter in (host, one, two):
+        give(parameter, 1.0)
+    monitor.measure()
+    monitor.remove_seed()
+    monitor.measure()
+    assert monitor.read()["two"].samples == 2
+    monitor.remove_seed("one", "one")
+    monitor.measure()
+    assert monitor.seeds == ("two",)
+    assert monitor.read()["two"].samples == 3
+    assert list(monitor.state_dict()["_extra_state"]["marks"]) == ["two"]
+
+
 def test_what_is_left_of_a_seed_in_the_host_counts_as_host():
     model = Net()
     monitor = GradientMonitor(model, {"a": model.seed, "b": model.last})
