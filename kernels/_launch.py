@@ -109,7 +109,7 @@ def _signature(tensors: Sequence[Tensor]) -> Signature:
     )
 
 
-def _check_all(tensors: Sequence[Tensor], device: torch.device) -> None:
+def _check_all(tensors: Sequence[Tensor], device: torch.device | None = None) -> None:
     for index, tensor in enumerate(tensors):
         reason = unsupported(tensor, device)
         if reason is not None:
@@ -230,20 +230,23 @@ def _look(
     settled: bool,
 ) -> tuple[Key, tuple[int, ...]]:
     """What tables are kept by, ``others`` among it, and where the tensors are: in the buffer, if there is one."""
+    if flat is not None and settled:
+        return Key(*others, tuple(segments), _flat_signature(tensors, flat)), ()
     if flat is not None:
-        look = _flat_signature if settled else _placed_signature
-        pointers, signature = look(tensors, flat)
-        return Key(*others, tuple(segments), signature), pointers
-    known = _known.find(others, tensors, segments)
-    if known is not None:
+        others = (*others, flat.device, flat.dtype)
+    key = _known.find(others, tensors, segments)
+    if key is not None:
         pointers = tuple(map(Tensor.data_ptr, tensors))
-        if not all(pointers):
-            _refuse_others(tensors, pointers)
-        return known, pointers
-    pointers, signature = _moving_signature(tensors)
-    segments = tuple(segments)
-    key = Key(*others, segments, signature)
-    _known.keep(others, tensors, segments, key)
+    else:
+        pointers, signature = _moving_signature(tensors)
+        segments = tuple(segments)
+        key = Key(*others, segments, signature)
+        _known.keep(others, tensors, segments, key)
+    if not all(pointers):
+        _refuse_homeless(tensors, pointers)
+    if flat is not None:  # places for addresses: a buffer that moved is no change
+        start = flat.data_ptr()
+        pointers = tuple([pointer - start for pointer in pointers])
     return key, pointers
 
 
@@ -268,40 +271,26 @@ def _moving_signature(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], Any]:
     try:
         pointers, signature = tuple(map(Tensor.data_ptr, tensors)), _signature(tensors)
     except (RuntimeError, NotImplementedError):
-        # Sparse tensors and the like have no address; say which one it was.
-        for index, tensor in enumerate(tensors):
-            reason = unsupported(tensor)
-            if reason is not None:
-                raise Unsupported(index, reason) from None
+        _check_all(tensors)  # sparse tensors and the like have no address; say which one it was
         raise
     # What a signature does not say, and may differ between tensors of one: what stands for other tensors has another
-    # type, and often the address 0; a lazy minus is no part of the memory.
-    if not (all(pointers) and PLAIN.issuperset(map(type, tensors))) or any(map(Tensor.is_neg, tensors)):
-        _refuse_others(tensors, pointers)
+    # type; a lazy minus is no part of the memory.
+    if not PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
+        _check_all(tensors)
     return pointers, signature
 
 
-def _refuse_others(tensors: Sequence[Tensor], pointers: Sequence[int]) -> None:
+def _refuse_homeless(tensors: Sequence[Tensor], pointers: Sequence[int]) -> None:
     for index, (tensor, pointer) in enumerate(zip(tensors, pointers)):
-        reason = unsupported(tensor)
-        if reason is None and not pointer and tensor.numel():
-            reason = "it has elements and no address"
-        if reason is not None:
-            raise Unsupported(index, reason)
+        if not pointer and tensor.numel():
+            raise Unsupported(index, unsupported(tensor) or "it has elements and no address")
 
 
-def _flat_signature(tensors: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int, ...], Any]:
+def _flat_signature(tensors: Sequence[Tensor], flat: Tensor) -> tuple[Any, ...]:
     """No look at every tensor: the caller promises views that stay; the ends catch a list that changed."""
     start = flat.data_ptr()
     ends = (tensors[0].data_ptr() - start, tensors[-1].data_ptr() - start) if tensors else ()
-    return (), ("flat", flat.numel(), flat.dtype, len(tensors), ends)
-
-
-def _placed_signature(tensors: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int, ...], Any]:
-    """As ``_moving_signature``, with places in the buffer for addresses: a buffer that moved is no change."""
-    pointers, signature = _moving_signature(tensors)
-    start = flat.data_ptr()
-    return tuple([pointer - start for pointer in pointers]), ("placed", flat.device, flat.dtype, signature)
+    return "flat", flat.numel(), flat.dtype, len(tensors), ends
 
 
 def _flat_offsets(tensors: Sequence[Tensor], flat: Tensor) -> tuple[int, ...]:

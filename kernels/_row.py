@@ -165,7 +165,10 @@ def clear_segment(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def clear_other_counters(both, counters, slots, num_segments):  # type: ignore[no-untyped-def]
-    """Zeros over the counters of the launch before, where one that was stopped half way has left something else."""
+    """Zeros over the counters of the launch before, where one that was stopped half way has left something else.
+
+    In a CUDA graph it is the launch before in the same replay.
+    """
     lane = tl.arange(0, CLEAR_BLOCK)
     count = num_segments + 1 + tl.maximum(slots, 1)
     cell = (both - counters.to(tl.int64)).to(tl.pointer_type(tl.int32)) + lane

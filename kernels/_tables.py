@@ -69,7 +69,7 @@ class Tables:
         segments = plan.num_segments
         self.plan = plan
         self.kind = device.type
-        self.items = len(plan.lengths)
+        self.items = plan.items
         self.slots = len(plan.tensors)
         # The busy path compares these with the current addresses; None: nothing uploaded yet.
         self.pointers: tuple[int, ...] | None = None
@@ -87,7 +87,8 @@ class Tables:
             tensors[segment] += more_tensors
             elements[segment] += more_elements
         # Launches take turns between two rows. Each leaves its own at zero, and puts the other one there, in which a
-        # launch that was stopped half way has left something.
+        # launch that was stopped half way has left something. In a CUDA graph the rows are those of the capture: only
+        # the launches of one replay take turns, and one alone puts nothing right for the next replay.
         marked = max(self.slots, 1)
         self.counters = torch.zeros(2, segments + 1 + marked, dtype=torch.int32, device=device)
         self._this: int = self.counters[0].data_ptr()
@@ -109,7 +110,7 @@ class Tables:
         self._runners: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def turn(self) -> int:
-        """The address of the counters of this launch; the next one takes the others."""
+        """The address of the counters of this launch; the next one takes the others, in a CUDA graph of one replay."""
         self._this, self._other = self._other, self._this
         return self._other
 

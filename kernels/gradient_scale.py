@@ -75,7 +75,7 @@ def _any_scales(coefficients, num_segments):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scale_item(  # type: ignore[no-untyped-def]
-    item, addresses, meta, items, base, coefficients, clear, BYTES: tl.constexpr
+    item, addresses, meta, items, coefficients, clear, BYTES: tl.constexpr
 ):
     """Scale an item, unless the coefficient of its segment is 1."""
     columns = meta + item
@@ -84,7 +84,7 @@ def _scale_item(  # type: ignore[no-untyped-def]
     if factor != 1.0:
         length = tl.load(columns)
         dtype = tl.load(columns + 2 * items)
-        address = base + tl.load(addresses + item)
+        address = tl.load(addresses + item)
         if dtype == 0:
             _scale_run(address, length, factor, cleared, tl.float32, BYTES)
         elif dtype == 1:
@@ -94,19 +94,19 @@ def _scale_item(  # type: ignore[no-untyped-def]
 
 
 _RUNTIME = (
-    "addresses", "meta", "items", "num_segments", "base", "coefficients", "norm", "norm_copy", "clear"
+    "addresses", "meta", "items", "num_segments", "coefficients", "norm", "norm_copy", "clear"
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _scale_kernel(  # type: ignore[no-untyped-def]
-    addresses: tl.int64, meta: tl.int64, items: tl.int32, num_segments: tl.int32, base: tl.int64,
-    coefficients: tl.int64, norm: tl.int64, norm_copy: tl.int64, clear: tl.int32,
+    addresses: tl.int64, meta: tl.int64, items: tl.int32, num_segments: tl.int32, coefficients: tl.int64,
+    norm: tl.int64, norm_copy: tl.int64, clear: tl.int32,
     WIDE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Scale x by its segment's coefficient, item after item; nothing is read or written where that is 1.
 
-    addresses: int64 [items], relative to ``base``
+    addresses: int64 [items]
     meta: int32, columns of the plan, 3 x [items] and more
     coefficients: [num_segments], fp32, or fp64 with WIDE, rounded to fp32
     clear: unless 0, a coefficient below 0 writes zeros
@@ -124,7 +124,7 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
         for item in range(first, items, tl.num_programs(0)):
             _scale_item(
                 item, addresses.to(tl.int64).to(tl.pointer_type(tl.int64)),
-                meta.to(tl.int64).to(tl.pointer_type(tl.int32)), items, base.to(tl.int64), table, clear, BYTES,
+                meta.to(tl.int64).to(tl.pointer_type(tl.int32)), items, table, clear, BYTES,
             )  # fmt: skip
 
 
@@ -137,13 +137,12 @@ def scale_(
     tensors: Sequence[Tensor],
     coefficient: Tensor,
     *,
-    flat: Tensor | None = None,
     copy: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """``scale_segments_`` of one segment: ``coefficient`` has one element."""
     if coefficient.numel() != 1:
         raise ValueError(f"coefficient must be one number, got {list(coefficient.shape)}")
-    scale_segments_(tensors, (0,) * len(tensors), coefficient.reshape(1), flat=flat, copy=copy)
+    scale_segments_(tensors, (0,) * len(tensors), coefficient.reshape(1), copy=copy)
 
 
 def scale_segments_(
@@ -152,7 +151,6 @@ def scale_segments_(
     coefficients: Tensor,
     *,
     clear: bool = False,
-    flat: Tensor | None = None,
     copy: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Multiply every tensor in place by its segment's coefficient, in fp32, rounded once to the tensor's dtype.
@@ -162,7 +160,6 @@ def scale_segments_(
         segments: the segment of each.
         coefficients: [segments], contiguous, float32 or float64 (rounded to float32).
         clear: a coefficient below 0 writes zeros, also over NaN and infinities, of which a product would make NaN.
-        flat: a buffer of which all ``tensors`` are views that never move within it.
         copy: a float64 and a float32 of one element each, on the same device: the first is copied to the
             second in the same launch, for whoever clips and wants the norm. Needs a tensor with elements.
 
@@ -180,13 +177,12 @@ def scale_segments_(
         return
     device, num_segments = coefficients.device, coefficients.shape[0]
     with _launch.guard(device), _launch.lock():
-        tables = _launch.find_tables(tensors, segments, num_segments, device, ("scale",), distinct=True, flat=flat)
+        tables = _launch.find_tables(tensors, segments, num_segments, device, ("scale",), distinct=True)
         tables.launch(
             _scale_kernel,
             programs_for(tables.items),
             (
-                tables.addresses, tables.meta, tables.items, num_segments,
-                0 if flat is None else flat.data_ptr(), coefficients.data_ptr(),
+                tables.addresses, tables.meta, tables.items, num_segments, coefficients.data_ptr(),
                 0 if copy is None else copy[0].data_ptr(), 0 if copy is None else copy[1].data_ptr(), int(clear),
             ),
             (coefficients.dtype == torch.float64, BLOCK_BYTES),

@@ -31,6 +31,10 @@ VARIANTS = {
     "row-small-grid": (9, F32, True, True, True),
     "two-launches": (9, F32, True, False, False),
 }
+# The barrier between reading the count of samples and writing it, as the kernel's source has it.
+BEFORE_THE_COUNT = """    # Everybody has read the count and the row before anybody writes.
+    tl.debug_barrier()
+"""
 
 
 def compiled(kernel: Any, constants: Any, target: GPUTarget) -> Any:

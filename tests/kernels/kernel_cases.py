@@ -731,13 +731,18 @@ def test_one_address_with_another_shape_dtype_or_layout_is_another_plan(device):
 
 
 def test_a_list_that_is_known_is_looked_at_by_one_call(device, monkeypatch):
-    shapes = [(9000,), (3, 5), (100,)]
+    shapes, segments = [(9000,), (3, 5), (0, 4), (100,)], (0, 1, 1, 0)
     for turn in range(3):
         tensors = [torch.randn(shape, device=device) for shape in shapes]
-        assert_sums(gradient_sums.segmented_sumsq(tensors, (0, 1, 0), 2), tensors, (0, 1, 0), 2)
+        assert_sums(gradient_sums.segmented_sumsq(tensors, segments, 2), tensors, segments, 2)
         if not turn:
-            monkeypatch.setattr(_launch, "_signature", lambda tensors: pytest.fail("each was asked"))
+            nobody_asks_each(monkeypatch)
     assert len(_launch._cache) == 1
+
+
+def nobody_asks_each(monkeypatch):
+    for name in ("_signature", "unsupported"):
+        monkeypatch.setattr(_launch, name, lambda *args: pytest.fail("each was asked"))
 
 
 def test_a_layout_with_holes_at_a_known_address_is_refused(device):
@@ -765,10 +770,6 @@ def test_flat_mode_follows_its_buffer(device):
             sample.assert_same()
             flat.mul_(2.0)
     assert len(_launch._cache) == 1
-    coefficient = torch.tensor(0.5, device=device)
-    expected = flat / 2
-    gradient_scale.scale_(gradients, coefficient, flat=flat)
-    assert torch.equal(flat, expected)
 
 
 def test_views_that_move_within_their_buffer_are_followed(device, monkeypatch):
@@ -787,6 +788,7 @@ def test_views_that_move_within_their_buffer_are_followed(device, monkeypatch):
         sample.assert_same()
 
     record((0, 1, 2, 3), flat)
+    nobody_asks_each(monkeypatch)
     record((0, 1, 2, 3), flat)
     assert len(uploads) == 1
     record((0, 2, 1, 3), flat)

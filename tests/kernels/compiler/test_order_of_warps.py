@@ -7,7 +7,7 @@ Triton places barriers for shared memory alone, so that for global memory they a
 
 import pytest
 import torch
-from compiling import broken
+from compiling import BEFORE_THE_COUNT, broken
 from kernel_cases import INF, Sample, place
 
 from seedtriton.gradients.row import APPEND, GUARDED, REPLACE, REPLACE_USABLE, coefficients_of
@@ -50,12 +50,7 @@ def test_the_order_of_warps_changes_nothing(num_segments, replace, two_launches,
     assert not differences(emulator, num_segments, replace, two_launches)
 
 
-BARRIER = """    # Everybody has read the count and the row before anybody writes.
-    tl.debug_barrier()
-"""
-
-
 def test_this_lane_fails_without_the_barrier_before_the_count_is_written(emulator, tmp_path):
-    changed = broken(tmp_path, BARRIER, "")
+    changed = broken(tmp_path, BEFORE_THE_COUNT, "")
     emulator.instead = {gradient_sums._sums_kernel: changed._sums_kernel}
     assert 0 in differences(emulator, 70), "rows of the ring"

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from compiling import broken
+from compiling import BEFORE_THE_COUNT, broken
 from kernel_cases import DTYPES, EPSILON, Sample, assert_sums, place, truth
 
 from seedtriton.gradients.row import APPEND, REPLACE, REPLACE_USABLE, SUMSQ
@@ -147,11 +147,6 @@ def test_a_relaxed_atomic_is_caught(counter, emulator, tmp_path):
     assert caught(
         emulator, tmp_path, atomic.format("acq_rel"), atomic.format("relaxed"), rows, schedules=8, num_segments=3
     )
-
-
-BEFORE_THE_COUNT = """    # Everybody has read the count and the row before anybody writes.
-    tl.debug_barrier()
-"""
 
 
 def test_a_missing_barrier_between_reading_the_count_and_writing_it_is_caught(emulator, tmp_path):

@@ -135,6 +135,20 @@ def test_addresses_that_move_are_uploaded_and_nothing_else_changes(cuda, dispatc
     assert len(dispatched) == 1
 
 
+def test_of_a_list_that_is_known_what_has_lost_its_memory_or_lies_crooked_is_refused(cuda):
+    """Neither type nor shape nor layout tells of it."""
+    sums(gradients())
+    before = cuda.launches
+    freed, crooked = gradients(), gradients()
+    freed[1].untyped_storage().resize_(0)
+    with pytest.raises(_launch.Unsupported, match=r"tensor 1 .*it has elements and no address"):
+        sums(freed)
+    crooked[0] = torch.frombuffer(bytearray(4 * 5000 + 4), dtype=torch.float32, offset=1, count=5000)
+    with pytest.raises(_launch.Unsupported, match=r"tensor 0 .*its address is not a multiple of its element size"):
+        sums(crooked)
+    assert cuda.launches == before
+
+
 # --- capture ---
 
 
