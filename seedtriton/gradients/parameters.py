@@ -247,8 +247,7 @@ class Watched:
                         f"seeds {other!r} and {name!r} share a parameter of shape {tuple(parameter.shape)}; "
                         "a parameter belongs to one seed"
                     )
-        whole = _listed(self._host, "the host").items()
-        named = {0: {name: parameter for name, parameter in whole if id(parameter) not in owner}, **named}
+        named = {0: {name: p for name, p in _listed(self._host, "the host").items() if id(p) not in owner}, **named}
         if not sum(parameter.numel() for parameter in named[0].values()):
             raise WiringError("the host has no parameters outside the seeds: there is nothing to compare with")
         self.of_seed = found

@@ -224,16 +224,15 @@ class Windows(Ring):
     def _evidence(self, found: Unpacked) -> dict[str, SeedEvidence]:
         evidence = self._reader().evidence(found, self._progress)
         piles = self._watched.piling_up(self._progress.steps.optimizers()) if evidence else None
-        inactive = self._watched.inactive() if evidence else {}
+        inactive = self._watched.inactive()
         return {name: self._explained(known, inactive.get(name), piles) for name, known in evidence.items()}
 
     def _explained(self, known: SeedEvidence, inactive: str | None, piles: str | None) -> SeedEvidence:
         """With what is known of the parameters in its reason; what needs a hand goes to the log, once."""
         said = [words for words in (inactive, piles, self._rounds.others(known, self.tag)) if words]
-        for words in said:
-            if words not in self._said:
-                self._said.add(words)
-                logger.warning("seed %r: %s", known.seed, words)
+        for words in (new for new in said if new not in self._said):
+            self._said.add(words)
+            logger.warning("seed %r: %s", known.seed, words)
         if self._watched.ranks is not None:
             return known  # on every rank the same; these words are of one
         if known.displacement is None:
@@ -274,16 +273,14 @@ class Windows(Ring):
         Raises:
             ConfigurationError: no seed has this name; nothing has changed.
         """
-        gone = dict.fromkeys(map(self._watched.known, names))
-        if not gone:
+        if not (gone := dict.fromkeys(map(self._watched.known, names))):
             return
         self._watched.remove(*gone)
         self._follow()
         for name in gone:
             self._changes.pop(name, None)
             del self._progress.marks[name]
-        left = {seed: known for seed, known in self._agreed.evidence.items() if seed not in gone}
-        self._agreed = self._agreed._replace(evidence=left)
+        self._agreed = self._agreed._replace(evidence={s: e for s, e in self._agreed.evidence.items() if s not in gone})
         self._rounds.close()
         self._mark_stepped()
 
