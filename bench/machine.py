@@ -13,6 +13,8 @@ def header(command):
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    # A copy of the files without the repository, as machines that are lent get, is told which commit it is.
+    known = os.environ.get("BENCH_COMMIT") or commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -20,5 +22,5 @@ def header(command):
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "commit": commit.stdout.strip() + ("+" if changed.stdout.strip() else ""),
+        "commit": known,
     }

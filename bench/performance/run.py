@@ -45,7 +45,7 @@ WHOLE = ("ResNet-50", "GPT-2")
 CPU_FLUSH = 64 << 20  # bytes, twice the last cache of most cores
 # Different streams keep different tables of addresses, and the library keeps 32 tables: at most half for each kernel.
 MOST_SETS = 12
-BLOCK = 0.05  # seconds that a block of calls takes at most, unless one call takes longer
+BLOCK = 0.1  # of that time a block of calls takes at most, unless one call takes longer
 QUEUE = 512  # kernels in flight at most while CPU time is taken: a full queue would make the CPU wait
 
 
@@ -115,14 +115,31 @@ def row(case: Case, contender: str, **values: Any) -> dict[str, Any]:
 class Bench:
     """A device, its anchors, and how much is measured on it."""
 
-    def __init__(self, device: str, scale: float | None, repeats: int | None) -> None:
-        """Measure the anchors: what everything else is compared with."""
+    def __init__(
+        self,
+        device: str,
+        scale: float | None,
+        repeats: int | None,
+        seconds: float | None = None,
+        budget: float | None = None,
+    ) -> None:
+        """Measure the anchors: what everything else is compared with.
+
+        Args:
+            device: "cuda" or "cpu".
+            scale: shrinks every tensor; None: as they are.
+            repeats: of every call; None: REPEATS.
+            seconds: from now on, after which no case begins; those are in ``left_out``.
+            budget: seconds after which a contender has had enough repeats; None: BUDGET.
+        """
+        self.until = math.inf if seconds is None else time.perf_counter() + seconds
+        self.left_out: list[str] = []
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         self.cuda = device == "cuda"
         self.scale = scale
         self.repeats = REPEATS[device] if repeats is None else repeats
         self.least = min(LEAST, self.repeats)
-        self.budget = BUDGET[device] if scale is None or self.cuda else 0.0
+        self.budget = budget if budget is not None else BUDGET[device] if scale is None or self.cuda else 0.0
         self.properties: Any = torch.cuda.get_device_properties(self.device) if self.cuda else None
         self.cold_bytes = 4 * self.properties.L2_cache_size if self.cuda else 0
         # Written before every replay: it keeps the GPU busy until the graph has arrived, and clears the L2. On a CPU
@@ -168,7 +185,9 @@ class Bench:
     # -- one case --------------------------------------------------------------------------------------------------
 
     def measure(self, case: Case, chosen: Sequence[Contender] | None = None) -> list[dict[str, Any]]:
-        """Rows of all contenders for one case; whatever fails is a row that says so."""
+        """Rows of all contenders for one case; whatever fails is a row that says so, and no time left is no row."""
+        if self._late(case):
+            return []
         todo = [one for one in chosen or TASKS[case.task] if self.device.type in one.devices]
         try:
             return self._measure(case, todo)
@@ -176,6 +195,12 @@ class Bench:
             return [row(case, one.name, note=_said(error)) for one in todo]
         finally:
             self._release()
+
+    def _late(self, case: Case) -> bool:
+        late = time.perf_counter() > self.until
+        if late:
+            self.left_out.append(f"{case.title}, {case.what}, {case.dtype}")
+        return late
 
     def _measure(self, case: Case, todo: Sequence[Contender]) -> list[dict[str, Any]]:
         sizes, note = self.sizes(case)
@@ -397,7 +422,9 @@ class Bench:
 
         def once(name: str) -> tuple[float, float]:
             sets = calls[name]
-            number = asked or max(1, min(50, QUEUE // max(rows[name]["kernels"] or 1, 1), int(BLOCK / pilot[name])))
+            number = asked or max(
+                1, min(50, QUEUE // max(rows[name]["kernels"] or 1, 1), int(BLOCK * self.budget / pilot[name]))
+            )
             if pristine:
                 _restore(sets, pristine)
                 number = min(number, len(sets))
@@ -448,6 +475,8 @@ class Bench:
         rows = []
         for kind in ("foreach", "fused"):
             case = Case("step", step_shape(layers, width, kind), "fp32")
+            if self._late(case):
+                continue
             loops, losses = {}, {}
             for name in STEPS:
                 try:
@@ -679,13 +708,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--scale", type=_scale, help='shrinks every tensor: a number up to 1, or "tiny"')
     parser.add_argument("--repeats", type=int, help="of every call; fewer where they take long")
+    parser.add_argument(
+        "--seconds", type=float, help="begin no case after that long; the file says which were left out"
+    )
+    parser.add_argument(
+        "--budget", type=float, help="seconds of repeats for each contender, if they are not many before"
+    )
     asked = parser.parse_args(arguments)
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available; --device cpu makes the report of the same form")
     if asked.repeats is not None and asked.repeats < 2:
         parser.error(f"--repeats is at least 2, got {asked.repeats}")
     begun = time.perf_counter()
-    bench = Bench(asked.device, asked.scale, asked.repeats)
+    bench = Bench(asked.device, asked.scale, asked.repeats, asked.seconds, asked.budget)
     print(", ".join(f"{name} {value:.4g}" for name, value in bench.anchors.items()))
     print("times in µs: GPU, CPU until it returns, eager wall; relative error")
     wrong = 0
@@ -708,7 +743,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 show(one)
         for fit in fits:
             print(f"growth of {fit['axis']}: {fit['contender']}, {fit['time']}: exponent {fit['slope']}")
-        header["clocks_after"] = describe(asked.device).get("clocks")
+        header["clocks_after"], header["left_out"] = describe(asked.device).get("clocks"), bench.left_out
         path = write(asked.output, asked.device, header, part, bench.anchors, rows, fits)
         wrong += sum(one["contender"].startswith("seedtriton") and "WrongAnswer" in one["note"] for one in rows)
         print(f"{part}: {path}, {time.perf_counter() - begun:.0f} s so far")
