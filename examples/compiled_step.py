@@ -7,6 +7,7 @@ from seedtriton import AlphaSchedule, GrowthController, SeedSlot
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
+device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Seed(nn.Module):
@@ -20,14 +21,14 @@ class Seed(nn.Module):
         return x + self.block(x)
 
 
-model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), SeedSlot(), nn.Linear(8, 4))
+model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), SeedSlot(), nn.Linear(8, 4)).to(device)
 # On a CPU the default backend calls a C++ compiler for every graph, which takes longer than this whole run.
-compiled = torch.compile(model, fullgraph=True, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+compiled = torch.compile(model, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 growth = GrowthController(model, optimizer, schedule=AlphaSchedule(steps=64))
-growth.germinate("2", Seed(8), probe=torch.zeros(2, 8))
+growth.germinate("2", Seed(8), probe=torch.zeros(2, 8, device=device))
 
-inputs = torch.randn(1536, 16)  # the last 512 are held out
+inputs = torch.randn(1536, 16, device=device)  # the last 512 are held out
 labels = (inputs[:, :4] + inputs[:, 4:8]).argmax(dim=1)
 
 
@@ -43,7 +44,7 @@ def step(batch: torch.Tensor) -> torch.Tensor:
 
 if __name__ == "__main__":
     for epoch in range(16):
-        for batch in torch.randperm(1024).split(64):
+        for batch in torch.randperm(1024, device=device).split(64):
             loss = step(batch)
         with torch.no_grad():
             held_out = nn.functional.cross_entropy(model(inputs[1024:]), labels[1024:]).item()

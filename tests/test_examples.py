@@ -22,7 +22,7 @@ EXAMPLES = sorted(
 # By example, a batch for its step number i.
 BATCHES = {
     "amp_accumulation": lambda example, i: torch.arange(1024, device=example.device).view(-1, 4, 16)[i],
-    "compiled_step": lambda example, i: torch.arange(1024).view(-1, 64)[i],
+    "compiled_step": lambda example, i: torch.arange(1024, device=example.device).view(-1, 64)[i],
 }
 # Those that have nothing behind their host, and why.
 NOTHING_BEHIND = {"raw_loop": "two groups of parameters without a slot: the adapter is in the forward pass"}

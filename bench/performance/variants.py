@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.performance import contenders
+from bench.performance import contenders, shapes
 from bench.performance.contenders import Call, Contender, Work
 from bench.performance.run import Bench, Case, describe, show
 
@@ -39,8 +39,11 @@ def variants() -> dict[str, Changes]:
         sizes = dict.fromkeys(gradient_sums.BLOCK_BYTES, size)
         return {(gradient_sums, "BLOCK_BYTES"): sizes, (gradient_sums, "_constants"): constants}
 
-    def warps(number: int) -> Changes:
-        return {(_tables, "OPTIONS"): _tables.OPTIONS | {"num_warps": number}}
+    def options(**others: Any) -> Changes:
+        return {(_tables, "OPTIONS"): _tables.OPTIONS | others}
+
+    def items(size: int) -> Changes:
+        return {(_plan, "chunk_bytes"): lambda total: size << 10}
 
     def launched(**options: Any) -> Changes:
         launch = gradient_sums._launch_sums
@@ -51,11 +54,12 @@ def variants() -> dict[str, Changes]:
         "as it is": {},
         "blocks of 2 KiB": blocks(2048),
         "blocks of 8 KiB": blocks(8192),
-        "8 warps": warps(8),
-        "8 warps, blocks of 8 KiB": warps(8) | blocks(8192),
-        "2 warps, blocks of 2 KiB": warps(2) | blocks(2048),
-        "items of 16 KiB": {(_plan, "MIN_CHUNK"): 16 << 10},
-        "items of 64 KiB": {(_plan, "MIN_CHUNK"): 64 << 10},
+        "8 warps": options(num_warps=8),
+        "8 warps, blocks of 8 KiB": options(num_warps=8) | blocks(8192),
+        "2 warps, blocks of 2 KiB": options(num_warps=2) | blocks(2048),
+        "64 registers": options(maxnreg=64),
+        "48 registers": options(maxnreg=48),
+        **{f"items of {size} KiB": items(size) for size in (16, 32, 64, 128, 256)},
         "4 programs for each multiprocessor": launched(programs=4 * multiprocessors, two_launches=False),
         "two launches": launched(programs=None, two_launches=True),
     }
@@ -90,8 +94,11 @@ def under(changes: Changes, build: Callable[[Work], Call]) -> Callable[[Work], C
 
 
 def cases() -> list[Case]:
-    shapes = [(name, 2) for name in ("ResNet-50", "GPT-2", "1000 x 1K", "Llama-3-8B / 8")] + [("one 1B", 1)]
-    return [Case("telemetry", name, dtype, segments) for name, segments in shapes for dtype in ("bf16", "fp32")]
+    both = ("bf16", "fp32")
+    names = [(name, 2) for name in ("ResNet-50", "GPT-2", "1000 x 1K", "Llama-3-8B / 8")] + [("one 1B", 1)]
+    found = [Case("telemetry", name, dtype, segments) for name, segments in names for dtype in both]
+    tenth = shapes.scaled(shapes.resnet50(), 0.1)
+    return [*(Case("telemetry", "ResNet-50 / 10", dtype, 2, sizes=tenth) for dtype in both), *found]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
