@@ -113,7 +113,7 @@ class GrowthController(DeepCopied, Teller):
         check_model(model)
         check_optimizer(optimizer)
         check_settings(thresholds, schedule, schedulers, auto_advance, evaluate)
-        ranks = ranks_of(ranks)
+        ranks = ranks_of(ranks, model)
         telemetry = Telemetry(sinks_of(sinks, ranks))
         slots = slots_of(unwrap(model), ranks)
         self.slots: Mapping[str, SeedSlot] = slots

@@ -12,6 +12,7 @@ from ..core.errors import ConfigurationError, WiringError
 from ..core.evidence import SeedEvidence
 from ..core.lifecycle import Stage
 from ..gradients.monitor import GradientMonitor
+from ..gradients.noticing import is_shard
 from .groups import SeedGroups
 from .slot import SeedSlot
 
@@ -229,16 +230,19 @@ def refuse_shared(model: nn.Module, name: str, module: nn.Module) -> None:
         )
 
 
-def ranks_of(told: Ranks | Literal["auto"] | None) -> Ranks | None:
+def ranks_of(told: Ranks | Literal["auto"] | None, model: nn.Module) -> Ranks | None:
     """Those that were told, or "auto": all processes, if torch.distributed is initialised with more than one.
+
+    Or with one alone, as when a script is tried out, where the model is cut into parts all the same.
 
     Raises:
         ConfigurationError: neither of them.
     """
     if told == "auto":
         distributed = torch.distributed
-        many = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        return _all_ranks() if many else None
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return None
+        return _all_ranks() if distributed.get_world_size() > 1 or any(map(is_shard, model.parameters())) else None
     if told is not None and not (hasattr(told, "headers") and hasattr(told, "total")):
         raise ConfigurationError(f'ranks must be seedtriton.Ranks(...), "auto" or None, got {told!r}')
     return told
