@@ -95,6 +95,11 @@ def _parameters(optimizer: Any) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is captured: when it is replayed, nothing that Python counts happens again."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def makes_state(optimizer: torch.optim.Optimizer) -> bool:
     """Before a step: whether it is one that ``torch.distributed.checkpoint`` makes to have a state to load into.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import StateDictError
 from ..core.evidence import Sample
 from .marks import MOVED, Mark, displacement_of, moving_of
-from .optimizers import makes_state, names_of
+from .optimizers import capturing, makes_state, names_of
 
 if TYPE_CHECKING:
     from .parameters import Watched
@@ -29,6 +29,7 @@ class _Counted:
         self.calls = 0  # calls of step()
         self.measured = 0  # measurements when it last stepped
         self.idling = False  # whether its present step only makes a state
+        self.replayed = False  # it steps in a CUDA graph, and nobody knows how often
         # Of those calls the skipped ones, float64 0-dim on the device; None: none was told to skip.
         self.skipped: Tensor | None = None
 
@@ -80,6 +81,7 @@ class StepCounter:
                 return
             entry.calls += 1
             entry.measured = self.calls
+            entry.replayed = entry.replayed or capturing()
             entry.note_skipped()
             self.total += 1
             alive = self._then() if self._then is not None else None
@@ -147,7 +149,12 @@ class StepCounter:
         ]
 
     def since(self, mark: Mark, holders: Sequence[int], skipped: Sequence[float]) -> int | None:
-        """Steps since the mark of those optimizers, the fewest of them; ``skipped`` since then by optimizer."""
+        """Steps since the mark of those optimizers, the fewest of them; ``skipped`` since then by optimizer.
+
+        None where one of them steps in a CUDA graph, which counts nothing.
+        """
+        if any(self._watched[index].replayed for index in holders):
+            return None
         found = []
         for index in holders:
             begun = mark.by_optimizer[index] if index < len(mark.by_optimizer) else 0

@@ -10,6 +10,7 @@ import torch
 from ..core.errors import ConfigurationError
 from ..core.evidence import NEVER_MEASURED, SeedEvidence
 from .loss_scale import table_of
+from .optimizers import capturing
 from .progress import StepCounter
 from .row import APPEND, REPLACE, REPLACE_USABLE
 
@@ -32,6 +33,9 @@ def check_every(every: int) -> None:
 class Rounds:
     """A round is what is measured between two steps of the known optimizers; in a compiled graph every call is one.
 
+    In a CUDA graph that is captured, one begins with the first measurement: what was measured before the capture, so
+    that the graph knows its addresses, is no part of the steps that the graph will be replayed for.
+
     Args:
         steps: knows the optimizers; without any, every call is a round.
 
@@ -46,6 +50,7 @@ class Rounds:
         self._most = 0  # in any round that ended with a step
         self._turns = 0  # rounds that ``due`` was asked about
         self._others: list[str | None] = []  # tags of calls for another loss
+        self._captured = False  # whether this round is of a CUDA graph
         self.begun: Callable[[], None] = nothing
 
     @property
@@ -60,9 +65,12 @@ class Rounds:
 
     def due(self, every: int) -> bool:
         """Whether this round is to be measured, the first of ``every``."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or capturing():
             if every > 1:
-                raise ConfigurationError("a compiled measurement cannot count optimizer steps: call it every so often")
+                raise ConfigurationError(
+                    "a measurement that is compiled, or captured in a CUDA graph, cannot count optimizer steps: leave "
+                    f"every={every} out, and call it, or replay its graph, every so often"
+                )
             return True
         if not self.open:
             self._turns += 1
@@ -94,6 +102,8 @@ class Rounds:
             self.begun()
             return APPEND  # what a graph counted would be a constant in it
         states = table_of(scaler)
+        if self._captured != capturing():
+            self._captured, self._calls = not self._captured, 0
         if not self.open:
             self.begun()
             replace = APPEND

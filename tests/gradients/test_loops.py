@@ -16,7 +16,8 @@ from seedtriton import (
     step_if_grads,
 )
 from seedtriton.core.evidence import NEVER_MEASURED, NO_GRADIENT
-from seedtriton.gradients import loss_scale
+from seedtriton.core.questions import in_optimizer
+from seedtriton.gradients import loss_scale, progress, rounds
 from seedtriton.gradients.row import LIVE, SUMSQ, TENSORS
 
 OVERFLOW = 5  # the step whose loss is made infinite
@@ -821,3 +822,45 @@ def test_freezing_under_a_compiled_measurement_is_seen():
     assert tensors() == 1
     loop.seed.bias.requires_grad_(True)
     assert tensors() == 2
+
+
+# --- CUDA graphs, of which Python sees the capture alone; tests/gpu replays them ---
+
+
+def test_what_is_captured_is_a_round_of_its_own(monkeypatch):
+    """The measurement before a capture waits for a step that never comes; in every replay it would be replaced."""
+    host, seed = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([host, seed], lr=0.1)
+    monitor = GradientMonitor([host], {"s": [seed]}, optimizers=optimizer)
+    host.grad, seed.grad = torch.ones(3), torch.ones(3)
+    counts = []
+    for captured in (False, True, True, False, False):
+        monkeypatch.setattr(rounds, "capturing", lambda captured=captured: captured)
+        monitor.measure()
+        counts.append(int(monitor.count))
+    assert counts == [1, 2, 2, 3, 3], "the first of each kind is a sample, the second one replaces it"
+
+
+def test_steps_in_a_cuda_graph_are_not_said_to_be_known(monkeypatch):
+    host, seed = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([host, seed], lr=0.1)
+    monitor = GradientMonitor([host], {"s": [seed]}, optimizers=optimizer)
+    host.grad, seed.grad = torch.ones(3), torch.ones(3)
+    monitor.measure()
+    optimizer.step()
+    assert monitor.read()["s"].optimizer_steps == 1
+    monkeypatch.setattr(progress, "capturing", lambda: True)
+    optimizer.step()
+    monkeypatch.undo()
+    monitor.reset()
+    monitor.measure()
+    assert monitor.read()["s"].optimizer_steps is None
+    assert in_optimizer(monitor.read()["s"], required=True).passed
+
+
+def test_a_captured_measurement_counts_no_steps(monkeypatch):
+    monitor = GradientMonitor([nn.Parameter(torch.ones(3))], {"s": [nn.Parameter(torch.ones(3))]})
+    monkeypatch.setattr(rounds, "capturing", lambda: True)
+    with pytest.raises(ConfigurationError, match=r"captured in a CUDA graph.*every=2 out"):
+        monitor.measure(every=2)
+    assert int(monitor.count) == 0
