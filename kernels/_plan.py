@@ -12,12 +12,13 @@ from dataclasses import dataclass
 # Bytes per element, by the dtype codes of the kernels.
 WIDTHS = (4, 2, 2)
 # Bytes per item. A program takes some four trips to memory before and after its item: 32 KiB are two trips' worth of
-# loads beside them, and keep small models spread over all multiprocessors. Beyond 256 KiB the records are noise already
-# (0.01 % of the bytes) and larger items would only lengthen the tail of the launch.
+# loads beside them, and keep small models spread over all multiprocessors. Beyond 256 KiB larger items would only
+# lengthen the tail of the launch, and the sums that a thread makes in fp32.
 MIN_CHUNK = 32 * 1024
 MAX_CHUNK = 256 * 1024
-# Items aimed at between those bounds: about nine waves on 132 multiprocessors with 7 programs each.
-TARGET_ITEMS = 8192
+# Items aimed at between those bounds: about one wave on 132 multiprocessors with 7 programs each. Measured on an H200
+# (bench/results/variants-*.json), ResNet-50 to Llama: fewer leave multiprocessors idle, more pay the trips more often.
+TARGET_ITEMS = 1024
 # Items beyond which the pieces of large seeds grow, whatever the size of the host.
 MOST_ITEMS = 1 << 18
 # Tensors that a segment may have: the kernel counts three kinds of them in 21 bits each of one number.

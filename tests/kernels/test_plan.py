@@ -106,7 +106,7 @@ def test_chunks_of_known_models():
     # ResNet-50, GPT-2 124M and Llama-3-8B / 8, in bf16 and in fp32.
     models = (25_600_000, 124_400_000, 1_000_000_000)
     chunks = [[_plan.chunk_bytes(n * width) // 1024 for n in models] for width in (2, 4)]
-    assert chunks == [[32, 32, 256], [32, 64, 256]]
+    assert chunks == [[64, 256, 256], [128, 256, 256]]
     edge = _plan.MIN_CHUNK * _plan.TARGET_ITEMS
     assert [_plan.chunk_bytes(n) for n in (0, 1, edge, edge + 1)] == [32768, 32768, 32768, 65536]
 
@@ -115,7 +115,7 @@ def test_the_same_bytes_of_a_host_give_the_same_chunk_however_they_are_divided()
     whole = plan_of([(100_000_000, 0, 0)])
     parts = plan_of([(50_000_000, 0, 0), (0, 0, 2), (100_000_000, 2, 0), (50_000_000, 2, 4)])
     no_host = plan_of([(50_000_000, 0, 1), (0, 0, 0), (100_000_000, 2, 4)])
-    assert whole.chunk == parts.chunk == no_host.chunk == 65536
+    assert whole.chunk == parts.chunk == no_host.chunk == 262144
 
 
 def test_only_seeds_of_thousands_of_millions_make_the_pieces_of_a_small_host_larger():
