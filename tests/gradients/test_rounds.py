@@ -551,3 +551,17 @@ def test_after_a_load_nothing_is_clipped_by_the_norms_that_were_loaded():
     loop.monitor.load_state_dict(saved)
     truth = math.sqrt(sum(loop.norms()))
     assert float(loop.monitor.clip_grad_norm_(0.5)) == pytest.approx(truth, rel=1e-5)
+
+
+def test_backward_adds_the_slope_to_a_tensor_of_ours_and_leaves_none_of_its_own():
+    """What it leaves may lie in a CUDA graph of torch.compile, and the next replay writes over it."""
+    host, seed, alpha = (nn.Parameter(torch.ones(())) for _ in range(3))
+    monitor = GradientMonitor([host], {"s": [seed]}, alphas={"s": alpha})
+    found = []
+    alpha.register_hook(lambda gradient: found.append(alpha.grad))
+    for factor in (2.0, 3.0):
+        (host + factor * alpha * seed).backward()
+        assert alpha.grad is found[-1]
+        monitor.measure()
+    assert found[0] is found[1]
+    assert monitor.ring[:2, 1, EXTRA].tolist() == [-2.0, -3.0]
