@@ -1,12 +1,13 @@
 """The few figures of the README, from the raw outputs whose tables are in docs/."""
 
 from bench.growth.tables import SABOTAGED, close_to, permanent
+from bench.performance.tables import OURS, ratio
 
 PROBED, GRADIENTS, MEAN, BARE = "G2", "G2 without probe", "G2, sum of losses alone", "original"
 GATED, ALONE, ONCE, AGAIN = "gates decide", "no growth", "blending at once", "blending at once, another seed"
 
 
-def markdown(readiness, fresh, new, growth, new_growth):
+def markdown(readiness, fresh, new, growth, new_growth, gpu=None):
     """One row per figure; the arguments are raw outputs, of which those that are not there are None."""
     records = (
         ("", readiness),
@@ -38,7 +39,29 @@ def markdown(readiness, fresh, new, growth, new_growth):
         lines.append(
             f"| sabotaged seeds that became permanent{said} | {sum(map(permanent, sabotaged))} of {len(sabotaged)} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + ([] if gpu is None else ["", *_on_a_gpu(gpu)]))
+
+
+def _on_a_gpu(record):
+    """GPU time of GPT-2's gradients, in two dtypes, and how many times as long others take for the same."""
+    head = record["header"]
+    rows = {
+        (row["task"], row["dtype"], row["contender"]): row
+        for row in record["rows"]
+        if row["shape"].split(", 2 segments")[0] == "GPT-2"
+    }
+    lines = [f"| measured on one {head['device']}, torch {head['torch']} | fp32 | bf16 |", "|---|---|---|"]
+    for said, task, peer, name in (
+        ("measuring every gradient of GPT-2", "telemetry", "P4 native graph", "torch's operations in a CUDA graph"),
+        ("the same, and clipping that leaves them as they are", "clip 1", "P1 clip_grad_norm_", "torch's clipping"),
+    ):
+        ours = [rows[task, dtype, OURS] for dtype in ("fp32", "bf16")]
+        others = [ratio(own, rows[task, own["dtype"], peer])[0] for own in ours]
+        lines.append(f"| {said}, GPU time | " + " | ".join(f"{own['gpu_us_median']:.0f} µs" for own in ours) + " |")
+        lines.append(f"| {name} for it | " + " | ".join(f"{other:.2f} times as long" for other in others) + " |")
+        counts = (f"{own['kernels']} and {own['syncs']}" for own in ours)
+        lines.append("| kernels of ours and waits | " + " | ".join(counts) + " |")
+    return lines
 
 
 def _wrong(runs, judge):

@@ -60,7 +60,7 @@ def predicted_table(path):
 
 def headline_table(path):
     """The README's few figures, as Markdown."""
-    others = [of(kind)[0] for kind in ("fresh-readiness", "new-readiness", "growth", "new-growth")]
+    others = [of(kind)[0] for kind in ("fresh-readiness", "new-readiness", "growth", "new-growth", "gpu")]
     return headline_report.markdown(read(path), *others)
 
 

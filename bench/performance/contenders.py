@@ -342,25 +342,6 @@ def _nemo(work: Work) -> Call:
     return Call(lambda: nemo_style.total_norm(work.gradients))
 
 
-def _cub(work: Work) -> Call:
-    import cupy
-
-    sizes = {gradient.numel() for gradient in work.gradients}
-    if len(sizes) != 1:
-        raise ValueError("CuPy hands segments of one length to CUB, and these tensors have several")
-    rows = cupy.from_dlpack(work.flat().view(-1, sizes.pop()))
-
-    def run() -> float:
-        sums = cupy.cuda.cub.device_segmented_reduce(rows * rows, cupy.cuda.cub.CUPY_CUB_SUM, (1,), (0,))
-        return float(sums.sum()) ** 0.5
-
-    return Call(run)
-
-
-def _needs(module: str) -> Callable[[], str | None]:
-    return lambda: None if importlib.util.find_spec(module) else f"{module}: not installed"
-
-
 def _needs_triton() -> str | None:
     """The launch of another system's kernel needs a GPU, or the interpreter."""
     if not importlib.util.find_spec("triton"):
@@ -386,7 +367,6 @@ TASKS: dict[str, list[Contender]] = {
         Contender("P7 double loop", _doubles, syncs=True, capturable=False),
         Contender("P8 fp32 loop", _one_by_one, SINGLE),
         Contender("P10 NeMo-style", _nemo, syncs=True, capturable=False, missing=_needs_triton, about=PUBLISHED),
-        Contender("P11 CUB", _cub, SINGLE, True, CUDA, False, "through CuPy", _needs("cupy")),
         Contender("P12 item loop", _item_by_item, ROUNDED, True, capturable=False),
     ],
     "clip": [

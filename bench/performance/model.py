@@ -268,8 +268,6 @@ def _theirs(card: Card, work: Work, name: str) -> float:
         return work.tensors * (1 + clip) * card.node + passes * work.bytes / (card.roof * WIDE) + 5 * card.node
     if name.startswith("P10"):  # scalar loads, four uploads, a sum of partial sums
         return 4 * WAIT + 6 * card.node + work.bytes / (card.roof * 0.45)
-    if name.startswith("P11"):  # one program for each segment of CUB, which are all of one size here
-        return WAIT + 3 * card.node + 3 * work.bytes / (card.roof * WIDE)
     if name.startswith("P12"):
         return _each(card, work, 1, 1.0 if work.coefficient == 1.0 else 3.0, work.tensors)
     raise ValueError(f"no prediction for {name!r}")

@@ -21,7 +21,6 @@ NAMES = {
     "P8 fp32 loop": "loop over tensors, in fp32",
     "P8 clip_grad_norm_ loop": "clip_grad_norm_, foreach=False",
     "P10 NeMo-style": "NeMo-style kernel",
-    "P11 CUB": "CUB, through CuPy",
     "P12 item loop": "loop with .item()",
     "off": "nothing measured, nothing clipped",
 }

@@ -1,5 +1,6 @@
 """The raw output of run.py as tables, of a GPU or of a CPU."""
 
+import collections
 import re
 import statistics
 
@@ -38,7 +39,7 @@ def markdown(record, name):
         if gpu
         else "Cells of others are theirs / ours, and in brackets their relative error."
     )
-    lines = [said]
+    lines = [said, *_left_out(head.get("left_out", ()))]
     for task in SHOWN:
         rows = [row for row in record["rows"] if row["task"] == task and _shown(row, task)]
         if rows:
@@ -46,6 +47,16 @@ def markdown(record, name):
     if record["fits"]:
         lines += ["", "Growth of time, its exponent over the larger half of the sizes:", "", *_growth(record, gpu)]
     return "\n".join([*lines, "", *(f"![{text}](docs/{file})" for text, file in files_of(record))])
+
+
+def _left_out(cases):
+    """What a run with --seconds did not begin, by part."""
+    if not cases:
+        return []
+    growing = re.compile(r"\w+, \d+ (tensors|elements|segments)\b")
+    parts = collections.Counter("growth" if growing.match(case) else re.split("[ ,]", case)[0] for case in cases)
+    counted = ", ".join(f"{number} of {part}" for part, number in parts.items())
+    return ["", f"Left out for lack of time: {len(cases)} cases, {counted}."]
 
 
 # What makes a row the same in two files.
@@ -69,8 +80,8 @@ def predictions(record, name, measured=None):
     titles = [*names, *([f"{measured['header']['device']}, measured"] if measured else [])]
     lines = [
         f"Predictions of a model, not measurements, at commit {head['commit']} ([raw output](bench/results/{name}), "
-        "[model.py](bench/performance/model.py)): no GPU was seen before. GPU µs of one call; in brackets, the time "
-        "in which a copy is taken to move as many bytes as have to move, over it.",
+        "[model.py](bench/performance/model.py)), committed before any GPU was seen. GPU µs of one call; in brackets, "
+        "the time in which a copy is taken to move as many bytes as have to move, over it.",
         "",
         f"| task | gradients | dtype | {' | '.join(titles)} |",
         "|---" * (3 + len(titles)) + "|",
@@ -85,11 +96,31 @@ def predictions(record, name, measured=None):
                 cells.append("-" if found is None else f"{found:.0f}")
             lines.append(f"| {row['task']} | {row['shape']} | {row['dtype']} | {' | '.join(cells)} |")
     lines += ["", "The worst case of every goal of [NOTES.md](bench/NOTES.md), theirs over ours, as predicted:", ""]
-    lines += [f"| task | against | gradients | dtype | goal | {' | '.join(names)} |", "|---" * (5 + len(names)) + "|"]
+    lines += [f"| task | against | gradients | dtype | goal | {' | '.join(titles)} |", "|---" * (5 + len(titles)) + "|"]
     for goal in record["goals"]:
         what = [goal["task"], goal["peer"], ", ".join(goal["shapes"]), ", ".join(goal["dtypes"]), str(goal["goal"])]
-        lines.append("| " + " | ".join([*what, *(f"{goal[card]:.2f}" for card in names)]) + " |")
+        cells = [f"{goal[card]:.2f}" for card in names]
+        if measured:
+            found = reached(goal, measured)
+            cells.append("-" if found is None else f"{found:.2f}" if found >= goal["goal"] else f"**{found:.2f}**")
+        lines.append("| " + " | ".join([*what, *cells]) + " |")
+    if measured:
+        lines += ["", "In bold: missed. What was left out for lack of time is in no cell."]
     return "\n".join(lines)
+
+
+def reached(goal, measured):
+    """The worst ratio that was measured for a goal: theirs over ours, or the fraction of the copy; None: none was."""
+    cases = {}
+    for row in measured["rows"]:
+        named = row["shape"].split(", ")[0] in goal["shapes"] and row["dtype"] in goal["dtypes"]
+        if named and row["task"] == goal["task"]:
+            cases.setdefault((row["shape"], row["dtype"]), {})[row["contender"]] = row
+    if goal["peer"] == "copy":
+        found = [each[OURS]["copy_bandwidth_fraction"] for each in cases.values()]
+    else:
+        found = [ratio(each[OURS], each[goal["peer"]])[0] for each in cases.values() if goal["peer"] in each]
+    return min((one for one in found if one is not None), default=None)
 
 
 def is_of_gpu(record):

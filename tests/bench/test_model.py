@@ -109,7 +109,29 @@ def test_the_table_says_that_it_predicts_and_shows_a_measurement_beside_it(recor
     assert "Predictions of a model, not measurements" in said
     rows = [line for line in said.splitlines() if line.startswith("|")]
     assert all(line.count("|") == rows[0].count("|") for line in rows if line.startswith("| norm | GPT"))
-    one = next(one for one in record["rows"] if one["contender"] == "seedtriton" and one["task"] == "norm")
-    measured = {"header": {"device": "NVIDIA H200"}, "rows": [{**one, "gpu_us_median": 1234.4}]}
-    assert "NVIDIA H200, measured" in tables.predictions(record, "raw.json", measured)
-    assert "| 1234 |" in tables.predictions(record, "raw.json", measured)
+    found = {one["contender"]: one for one in record["rows"] if (one["task"], one["shape"]) == ("norm", "GPT-2")}
+    of = {"dtype": "fp32", "gpu_us_median": None, "copy_bandwidth_fraction": None}
+    rows = [
+        found["seedtriton"] | of | {"gpu_us_median": 1234.4, "wall_us_median": 2000.0, "copy_bandwidth_fraction": 0.8},
+        found["P1 get_total_norm"] | of | {"gpu_us_median": 1500.0, "wall_us_median": 9000.0},
+        found["P7 double loop"] | of | {"wall_us_median": 6000.0},
+    ]
+    said = tables.predictions(record, "raw.json", {"header": {"device": "NVIDIA H200"}, "rows": rows})
+    assert "NVIDIA H200, measured" in said
+    assert "| 1234 |" in said
+    last = {}
+    for goal in record["goals"]:
+        start = f"| {goal['task']} | {goal['peer']} | {', '.join(goal['shapes'])} | {', '.join(goal['dtypes'])} |"
+        line = next(line for line in said.splitlines() if line.startswith(start))
+        last[goal["task"], goal["peer"], goal["shapes"][0], goal["dtypes"][0]] = line.split("|")[-2].strip()
+    assert last["norm", "copy", "GPT-2", "fp32"] == "**0.80**"
+    assert last["norm", "P1 get_total_norm", "GPT-2", "fp32"] == "1.22", "GPU times, where both have them"
+    assert last["norm", "P7 double loop", "GPT-2", "fp32"] == "**3.00**", "walls, where one waits"
+    assert set(last.values()) == {"**0.80**", "1.22", "**3.00**", "-"}
+
+
+def test_what_was_left_out_is_counted_by_part():
+    cases = ["telemetry, GPT-2, 2 segments 100:1, fp32", "clip below 1, GPT-2, fp32", "norm, 10 tensors, fp32"]
+    (_, said) = tables._left_out([*cases, "telemetry, 16 segments, 16 segments 1:1, fp32"])
+    assert said == "Left out for lack of time: 4 cases, 1 of telemetry, 1 of clip, 2 of growth."
+    assert tables._left_out([]) == []

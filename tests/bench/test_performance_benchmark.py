@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.performance import contenders, shapes
+from bench.performance import contenders, shapes, variants
 from bench.performance import pictures as performance_pictures
 from bench.performance import run as gpu
 from bench.performance import tables as performance_report
@@ -401,7 +401,7 @@ def test_the_gpu_report_measures_all_it_promises(fake_gpu, task):
     chosen = [
         dataclasses.replace(one, devices=("cpu",))
         for one in TASKS[task]
-        if one.name.split()[-1] not in ("compiled", "graph", "CUB")  # what replays nothing finds nothing
+        if one.name.split()[-1] not in ("compiled", "graph")  # what replays nothing finds nothing
     ]
     rows = fake_gpu.measure(case, chosen)
     assert len(rows) == len(chosen)
@@ -527,3 +527,47 @@ def test_the_readme_block_says_so_while_there_is_no_result(monkeypatch, tmp_path
     assert report.newest("gpu").name == "gpu-a-2026-01-02.json"
     assert "Fake GPU" in report.with_tables("docs/how-fast.md", page)
     assert "No GPU result" not in report.with_tables("docs/how-fast.md", page)
+
+
+def test_what_does_not_begin_in_time_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "cases", lambda part: [gpu.Case(part, "GPT-2", "fp32"), gpu.Case(part, "odd", "bf16")])
+    arguments = ["--device", "cpu", "--scale", "tiny", "--repeats", "2", "--output", str(tmp_path)]
+    assert gpu.main([*arguments, "--part", "norm", "--seconds", "0"]) == 0
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert record["rows"] == []
+    assert record["header"]["left_out"] == ["norm, GPT-2, fp32", "norm, odd, bf16"]
+    assert gpu.main([*arguments, "--part", "norm", "--budget", "0"]) == 0
+    record = json.loads(path.read_text())
+    assert {row["shape"] for row in record["rows"]} == {"GPT-2", "odd"}
+    assert record["header"]["left_out"] == []
+
+
+def test_the_budget_ends_the_repeats():
+    bench = gpu.Bench("cpu", 1e-3, 50, budget=0.0)
+    turns = bench._turns(["one"], lambda name: 1, 50, 7)
+    assert len(turns["one"]) == 7
+    bench.budget = 1e9
+    assert len(bench._turns(["one"], lambda name: 1, 50, 7)["one"]) == 50
+
+
+def test_a_variant_of_the_kernels_holds_while_it_runs_and_no_longer():
+    from seedtriton.kernels import _plan, _tables
+
+    changes = variants.variants()
+    assert changes["as it is"] == {}
+    warps, chunk = dict(_tables.OPTIONS), _plan.chunk_bytes
+    seen = []
+    build = lambda work: Call(lambda: seen.append((_tables.OPTIONS["num_warps"], _plan.chunk_bytes(1))))  # noqa: E731
+    for name in ("as it is", "8 warps", "items of 64 KiB"):
+        variants.under(changes[name], build)(Work([torch.ones(1)], [0])).run()
+    assert seen == [(4, 32 << 10), (8, 32 << 10), (4, 64 << 10)]
+    assert (_tables.OPTIONS, _plan.chunk_bytes) == (warps, chunk)
+    assert len({tuple(sorted(name for _, name in found)) for found in changes.values()}) >= 5
+
+
+def test_variants_need_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        variants.main([])
+    assert "these kernels do not run" in capsys.readouterr().err
