@@ -128,8 +128,8 @@ class Alpha:
                     self.correction = kept if self.correction is None else self.correction * kept
         self._added = True
         if self.holder.alpha.grad is None:
-            # Backward would leave its own tensor there, and of torch.compile(mode="reduce-overhead") that lies in a CUDA
-            # graph, whose next replay writes over it. Into one of ours it adds.
+            # Backward would leave its own tensor there, and with torch.compile(mode="reduce-overhead") that lies in a
+            # CUDA graph, whose next replay writes over it. Into one of ours it adds.
             self.holder.alpha.grad = torch.zeros_like(self.holder.alpha)
         self._seen = None if gradient is None or gradient.is_inference() else (id(gradient), gradient._version)
 
