@@ -148,6 +148,10 @@ class StepCounter:
             and any(id(p) in wanted for group in optimizer.param_groups for p in group["params"])
         ]
 
+    def of(self, parameters: Sequence[Tensor]) -> int:
+        """Calls of ``step()`` of the optimizers that hold one of these."""
+        return sum(self._watched[index].calls for index in self.holders(parameters))
+
     def since(self, mark: Mark, holders: Sequence[int], skipped: Sequence[float]) -> int | None:
         """Steps since the mark of those optimizers, the fewest of them; ``skipped`` since then by optimizer.
 

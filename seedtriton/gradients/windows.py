@@ -76,8 +76,8 @@ class Windows(Ring):
         return f"seeds={list(self.seeds)}, window={self.window}, measured={self._progress.steps.calls}"
 
     def steps_taken(self) -> int:
-        """Calls of ``step()`` of the known optimizers so far."""
-        return self._progress.steps.total
+        """Calls of ``step()`` so far, of the known optimizers that hold a parameter of host or seeds."""
+        return self._progress.steps.of(self._watched.tracked)
 
     @property
     def ranks(self) -> Ranks | None:

@@ -150,6 +150,25 @@ def test_another_seed_and_weights_that_were_trained_are_none_of_the_states():
     run.growth.measure()
 
 
+@pytest.mark.parametrize("first", ["another", "hosts", "seeds"])
+def test_only_a_step_that_trains_seed_or_host_makes_the_weights_others(first):
+    saved = copy.deepcopy(stopped_at(10).state())
+    run = Run()
+    run.growth.load_state_dict(saved["growth"], seeds=SEEDS_BY_SLOT)
+    run.model.load_state_dict({name: tensor for name, tensor in saved["model"].items() if "seed" not in name}, False)
+    another = nn.Linear(4, 1)
+    watched = [torch.optim.SGD(another.parameters(), lr=0.1), torch.optim.SGD(run.model.early.parameters(), lr=0.1)]
+    for optimizer in watched:
+        run.growth.monitor.watch(optimizer)
+    output = run.model(run.x[0])
+    (nn.functional.cross_entropy(output, run.y[0]) + another(output).sum()).backward()
+    {"another": watched[0], "seeds": watched[1], "hosts": run.optimizer}[first].step()
+    if first != "another":
+        return run.growth.measure()
+    with pytest.raises(WiringError, match=r"not those that were saved, such as \['early\.seed"):
+        run.growth.measure()
+
+
 def test_a_seed_put_in_before_the_first_step_is_not_held_against_the_weights_of_the_one_before():
     run = loaded_and_pruned()
     while run.growth.slots["late"].stage is not Stage.DORMANT:
