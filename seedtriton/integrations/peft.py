@@ -92,6 +92,7 @@ class AdapterMonitor(GradientMonitor):
     def __init__(self, model: nn.Module, optimizer: Any, adapters: Iterable[str] | None, **monitor: Any) -> None:
         """Watch the adapters that are there."""
         self._wanted = None if adapters is None else tuple(adapters)
+        self._left: set[str] = set()  # removed by hand, and still in the model
         self._adapted = (model,)  # in a tuple, for it is no part of the monitor
         self._registered, found = registered(), self._there()
         missing = [name for name in self._wanted or () if name not in found]
@@ -106,13 +107,14 @@ class AdapterMonitor(GradientMonitor):
     def remove_seed(self, *names: str) -> None:
         """As ``GradientMonitor.remove_seed``; of an adapter that stays in the model, for good."""
         super().remove_seed(*names)
-        there = self._there()
-        self._wanted = tuple(name for name in there if name not in names) if set(names) & set(there) else self._wanted
+        self._left |= set(names)
         self._followed -= set(names)
 
     def _there(self) -> list[str]:
         found = _names_in(self._adapted[0])
-        return found if self._wanted is None else [name for name in self._wanted if name in found]
+        self._left &= set(found)
+        wanted = found if self._wanted is None else [name for name in self._wanted if name in found]
+        return [name for name in wanted if name not in self._left]
 
     def _refresh_if_stale(self, *, closely: bool = False) -> None:
         # Between ranks a seed comes with an exchange, and measuring makes none.

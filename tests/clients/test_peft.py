@@ -300,10 +300,14 @@ def test_a_seed_that_was_removed_by_hand_does_not_come_back():
     monitor.remove_seed("second")
     assert monitor.read().keys() == {"default"}
     model.add_adapter("third", LoraConfig(target_modules=["c_fc"], **LORA))
-    assert "second" not in monitor.read()
+    assert monitor.read().keys() == {"default", "third"}, "others that are added later are followed all the same"
     with pytest.raises(ConfigurationError, match="no seed is called"):
         monitor.remove_seed("default", "nobody")
     assert "default" in monitor.read()
+    model.delete_adapter("second")
+    assert monitor.read().keys() == {"default", "third"}
+    model.add_adapter("second", LoraConfig(target_modules=["c_fc"], **LORA))
+    assert monitor.read().keys() == {"default", "third", "second"}, "another adapter of that name"
 
 
 def gate(known):
