@@ -165,7 +165,7 @@ def exchange(wiring: Wiring, position: Position, state: object, seeds: Mapping[s
         slot.vacate()
     for name in [name for name in wiring.slots if in_seed_of(name, wiring.slots)]:
         del wiring.slots[name]
-    position.lives = {}
+    position.lives, position.last = {}, {}
     load(wiring, position, state, modules, check_weights=True)
 
 

@@ -85,6 +85,7 @@ def test_the_seeds_of_an_earlier_state_are_those_of_that_state(then, now):
     whole = first.finish()["state"]
     run = run_to(now)
     exchange(run.growth, saved["growth"], SEEDS_BY_SLOT)
+    assert {row["last verdict"] for row in run.growth.summary().rows} == {None}, "those were of other seeds"
     if saved["growth"]["slots"]["early"]["digest"]:
         with pytest.raises(WiringError, match="not those that were saved"):
             check_weights(run.growth)
