@@ -23,10 +23,10 @@ VERSION = 1
 def save(growth: GrowthController, folder: str, more: Mapping[str, Any], *, write: bool) -> None:
     """Save where the seeds are beside the weights in a folder; on every rank, of which those with ``write`` write.
 
-    Where the client saves adapters alone, with the weights of the seeds.
+    Where the client saves adapters alone, with the weights of the seeds, unless ``more`` has them.
     """
     values = {"version": VERSION, "growth": growth.state_dict(), **more}
-    if not saves_seeds(growth):
+    if "weights" not in more and not saves_seeds(growth):
         values["weights"] = weights_of_seeds(growth)
     if write:
         torch.save(values, os.path.join(folder, FILE))
