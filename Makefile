@@ -54,7 +54,7 @@ test-wheel: $(STAMP)
 
 # Other versions of torch and Triton, each in an environment of its own: tens of gigabytes and an hour, so not in CI.
 test-versions: $(STAMP)
-	$(BIN)/python bench/versions.py
+	$(BIN)/python -m bench.versions
 	$(BIN)/python bench/report.py --write
 
 # On a machine with a GPU, with the torch and triton that are there: make test-gpu PYTHON=python3

@@ -8,13 +8,19 @@ import subprocess
 import torch
 
 
+def commit():
+    """The commit that runs, with a plus behind it where files differ.
+
+    A copy of the files without the repository, as machines that are lent get, is told by BENCH_COMMIT.
+    """
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return os.environ.get("BENCH_COMMIT") or head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
 def header(command):
     """Command, versions, commit and machine, as plain values."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    # A copy of the files without the repository, as machines that are lent get, is told which commit it is.
-    known = os.environ.get("BENCH_COMMIT") or commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -22,5 +28,5 @@ def header(command):
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "commit": known,
+        "commit": commit(),
     }

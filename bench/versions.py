@@ -1,4 +1,4 @@
-"""Lanes under the versions of torch and Triton that people have: python bench/versions.py [TORCH[+TRITON] ...].
+"""Lanes under the versions of torch and Triton that people have: python -m bench.versions [TORCH[+TRITON] ...].
 
 Each pair has an environment of its own in .venv-versions/, made where it is missing: gigabytes, for most builds of
 torch bring CUDA. Not in CI. The raw output is written after every pair, so that a run may be ended.
@@ -14,10 +14,12 @@ import subprocess
 import sys
 import venv
 
+from bench import machine
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".venv-versions"
 # torch, and Triton where it is another one than torch's own.
-PAIRS = ("2.6.0", "2.8.0", "2.10.0", "2.12.1", "2.13.0", "2.14.1", "2.14.1+3.9.0")
+PAIRS = ("2.6.0", "2.8.0", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.14.1+3.9.0")
 # Tools for the lanes.
 TOOLS = ("numpy", "pytest", "hypothesis", "setuptools")
 # Before Triton 3.7, which came with torch 2.12, its interpreter does not run under numpy 2.4.
@@ -85,7 +87,8 @@ def tried(pair):
     triton = ".".join(map(str, numbers))
     # Where the package itself chooses eager torch there is no kernel to interpret or to launch.
     lanes = {name: run(binary, *lane) for name, lane in LANES.items() if not refused or name == "unit"}
-    return {"pair": pair, "torch": torch, "triton": triton, "numpy": numpy, "refused": refused, "lanes": lanes}
+    versions = {"torch": torch, "triton": triton, "numpy": numpy}
+    return {"pair": pair, **versions, "commit": machine.commit(), "refused": refused, "lanes": lanes}
 
 
 def said(counts):
@@ -102,13 +105,14 @@ def markdown(record, name):
         f"Python {record['python']}, {record['machine']}, without a GPU, {record['date']}; "
         f"raw output: [{name}](bench/results/{name}).",
         "",
-        "| torch | Triton | numpy | kernels | unit | interpreter | launcher |",
-        "|---|---|---|---|---|---|---|",
+        "| torch | Triton | numpy | commit | kernels | unit | interpreter | launcher |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         kernels = f"eager torch: {row['refused']}" if row["refused"] else "used"
         cells = [said(row["lanes"].get(lane)) for lane in LANES]
-        lines.append(f"| {row['torch']} | {row['triton']} | {row['numpy']} | {kernels} | {' | '.join(cells)} |")
+        versions = [row.get(name) or "-" for name in ("torch", "triton", "numpy", "commit")]
+        lines.append("| " + " | ".join([*versions, kernels, *cells]) + " |")
     return "\n".join(lines)
 
 
