@@ -289,7 +289,7 @@ def test_calls_and_names_are_set_as_code(text, marked):
 def test_every_question_with_a_limit_names_it():
     table = pages.questions()
     switching = {item.name for item in dataclasses.fields(GateThresholds)} - {"ratio"}
-    never_a_switch = {"min_probed_gain_t", "max_loss_rise", "harm_epochs", "lasting_harm_epochs"}
+    never_a_switch = {"min_probed_gain_t", "max_loss_rise", "max_pace", "harm_epochs", "lasting_harm_epochs"}
     assert switching - {*re.findall(r"\(`(\w+)`\)", table)} == never_a_switch
     assert [line[2:4] for line in table.splitlines()[2:]] == ["G0", "G1", "G2", "G3", "G5"]
 

@@ -247,8 +247,10 @@ ADVICE: Mapping[str, Advice] = MappingProxyType(
             "Prune the seed, or blend more slowly: AlphaSchedule(steps=...).",
         ),
         "seed_harms": Advice(
-            "The model does worse with the seed than without it.",
-            'If it lasts the seed is faded out by itself (on_harm="fade"); growth.prune(slot) takes it out now.',
+            "The model does worse with the seed than without it, or the seed's weights have run away: its reason says "
+            "which.",
+            'If it lasts the seed is faded out by itself (on_harm="fade"); growth.prune(slot) takes it out now. Was '
+            "its learning rate raised on purpose: GateThresholds(max_pace=None).",
         ),
         "seed_contributes_nothing": Advice(
             "Without the seed the model would do as well, on the validation data.",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from .errors import ConfigurationError
 from .evidence import SeedEvidence
@@ -46,32 +49,45 @@ class Watch(PlainState):
 
     Contribution is against the same model without the seed. That is no life without it, once the host has adapted: so
     harm by the probe has to come with a loss above the one at which the seed was let in, or to last; and a model that
-    does worse than when the seed was let in is held against it where its blend gain says so too.
+    does worse than when the seed was let in is held against it where its blend gain says so too. A seed that runs away
+    takes the host along, which is worse without it from then on: its own weights tell.
 
     Attributes:
         admission_loss: validation loss without the seed when it began to blend; None: not known.
+        pace: relative change of the seed's weights per epoch, while it trained behind the host; None: not known.
         above: the probe found harm, and the loss was above ``admission_loss``.
         lasting: the probe found harm; where its noise is not known, a rise that is above ``admission_loss`` as well.
         sloped: the blend gain spoke against the seed.
         blamed: the blend gain did so with a ``BLAME_T``, and the model did worse than at admission.
+        runaway: its weights moved many times as fast as behind the host, and the blend gain did not speak for it.
 
     Raises:
         ConfigurationError: a count that is none.
     """
 
+    LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({"pace": None, "runaway": 0})
+
     admission_loss: float | None = None
+    pace: float | None = None
     above: int = 0
     lasting: int = 0
     sloped: int = 0
     blamed: int = 0
+    runaway: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("above", "lasting", "sloped", "blamed"):
+        for name in ("above", "lasting", "sloped", "blamed", "runaway"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ConfigurationError(f"Watch: {name} must be a number of epochs, got {getattr(self, name)!r}")
-        loss = self.admission_loss
-        if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
-            raise ConfigurationError(f"Watch: admission_loss must be a finite number or None, got {loss!r}")
+        for name in ("admission_loss", "pace"):
+            number = getattr(self, name)
+            if number is not None and (type(number) not in (int, float) or not math.isfinite(number)):
+                raise ConfigurationError(f"Watch: {name} must be a finite number or None, got {number!r}")
+
+    def admitted(self, displacement: float | None, epochs: int) -> Watch:
+        """The same, of a seed that begins to blend: its weights have moved so far in so many epochs."""
+        known = displacement is not None and math.isfinite(displacement) and displacement > 0.0 and epochs > 0
+        return dataclasses.replace(self, pace=displacement / epochs if known and displacement else None)
 
     def look(
         self,
@@ -79,6 +95,7 @@ class Watch(PlainState):
         probe: BlendProbe | None,
         limits: GateThresholds,
         *,
+        epochs: int = 0,
         lost: bool = False,
         alone: bool = True,
     ) -> Watch:
@@ -88,6 +105,7 @@ class Watch(PlainState):
             known: evidence of the seed.
             probe: at the present alpha alone.
             limits: those of the gates.
+            epochs: of the stage, since which ``known.displacement`` counts.
             lost: by what the script tells the model does worse than when the seed began to blend.
             alone: no other seed is to blame for that sooner than this one.
         """
@@ -113,7 +131,14 @@ class Watch(PlainState):
             lasting=self.lasting + 1 if lasts else 0,
             sloped=self.sloped + 1 if harm_of_slope(known, limits) else 0,
             blamed=self.blamed + 1 if blamed else 0,
+            runaway=self.runaway + 1 if self._runs_away(known, limits.max_pace, epochs) else 0,
         )
+
+    def _runs_away(self, known: SeedEvidence, limit: float | None, epochs: int) -> bool:
+        t, moved = worst_gain_t(known), known.displacement
+        if limit is None or self.pace is None or moved is None or t is None or not epochs:
+            return False
+        return t <= 0.0 and not moved / epochs <= limit * self.pace
 
     @property
     def suspicion(self) -> str | None:
@@ -125,17 +150,18 @@ class Watch(PlainState):
             (self.above, "the validation loss is higher with it, and above that at admission"),
             (self.sloped, "its blend gain says that less of it would be better"),
             (self.blamed, "the model does worse than before it, and its blend gain blames it"),
+            (self.runaway, "its weights move much faster than behind the host, and its blend gain is not for it"),
             (self.lasting, "the validation loss is higher with it"),
         )
 
     def begun_anew(self) -> Watch:
         """The same admission, nothing counted."""
-        return Watch(admission_loss=self.admission_loss)
+        return Watch(admission_loss=self.admission_loss, pace=self.pace)
 
     def harm(self, limits: GateThresholds) -> str | None:
         """In words what harm the seed does, once it has lasted as long as the limits say; None: none, or not yet."""
         soon, late = limits.harm_epochs, limits.lasting_harm_epochs
-        for (epochs, words), limit in zip(self._counts(), (soon, soon, soon, late)):
+        for (epochs, words), limit in zip(self._counts(), (soon, soon, soon, soon, late)):
             if limit is not None and epochs >= limit:
                 return f"harm in {epochs} epochs in a row: {words}"
         return None

@@ -73,6 +73,9 @@ class GateThresholds(PlainState):
         max_loss_rise: G3 and G5, where no accuracy is told, rise of the told loss since BLENDING began, in changes
             that were usual from epoch to epoch before (root of their mean square).
         max_harm_t: G3, G5 and the watch: a t of the blend gain below minus this says that the seed harms.
+        max_pace: G3, G5 and the watch: a seed whose weights move per epoch this many times as far as behind the host,
+            with a t of the blend gain that is not above 0, has run away. In 33 lives of the growth benchmark without
+            sabotage the most was 1.7 at such a t, and 2.8 at any; at a learning rate 100 times too high 12 to 36.
         harm_epochs: the watch acts on harm in so many epochs in a row: by the blend gain, or by the probe with a loss
             above that at admission. None: it does not.
         lasting_harm_epochs: the same for harm by the probe alone.
@@ -109,12 +112,14 @@ class GateThresholds(PlainState):
     max_accuracy_drop: float | None = 5.0
     max_loss_rise: float | None = 3.0
     max_harm_t: float | None = 6.0
+    max_pace: float | None = 5.0
     harm_epochs: int | None = 2
     lasting_harm_epochs: int | None = 6
 
     # A release without these questions asked nothing there.
     LATER: ClassVar[Mapping[str, Any]] = MappingProxyType(dict.fromkeys((
-        "max_seed_not_finite", "max_displacement", "max_loss_rise", "max_harm_t", "harm_epochs", "lasting_harm_epochs",
+        "max_seed_not_finite", "max_displacement", "max_loss_rise", "max_harm_t", "max_pace", "harm_epochs",
+        "lasting_harm_epochs",
     )))  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -81,7 +81,8 @@ class Judge:
         limits = self._gates.thresholds
         kept = performance_kept(self.status_of(life.name, life.slot, life), limits)
         lost = kept.name in (ACCURACY_LOST, LOSS_RISEN)
-        life.watch = life.watch.look(life.evidence, life.probe, limits, lost=lost, alone=self._first_suspect(life))
+        epochs, alone = life.slot.lifecycle.epochs_in_stage, self._first_suspect(life)
+        life.watch = life.watch.look(life.evidence, life.probe, limits, epochs=epochs, lost=lost, alone=alone)
         return life.watch.harm(limits)
 
     def _first_suspect(self, life: Life) -> bool:

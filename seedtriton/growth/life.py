@@ -57,7 +57,7 @@ class Life:
         Raises:
             TransitionError: the table does not allow it; nothing has changed.
         """
-        source, usual = self.slot.stage, usual_change(position.losses)
+        source, usual, epochs = self.slot.stage, usual_change(position.losses), self.slot.lifecycle.epochs_in_stage
         self.slot.move(target, reason, initiator)
         if target is Stage.TRAINING:
             self.training_accuracy = position.accuracy
@@ -65,6 +65,7 @@ class Life:
             # Not when it comes back from HOLDING: what is to be kept is what was before it was felt at all.
             self.blending_accuracy, self.blending_loss = position.accuracy, finite(position.loss)
             self.usual_change = usual
+            self.watch = self.watch.admitted(self.evidence.displacement if self.evidence else None, epochs)
             self.alpha = AlphaController(self.schedule.start)
             self.retarget(self.schedule)
 

@@ -1060,7 +1060,7 @@ SHARES = {
 NUMBERS = {
     "min_training_improvement", "min_gradient_ratio", "max_gradient_ratio", "min_displacement", "max_displacement",
     "min_blend_gain_t", "max_accuracy_drop", "min_probe_gain", "max_probe_harm", "min_contribution",
-    "min_probed_gain_t", "max_loss_rise", "max_harm_t",
+    "min_probed_gain_t", "max_loss_rise", "max_harm_t", "max_pace",
 }  # fmt: skip
 
 

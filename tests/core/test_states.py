@@ -144,7 +144,8 @@ def test_a_state_that_does_not_fit_is_refused_and_named(name):
 def test_thresholds_of_a_release_without_a_question_do_not_ask_it():
     """The first had no upper limit of the displacement, and no watch: its thresholds go on deciding as they did."""
     later = (
-        "max_seed_not_finite", "max_displacement", "max_loss_rise", "max_harm_t", "harm_epochs", "lasting_harm_epochs",
+        "max_seed_not_finite", "max_displacement", "max_loss_rise", "max_harm_t", "max_pace", "harm_epochs",
+        "lasting_harm_epochs",
     )  # fmt: skip
     old = GateThresholds(min_samples=5).state_dict()
     for name in later:

@@ -1,5 +1,7 @@
 """From BLENDING to FOSSILIZED every epoch asks whether the seed harms, and something is done about one that does."""
 
+import dataclasses
+
 import numpy
 import pytest
 import torch
@@ -162,6 +164,20 @@ def test_harm_that_lasts_is_acted_on_below_the_loss_at_admission_too():
     assert script.of("harm")[0]["reason"] == "harm in 3 epochs in a row: the validation loss is higher with it"
 
 
+@pytest.mark.parametrize("limit", [5.0, None])
+def test_a_seed_that_runs_away_once_it_is_felt_is_taken_out(limit):
+    """The host goes along with it and is worse without it, so that neither probe nor loss says anything."""
+    script = Epochs("loss", thresholds=GateThresholds(max_pace=limit, max_loss_rise=1e9, min_holding_epochs=99))
+    script.growth.schedule = AlphaSchedule(steps=64 * 6)
+    script.grow().epochs(1)
+    assert not script.of("harm")
+    group = script.optimizer.param_groups[-1]
+    group["lr"] *= 100.0
+    script.epochs(4)
+    words = {event["reason"] for event in script.of("harm")}
+    assert any("its weights move much faster than behind the host" in reason for reason in words) == (limit is not None)
+
+
 def test_an_unknown_action_is_refused():
     with pytest.raises(ConfigurationError, match=r"\['fade', 'halt', 'report'\], got 'prune'"):
         Script(on_harm="prune")
@@ -188,8 +204,9 @@ def test_a_seed_on_its_way_out_that_is_kept_begins_a_new_count():
     spoil(script)
     script.epochs(2)
     assert script.of("harm")
+    pace = script.growth._lives["early"].watch.pace
     script.growth.set_alpha_target("early", 0.9)
-    assert script.growth._lives["early"].watch == Watch()
+    assert script.growth._lives["early"].watch == Watch(pace=pace)
     script.epoch()
     assert len(script.of("harm")) == 1
 
@@ -322,6 +339,34 @@ def test_harm_by_the_probe_counts_above_the_loss_at_admission_or_when_it_lasts()
 def test_what_is_harm_by_the_probe(change, error, more, harms):
     look = (0.0, at_present(change, error=error, **more))
     assert looks(look, look) == [False, harms]
+
+
+def test_a_seed_runs_away_by_the_pace_of_its_weights_and_a_blend_gain_that_does_not_speak_for_it():
+    slow = Watch().admitted(0.6, 3)
+    assert slow.pace == pytest.approx(0.2)
+
+    def runaway(displacement, epochs=2, t=-0.1, watch=slow, limits=LIMITS):
+        evidence = dataclasses.replace(known(t), displacement=displacement)
+        return watch.look(evidence, None, limits, epochs=epochs).runaway
+
+    assert [runaway(d) for d in (1.9, 2.1, None, float("nan"))] == [0, 1, 0, 1]
+    assert [runaway(2.1, epochs=epochs) for epochs in (0, 1, 3)] == [0, 1, 0]
+    assert [runaway(9.0, t=t) for t in (0.1, 0.0, -9.0, None)] == [0, 1, 1, 0]
+    assert runaway(9.0, watch=Watch()) == runaway(9.0, limits=LIMITS.without("max_pace")) == 0
+    assert [Watch().admitted(*told).pace for told in ((None, 3), (0.0, 3), (0.6, 0), (float("inf"), 3))] == [None] * 4
+    assert slow.begun_anew().pace == slow.pace
+    once = dataclasses.replace(slow, runaway=1)
+    assert once.suspicion is not None
+    assert once.harm(LIMITS) is None
+    assert "move much faster" in dataclasses.replace(slow, runaway=2).harm(LIMITS)
+    with pytest.raises(ConfigurationError, match="pace must be a finite number or None, got nan"):
+        Watch(pace=float("nan"))
+
+
+def test_a_watch_that_was_saved_without_a_pace_is_read():
+    state = Watch(admission_loss=1.0, sloped=1).state_dict()
+    del state["pace"], state["runaway"]
+    assert Watch.from_state_dict(state) == Watch(admission_loss=1.0, sloped=1)
 
 
 def test_a_model_that_does_worse_is_held_against_a_seed_that_its_blend_gain_blames():
