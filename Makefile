@@ -62,6 +62,7 @@ test-versions: $(STAMP)
 test-gpu:
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"'
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests --ignore=tests/clients
+	PYTHONPATH=.:tests $(PYTHON) -m pytest -q tests/test_examples.py  # which take the device that is there
 
 # memcheck and racecheck over the small cases; compute-sanitizer comes with the CUDA toolkit.
 sanitize-gpu:
