@@ -19,6 +19,10 @@ from .thresholds import GateThresholds
 # row in one of eight runs of 20 epochs without any harm.
 BLAME_T = 3.0
 
+# Relative change of weights up to which none have run away: seeds without sabotage moved by 0.5 in two epochs of
+# blending, and by 1.3 in five; those with a learning rate 100 times too high by 2.5 to 22 in one.
+RUN = 1.0
+
 FADE, HALT, REPORT = ON_HARM = ("fade", "halt", "report")
 
 
@@ -43,6 +47,17 @@ def worst_gain_t(known: SeedEvidence) -> float | None:
     return min((t for t in (known.blend_gain_t, known.recent_gain_t) if t is not None), default=None)
 
 
+def pace_of(known: SeedEvidence) -> float | None:
+    """Relative change of the weights over the root of the optimizer's steps in which it came about; None: not known.
+
+    A walk without a direction goes as far as the root, and one that has arrived no further: so over few steps and over
+    many a seed of one learning rate has about one pace, where change per step would fall with each.
+    """
+    if known.displacement is None or not known.optimizer_steps:
+        return None
+    return known.displacement / math.sqrt(known.optimizer_steps)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Watch(PlainState):
     """What the looks at one seed have found, as epochs in a row.
@@ -54,12 +69,14 @@ class Watch(PlainState):
 
     Attributes:
         admission_loss: validation loss without the seed when it began to blend; None: not known.
-        pace: relative change of the seed's weights per epoch, while it trained behind the host; None: not known.
+        pace: how fast the seed's weights moved behind the host, see ``pace_of``, the most at the end of any epoch;
+            None: not known.
         above: the probe found harm, and the loss was above ``admission_loss``.
         lasting: the probe found harm; where its noise is not known, a rise that is above ``admission_loss`` as well.
         sloped: the blend gain spoke against the seed.
         blamed: the blend gain did so with a ``BLAME_T``, and the model did worse than at admission.
-        runaway: its weights moved many times as fast as behind the host, and the blend gain did not speak for it.
+        runaway: its weights moved many times as fast as behind the host, and by more than ``RUN``, and the blend gain
+            did not speak for it.
 
     Raises:
         ConfigurationError: a count that is none.
@@ -84,10 +101,16 @@ class Watch(PlainState):
             if number is not None and (type(number) not in (int, float) or not math.isfinite(number)):
                 raise ConfigurationError(f"Watch: {name} must be a finite number or None, got {number!r}")
 
-    def admitted(self, displacement: float | None, epochs: int) -> Watch:
-        """The same, of a seed that begins to blend: its weights have moved so far in so many epochs."""
-        known = displacement is not None and math.isfinite(displacement) and displacement > 0.0 and epochs > 0
-        return dataclasses.replace(self, pace=displacement / epochs if known and displacement else None)
+    def behind(self, known: SeedEvidence) -> Watch:
+        """The same after one more epoch behind the host."""
+        pace = pace_of(known)
+        if pace is None or not math.isfinite(pace) or pace <= (self.pace or 0.0):
+            return self
+        return dataclasses.replace(self, pace=pace)
+
+    def admitted(self, loss: float) -> Watch:
+        """The same of a seed that begins to blend, with the validation loss without it."""
+        return Watch(admission_loss=loss, pace=self.pace)
 
     def look(
         self,
@@ -95,7 +118,6 @@ class Watch(PlainState):
         probe: BlendProbe | None,
         limits: GateThresholds,
         *,
-        epochs: int = 0,
         lost: bool = False,
         alone: bool = True,
     ) -> Watch:
@@ -105,7 +127,6 @@ class Watch(PlainState):
             known: evidence of the seed.
             probe: at the present alpha alone.
             limits: those of the gates.
-            epochs: of the stage, since which ``known.displacement`` counts.
             lost: by what the script tells the model does worse than when the seed began to blend.
             alone: no other seed is to blame for that sooner than this one.
         """
@@ -131,14 +152,14 @@ class Watch(PlainState):
             lasting=self.lasting + 1 if lasts else 0,
             sloped=self.sloped + 1 if harm_of_slope(known, limits) else 0,
             blamed=self.blamed + 1 if blamed else 0,
-            runaway=self.runaway + 1 if self._runs_away(known, limits.max_pace, epochs) else 0,
+            runaway=self.runaway + 1 if self._runs_away(known, limits.max_pace) else 0,
         )
 
-    def _runs_away(self, known: SeedEvidence, limit: float | None, epochs: int) -> bool:
-        t, moved = worst_gain_t(known), known.displacement
-        if limit is None or self.pace is None or moved is None or t is None or not epochs:
+    def _runs_away(self, known: SeedEvidence, limit: float | None) -> bool:
+        t, pace, moved = worst_gain_t(known), pace_of(known), known.displacement
+        if limit is None or self.pace is None or pace is None or moved is None or t is None:
             return False
-        return t <= 0.0 and not moved / epochs <= limit * self.pace
+        return t <= 0.0 and not moved <= RUN and not pace <= limit * self.pace  # NaN has run away
 
     @property
     def suspicion(self) -> str | None:

@@ -73,9 +73,9 @@ class GateThresholds(PlainState):
         max_loss_rise: G3 and G5, where no accuracy is told, rise of the told loss since BLENDING began, in changes
             that were usual from epoch to epoch before (root of their mean square).
         max_harm_t: G3, G5 and the watch: a t of the blend gain below minus this says that the seed harms.
-        max_pace: G3, G5 and the watch: a seed whose weights move per epoch this many times as far as behind the host,
-            with a t of the blend gain that is not above 0, has run away. In 33 lives of the growth benchmark without
-            sabotage the most was 1.7 at such a t, and 2.8 at any; at a learning rate 100 times too high 12 to 36.
+        max_pace: G3, G5 and the watch: a seed whose weights move this many times as fast as behind the host (over the
+            root of the steps), and by more than their own length, with a t of the blend gain that is not above 0, has
+            run away.
         harm_epochs: the watch acts on harm in so many epochs in a row: by the blend gain, or by the probe with a loss
             above that at admission. None: it does not.
         lasting_harm_epochs: the same for harm by the probe alone.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..core.gates import QualityGates
-from ..core.harm import Watch, worst_gain_t
+from ..core.harm import worst_gain_t
 from ..core.lifecycle import FORWARD, Stage
 from ..core.probe import BlendProbe
 from ..core.questions import ACCURACY_LOST, BY_PROBE, LOSS_RISEN, performance_kept
@@ -81,8 +81,7 @@ class Judge:
         limits = self._gates.thresholds
         kept = performance_kept(self.status_of(life.name, life.slot, life), limits)
         lost = kept.name in (ACCURACY_LOST, LOSS_RISEN)
-        epochs, alone = life.slot.lifecycle.epochs_in_stage, self._first_suspect(life)
-        life.watch = life.watch.look(life.evidence, life.probe, limits, epochs=epochs, lost=lost, alone=alone)
+        life.watch = life.watch.look(life.evidence, life.probe, limits, lost=lost, alone=self._first_suspect(life))
         return life.watch.harm(limits)
 
     def _first_suspect(self, life: Life) -> bool:
@@ -139,7 +138,7 @@ class Judge:
             life.probe_refusals = life.probe_refusals + 1 if verdict.failed and alone else 0
             life.probe_due = epoch + min(2 ** max(0, life.probe_refusals - 1), LONGEST_WAIT)
         if verdict.passed:
-            life.watch = Watch(admission_loss=life.probe.loss)
+            life.watch = life.watch.admitted(life.probe.loss)
         return verdict, status
 
     def _at_present(self, life: Life) -> BlendProbe | None:

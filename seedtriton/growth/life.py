@@ -57,7 +57,7 @@ class Life:
         Raises:
             TransitionError: the table does not allow it; nothing has changed.
         """
-        source, usual, epochs = self.slot.stage, usual_change(position.losses), self.slot.lifecycle.epochs_in_stage
+        source, usual = self.slot.stage, usual_change(position.losses)
         self.slot.move(target, reason, initiator)
         if target is Stage.TRAINING:
             self.training_accuracy = position.accuracy
@@ -65,7 +65,6 @@ class Life:
             # Not when it comes back from HOLDING: what is to be kept is what was before it was felt at all.
             self.blending_accuracy, self.blending_loss = position.accuracy, finite(position.loss)
             self.usual_change = usual
-            self.watch = self.watch.admitted(self.evidence.displacement if self.evidence else None, epochs)
             self.alpha = AlphaController(self.schedule.start)
             self.retarget(self.schedule)
 
@@ -73,6 +72,8 @@ class Life:
         """Count an epoch; what nobody had told when the stage began begins with the first that is told."""
         self.slot.lifecycle.tick()
         self.evidence = evidence
+        if self.slot.stage is Stage.TRAINING:
+            self.watch = self.watch.behind(evidence)
         if self.slot.stage is Stage.TRAINING and self.training_accuracy is None:
             self.training_accuracy = position.accuracy
         elif self.felt:

@@ -19,7 +19,7 @@ from seedtriton import (
     TrustRegion,
 )
 from seedtriton.core.evidence import SeedEvidence
-from seedtriton.core.harm import Watch
+from seedtriton.core.harm import Watch, pace_of
 from seedtriton.growth.life import usual_change
 
 FELT = (Stage.BLENDING, Stage.HOLDING)
@@ -342,25 +342,49 @@ def test_what_is_harm_by_the_probe(change, error, more, harms):
 
 
 def test_a_seed_runs_away_by_the_pace_of_its_weights_and_a_blend_gain_that_does_not_speak_for_it():
-    slow = Watch().admitted(0.6, 3)
-    assert slow.pace == pytest.approx(0.2)
+    def moved(displacement, steps=100, t=-0.1):
+        return dataclasses.replace(known(t), displacement=displacement, optimizer_steps=steps)
 
-    def runaway(displacement, epochs=2, t=-0.1, watch=slow, limits=LIMITS):
-        evidence = dataclasses.replace(known(t), displacement=displacement)
-        return watch.look(evidence, None, limits, epochs=epochs).runaway
+    slow = Watch().behind(moved(0.5)).behind(moved(0.6, 400))
+    assert slow.pace == pytest.approx(0.05), "the most of any epoch; far in many steps is not fast"
+    assert [Watch().behind(moved(*told)).pace for told in ((None, 9), (0.0, 9), (0.6, 0), (0.6, None))] == [None] * 4
+    assert slow.behind(moved(float("inf"))) == slow.behind(moved(float("nan"))) == slow
 
-    assert [runaway(d) for d in (1.9, 2.1, None, float("nan"))] == [0, 1, 0, 1]
-    assert [runaway(2.1, epochs=epochs) for epochs in (0, 1, 3)] == [0, 1, 0]
-    assert [runaway(9.0, t=t) for t in (0.1, 0.0, -9.0, None)] == [0, 1, 1, 0]
+    def runaway(*found, watch=slow, limits=LIMITS):
+        return watch.look(moved(*found), None, limits).runaway
+
+    assert [runaway(d) for d in (2.4, 2.6, None, float("nan"))] == [0, 1, 0, 1]
+    assert [runaway(2.6, steps) for steps in (0, None, 99, 121)] == [0, 0, 1, 0]
+    assert [runaway(1.0, 9), runaway(1.1, 9)] == [0, 1], "as fast, and yet nowhere"
+    assert [runaway(9.0, 100, t) for t in (0.1, 0.0, -9.0, None)] == [0, 1, 1, 0]
     assert runaway(9.0, watch=Watch()) == runaway(9.0, limits=LIMITS.without("max_pace")) == 0
-    assert [Watch().admitted(*told).pace for told in ((None, 3), (0.0, 3), (0.6, 0), (float("inf"), 3))] == [None] * 4
-    assert slow.begun_anew().pace == slow.pace
+    assert slow.begun_anew().pace == slow.admitted(2.0).pace == slow.pace
+    assert slow.admitted(2.0).admission_loss == 2.0
     once = dataclasses.replace(slow, runaway=1)
     assert once.suspicion is not None
     assert once.harm(LIMITS) is None
     assert "move much faster" in dataclasses.replace(slow, runaway=2).harm(LIMITS)
     with pytest.raises(ConfigurationError, match="pace must be a finite number or None, got nan"):
         Watch(pace=float("nan"))
+
+
+@pytest.mark.parametrize("training", [3, 24])
+def test_a_seed_that_trained_for_long_or_whose_window_began_anew_has_not_run_away(training):
+    """What it moves by in its first epoch of blending is as much as in its first of all."""
+    limits = GateThresholds(min_training_epochs=training, max_loss_rise=1e9, min_holding_epochs=99, max_harm_t=None)
+    script = Epochs("loss", thresholds=limits)
+    script.growth.schedule = AlphaSchedule(steps=64 * 6)
+    script.epochs(1)
+    script.growth.germinate("early", Residual(6, 16), probe=torch.randn(2, 6))
+    script.epochs(training - 1)
+    script.growth.monitor.reset("early")
+    script.until(Stage.BLENDING)
+    watch, fastest = script.growth._lives["early"].watch, 0.0
+    for _ in range(4):
+        script.epoch()
+        fastest = max(fastest, pace_of(script.growth.monitor.read()["early"]))
+    assert fastest < 2.5 * watch.pace
+    assert not script.of("harm")
 
 
 def test_a_watch_that_was_saved_without_a_pace_is_read():
