@@ -35,7 +35,6 @@ from .judging import Judge, trainable
 from .life import Life, Position
 from .moving import MOVING_GATES, Mover, check_moving_gates, check_on_harm, check_rests, check_told
 from .probing import Evaluate
-from .slot import SeedSlot
 from .telling import Teller
 from .together import sinks_of, taken, told_of
 from .trying import normal_tensors, seed_module
@@ -116,7 +115,6 @@ class GrowthController(DeepCopied, Teller):
         ranks = ranks_of(ranks, model)
         telemetry = Telemetry(sinks_of(sinks, ranks))
         slots = slots_of(unwrap(model), ranks)
-        self.slots: Mapping[str, SeedSlot] = slots
         self.rests: Mapping[Stage, int] = dict(zip(RESTING, (pruned_epochs, embargoed_epochs, resetting_epochs)))
         check_rests(self.rests)
         position = Position(total_epochs=total_epochs, total_steps=total_steps)

@@ -5,8 +5,9 @@ Everything is what is known on the host already: nothing here waits for a device
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from ..core.lifecycle import Stage
@@ -16,6 +17,7 @@ from ..report.summary import Summary, explained, verdict_in_short
 from .life import Position
 from .prober import Prober
 from .probing import Evaluate
+from .slot import SeedSlot
 from .wiring import Wiring
 
 
@@ -30,6 +32,11 @@ class Teller(Prober):
         """Tell of the slots of ``wiring``, of where the training is, and of the events in ``telemetry``."""
         super().__init__(wiring, position, evaluate)
         self.telemetry = telemetry
+
+    @property
+    def slots(self) -> Mapping[str, SeedSlot]:
+        """All slots that are known, by name; those that come or go later are in the next mapping, not in this one."""
+        return MappingProxyType(dict(self._wiring.slots))
 
     def summary(self) -> Summary:
         """A table of all slots: stage, alpha, epochs in the stage, samples, ratio, t of the blend gain, last verdict.
