@@ -29,7 +29,7 @@ class _Counted:
         self.calls = 0  # calls of step()
         self.measured = 0  # measurements when it last stepped
         self.idling = False  # whether its present step only makes a state
-        self.replayed = False  # it steps in a CUDA graph, and nobody knows how often
+        self.captured = 0  # its calls at the last one that was captured in a CUDA graph, which is replayed uncounted
         # Of those calls the skipped ones, float64 0-dim on the device; None: none was told to skip.
         self.skipped: Tensor | None = None
 
@@ -81,7 +81,8 @@ class StepCounter:
                 return
             entry.calls += 1
             entry.measured = self.calls
-            entry.replayed = entry.replayed or capturing()
+            if capturing():
+                entry.captured = entry.calls
             entry.note_skipped()
             self.total += 1
             alive = self._then() if self._then is not None else None
@@ -155,13 +156,14 @@ class StepCounter:
     def since(self, mark: Mark, holders: Sequence[int], skipped: Sequence[float]) -> int | None:
         """Steps since the mark of those optimizers, the fewest of them; ``skipped`` since then by optimizer.
 
-        None where one of them steps in a CUDA graph, which counts nothing.
+        None where one of them has stepped in a CUDA graph since the mark, or may be doing so: replays are not counted.
         """
-        if any(self._watched[index].replayed for index in holders):
-            return None
         found = []
         for index in holders:
             begun = mark.by_optimizer[index] if index < len(mark.by_optimizer) else 0
+            captured = self._watched[index].captured
+            if captured and (captured > begun or captured == self._watched[index].calls):
+                return None
             missed = skipped[index] if index < len(skipped) else 0.0
             found.append(self._watched[index].calls - begun - int(missed))
         return min(found, default=None)

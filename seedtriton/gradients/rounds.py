@@ -105,7 +105,8 @@ class Rounds:
         if self._captured != capturing():
             self._captured, self._calls = not self._captured, 0
         if not self.open:
-            self.begun()
+            if not self._captured:  # nothing steps while a graph is captured
+                self.begun()
             replace = APPEND
         elif states is None or self._scaler_states is None:
             # Nobody says whether a step was skipped in between; a row that is not finite tells.
