@@ -9,13 +9,14 @@ import torch
 
 
 def commit():
-    """The commit that runs, with a plus behind it where files differ.
+    """The commit that runs, with a plus behind it where files differ, but for raw output.
 
     A copy of the files without the repository, as machines that are lent get, is told by BENCH_COMMIT.
     """
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    status = [*git, "status", "--porcelain", "-uno", "--", ":/", ":!/bench/results"]
+    changed = subprocess.run(status, capture_output=True, text=True, check=False)
     return os.environ.get("BENCH_COMMIT") or head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

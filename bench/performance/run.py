@@ -666,18 +666,25 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def write(
-    output: pathlib.Path, device: str, header: dict[str, Any], part: str, anchors: Any, rows: Any, fits: Any
+    output: pathlib.Path,
+    device: str,
+    header: dict[str, Any],
+    part: str,
+    anchors: Any,
+    rows: Any,
+    fits: Any,
+    left_out: Sequence[str] = (),
 ) -> pathlib.Path:
     """Put a part into the file of this device and day; parts of another commit or torch are not kept beside it."""
     name = re.sub(r"[^a-z0-9]+", "-", (header["device"] if device == "cuda" else header["machine"]).lower()).strip("-")
     path = output / f"{'gpu' if device == 'cuda' else 'cpu'}-{name}-{header['date']}.json"
-    record: dict[str, Any] = {"header": header, "anchors": {}, "fits": [], "rows": []}
+    record: dict[str, Any] = {"header": header, "anchors": {}, "left_out": {}, "fits": [], "rows": []}
     same = ("commit", "torch", "device", "scale")
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         if all(known["header"].get(key) == header[key] for key in same):
             record = known | {"header": header}
-    record["anchors"][part] = anchors
+    record["anchors"][part], record["left_out"][part] = anchors, list(left_out)
     record["rows"] = [one for one in record["rows"] if not _of(one, part)] + rows
     if part == "growth":
         record["fits"] = fits
@@ -747,8 +754,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 show(one)
         for fit in fits:
             print(f"growth of {fit['axis']}: {fit['contender']}, {fit['time']}: exponent {fit['slope']}")
-        header["clocks_after"], header["left_out"] = describe(asked.device).get("clocks"), bench.left_out
-        path = write(asked.output, asked.device, header, part, bench.anchors, rows, fits)
+        header["clocks_after"] = describe(asked.device).get("clocks")
+        left_out, bench.left_out = bench.left_out, []
+        path = write(asked.output, asked.device, header, part, bench.anchors, rows, fits, left_out)
         wrong += sum(one["contender"].startswith("seedtriton") and "WrongAnswer" in one["note"] for one in rows)
         print(f"{part}: {path}, {time.perf_counter() - begun:.0f} s so far")
     return int(wrong > 0)

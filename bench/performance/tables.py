@@ -1,6 +1,5 @@
 """The raw output of run.py as tables, of a GPU or of a CPU."""
 
-import collections
 import re
 import statistics
 
@@ -25,13 +24,12 @@ TITLES = {
 def markdown(record, name):
     """One table for each task: our time, and everybody's over ours."""
     head, gpu = record["header"], is_of_gpu(record)
-    part = "cpu" if not gpu else "cuda"
     copy = statistics.median(one["copy_bytes_per_second"] for one in record["anchors"].values())
     said = (
         f"{head['device']}, torch {head['torch']}, commit {head['commit']}; a copy moves {copy / 1e9:.0f} GB/s, read "
         "plus written. Medians; all took turns in random order, from cold caches, and each was within its tolerance "
         f"of float64 before it was timed ([raw output](bench/results/{name}), "
-        f"`python -m bench.performance --device {part}`). "
+        f"`{head['command']}`). "
     )
     said += (
         "Cells of others are theirs / ours, GPU time and then CPU time until the call returns; *w*: eager wall time, "
@@ -39,7 +37,7 @@ def markdown(record, name):
         if gpu
         else "Cells of others are theirs / ours, and in brackets their relative error."
     )
-    lines = [said, *_left_out(head.get("left_out", ()))]
+    lines = [said, *_left_out({part: cases for part, cases in record.get("left_out", {}).items() if cases})]
     for task in SHOWN:
         rows = [row for row in record["rows"] if row["task"] == task and _shown(row, task)]
         if rows:
@@ -49,14 +47,10 @@ def markdown(record, name):
     return "\n".join([*lines, "", *(f"![{text}](docs/{file})" for text, file in files_of(record))])
 
 
-def _left_out(cases):
-    """What a run with --seconds did not begin, by part."""
-    if not cases:
-        return []
-    growing = re.compile(r"\w+, \d+ (tensors|elements|segments)\b")
-    parts = collections.Counter("growth" if growing.match(case) else re.split("[ ,]", case)[0] for case in cases)
-    counted = ", ".join(f"{number} of {part}" for part, number in parts.items())
-    return ["", f"Left out for lack of time: {len(cases)} cases, {counted}."]
+def _left_out(by_part):
+    """What a run with --seconds did not begin."""
+    counted = ", ".join(f"{len(cases)} of {part}" for part, cases in by_part.items())
+    return ["", f"Cases left out for lack of time: {counted}."] if counted else []
 
 
 # What makes a row the same in two files.

@@ -471,7 +471,7 @@ def synthetic():
     failed = gpu.row(gpu.Case("norm", "one 1B", "fp32"), "seedtriton", note="RuntimeError: x")
     fits = [{"axis": "tensors", "contender": "seedtriton", "time": "gpu_us_median", "slope": 0.5}]
     anchors = {"norm": {"copy_bytes_per_second": 4e12}}
-    header = {"device": "Fake GPU", "torch": "2", "commit": "c", "cuda": "13.0"}
+    header = {"device": "Fake GPU", "torch": "2", "commit": "c", "cuda": "13.0", "command": "python -m bench"}
     return {"header": header, "anchors": anchors, "fits": fits, "rows": [*rows, failed]}
 
 
@@ -536,11 +536,14 @@ def test_what_does_not_begin_in_time_is_written_down(tmp_path, monkeypatch):
     (path,) = tmp_path.iterdir()
     record = json.loads(path.read_text())
     assert record["rows"] == []
-    assert record["header"]["left_out"] == ["norm, GPT-2, fp32", "norm, odd, bf16"]
+    assert record["left_out"] == {"norm": ["norm, GPT-2, fp32", "norm, odd, bf16"]}
+    assert gpu.main([*arguments, "--part", "telemetry"]) == 0
+    record = json.loads(path.read_text())
+    assert record["left_out"] == {"norm": ["norm, GPT-2, fp32", "norm, odd, bf16"], "telemetry": []}, "a part each"
     assert gpu.main([*arguments, "--part", "norm", "--budget", "0"]) == 0
     record = json.loads(path.read_text())
-    assert {row["shape"] for row in record["rows"]} == {"GPT-2", "odd"}
-    assert record["header"]["left_out"] == []
+    assert {row["shape"] for row in record["rows"] if row["task"] == "norm"} == {"GPT-2", "odd"}
+    assert record["left_out"]["norm"] == []
 
 
 def test_the_budget_ends_the_repeats():
