@@ -66,8 +66,12 @@ def runs_of(events: Sequence[Event]) -> list[list[Event]]:
     for part in _parts(events[len(ahead) :]):
         before = next((run for run in reversed(runs) if run.name == part.name), runs[-1] if runs else None)
         if before is not None and part.first_epoch > 1:
-            kept = [event for event in before.events if _is_baseline(event) or event["epoch"] < part.first_epoch]
-            part.events[:0] = kept
+            again = set(map(_what, part.events))  # told between the checkpoint and the end of the run before, and again
+            part.events[:0] = [
+                event
+                for event in before.events
+                if _is_baseline(event) or (event["epoch"] < part.first_epoch and _what(event) not in again)
+            ]
             if before.end < part.begin:
                 runs.remove(before)
         runs.append(part)
@@ -100,6 +104,10 @@ class _Part:
         """The first epoch that ends in it: what a script does before that still bears the number of the one before."""
         ended = (event["epoch"] for event in self.events if event["event"] == "epoch")
         return int(next(ended, self.events[0]["epoch"] + 1))
+
+
+def _what(event: Event) -> tuple[Any, ...]:
+    return tuple(event.get(key) for key in ("event", "seed", "epoch", "step"))
 
 
 def _parts(events: Sequence[Event]) -> list[_Part]:

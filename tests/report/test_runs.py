@@ -66,6 +66,13 @@ def test_a_resumed_run_keeps_the_epoch_before_whatever_the_script_does_first():
     assert runs_of(before + fresh) == [before, fresh]
 
 
+def test_what_a_resumed_run_tells_again_is_there_once():
+    germinated = {"event": "germinated", "seed": "late", "epoch": 1, "step": 10}
+    first = [epoch(1, run="a"), {**germinated, "run": "a"}, epoch(2, run="a")]
+    resumed = [{**germinated, "run": "b"}, epoch(2, run="b")]
+    assert runs_of(first + resumed) == [first[:1] + resumed]
+
+
 def test_runs_that_were_told_of_at_once_are_told_apart():
     one, two = [epoch(n, run="a") for n in (1, 2, 3)], [epoch(n, run="b") for n in (1, 2, 3)]
     assert runs_of([event for pair in zip(one, two) for event in pair]) == [one, two]
