@@ -75,7 +75,8 @@ class GateThresholds(PlainState):
         max_harm_t: G3, G5 and the watch: a t of the blend gain below minus this says that the seed harms.
         max_pace: G3, G5 and the watch: a seed whose weights move this many times as fast as behind the host (over the
             root of the steps), and by more than their own length, with a t of the blend gain that is not above 0, has
-            run away.
+            run away. In 42 lives of the growth benchmark without sabotage the most was 1.1 times then, and 3.4 at any
+            t; in 10 at a learning rate 100 times too high 8 to 30.
         harm_epochs: the watch acts on harm in so many epochs in a row: by the blend gain, or by the probe with a loss
             above that at admission. None: it does not.
         lasting_harm_epochs: the same for harm by the probe alone.
