@@ -93,6 +93,7 @@ int cuStreamGetCaptureInfo_v2(void *stream, int *status, uint64_t *number, void 
     *number = capture;
     return fail_capture;
 }
+int cuStreamIsCapturing(void *stream, int *status) { *status = capture != 0; return fail_capture; }
 int cuModuleUnload(void *module) { return SUCCESS; }
 int cuModuleGetFunction(void **function, void *module, const char *name) { *function = module; return SUCCESS; }
 int cuFuncGetAttribute(int *value, int attribute, void *function) {
