@@ -124,7 +124,7 @@ class StepCounter:
 
     def restore(self, by_optimizer: Sequence[int], waited: Sequence[int]) -> None:
         for entry, saved, measurements in zip(self._watched, by_optimizer, waited):
-            entry.calls, entry.skipped = saved, None
+            entry.calls, entry.skipped, entry.captured = saved, None, 0
             entry.measured = self.calls - measurements
         self.total = sum(by_optimizer)
 

@@ -65,12 +65,12 @@ class Rounds:
 
     def due(self, every: int) -> bool:
         """Whether this round is to be measured, the first of ``every``."""
-        if torch.compiler.is_compiling() or capturing():
-            if every > 1:
-                raise ConfigurationError(
-                    "a measurement that is compiled, or captured in a CUDA graph, cannot count optimizer steps: leave "
-                    f"every={every} out, and call it, or replay its graph, every so often"
-                )
+        if every > 1 and (torch.compiler.is_compiling() or capturing()):
+            raise ConfigurationError(
+                "a measurement that is compiled, or captured in a CUDA graph, cannot count optimizer steps: leave "
+                f"every={every} out, and call it, or replay its graph, every so often"
+            )
+        if torch.compiler.is_compiling():
             return True
         if not self.open:
             self._turns += 1

@@ -74,8 +74,8 @@ class Life:
         self.evidence = evidence
         if self.slot.stage is Stage.TRAINING:
             self.watch = self.watch.behind(evidence)
-        if self.slot.stage is Stage.TRAINING and self.training_accuracy is None:
-            self.training_accuracy = position.accuracy
+            if self.training_accuracy is None:
+                self.training_accuracy = position.accuracy
         elif self.felt:
             if self.blending_accuracy is None:
                 self.blending_accuracy = position.accuracy

@@ -876,6 +876,21 @@ def test_steps_are_known_again_in_a_window_behind_the_last_that_was_captured(mon
     assert monitor.read()["s"].optimizer_steps == 1
 
 
+def test_a_state_that_is_loaded_knows_its_steps_whatever_was_captured_before(monkeypatch):
+    host, seed = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([host, seed], lr=0.1)
+    monitor = GradientMonitor([host], {"s": [seed]}, optimizers=optimizer)
+    host.grad, seed.grad = torch.ones(3), torch.ones(3)
+    monitor.measure()
+    optimizer.step()
+    saved = copy.deepcopy(monitor.state_dict())
+    monkeypatch.setattr(progress, "capturing", lambda: True)
+    optimizer.step()
+    monkeypatch.undo()
+    monitor.load_state_dict(saved)
+    assert monitor.read()["s"].optimizer_steps == 1
+
+
 def test_alpha_does_not_move_for_a_step_that_is_only_captured(monkeypatch):
     begun = []
     monitor = GradientMonitor([nn.Parameter(torch.ones(3))], {"s": [nn.Parameter(torch.ones(3))]})

@@ -122,6 +122,13 @@ def removed():
     return script
 
 
+def test_a_loop_over_the_slots_goes_on_when_one_is_found_in_it():
+    script = with_late_slot()
+    for name in script.growth.slots:
+        script.growth.germinate(name, Residual(6), probe=torch.randn(2, 6))
+    assert len(script.growth.slots) == 3
+
+
 def test_a_slot_that_is_removed_is_forgotten():
     assert [row["slot"] for row in removed().growth.summary().rows] == ["early", "late"]
     growth, *_ = saved(removed())

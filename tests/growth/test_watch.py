@@ -368,6 +368,17 @@ def test_a_seed_runs_away_by_the_pace_of_its_weights_and_a_blend_gain_that_does_
         Watch(pace=float("nan"))
 
 
+def test_a_seed_that_the_probe_lets_in_keeps_its_pace_also_through_a_state():
+    script = Epochs(None, evaluate=True).grow()
+    watch = script.growth._lives["early"].watch
+    assert watch.pace > 0.0
+    assert watch.admission_loss is not None
+    saved = script.growth.state_dict()
+    again = Epochs(None, evaluate=True)
+    again.growth.load_state_dict(saved, seeds={"early": Residual(6, 16)}, check_weights=False)
+    assert again.growth._lives["early"].watch == watch
+
+
 @pytest.mark.parametrize("training", [3, 24])
 def test_a_seed_that_trained_for_long_or_whose_window_began_anew_has_not_run_away(training):
     """What it moves by in its first epoch of blending is as much as in its first of all."""
