@@ -1,7 +1,5 @@
 """The few figures of the README, from the raw outputs whose tables are in docs/."""
 
-import math
-
 from bench.growth.tables import SABOTAGED, close_to, permanent
 from bench.performance.tables import OURS, ratio
 
@@ -57,11 +55,10 @@ def _on_a_gpu(record):
         ("measuring every gradient of GPT-2", "telemetry", "P4 native graph", "torch's operations in a CUDA graph"),
         ("the same, and clipping that leaves them as they are", "clip 1", "P1 clip_grad_norm_", "torch's clipping"),
     ):
-        ours = [rows.get((task, dtype, OURS)) for dtype in ("fp32", "bf16")]
-        theirs = [rows.get((task, dtype, peer)) for dtype in ("fp32", "bf16")]
-        if not all(own and own["gpu_us_median"] and other for own, other in zip(ours, theirs)):
+        pairs = [(rows.get((task, dtype, OURS)), rows.get((task, dtype, peer))) for dtype in ("fp32", "bf16")]
+        if not all(own and other and own["gpu_us_median"] and other["gpu_us_median"] for own, other in pairs):
             continue  # left out, as by --seconds or --part
-        others = [ratio(own, other)[0] or math.nan for own, other in zip(ours, theirs)]
+        ours, others = [own for own, _ in pairs], [ratio(*pair)[0] for pair in pairs]
         lines.append(f"| {said}, GPU time | " + " | ".join(f"{own['gpu_us_median']:.0f} µs" for own in ours) + " |")
         lines.append(f"| {name} for it | " + " | ".join(f"{other:.2f} times as long" for other in others) + " |")
         counts = (f"{own['kernels']} and {own['syncs']}" for own in ours)

@@ -11,7 +11,7 @@ import torch
 def commit():
     """The commit that runs, with a plus behind it where files differ, but for raw output.
 
-    A copy of the files without the repository, as machines that are lent get, is told by BENCH_COMMIT.
+    A copy of the files without the repository is told by the variable BENCH_COMMIT.
     """
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

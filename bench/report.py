@@ -53,6 +53,11 @@ def performance_tables(path):
     return performance_report.markdown(read(path), path.name)
 
 
+def variants_table(path):
+    """What the kernels could have been, as Markdown."""
+    return performance_report.variants(read(path), path.name)
+
+
 def predicted_table(path):
     """What a model says of GPUs, and the newest measurement beside it, as Markdown."""
     return performance_report.predictions(read(path), path.name, of("gpu")[0])
@@ -80,6 +85,7 @@ TABLES = {
     "growth": ("growth", growth_tables),
     "gpu": ("gpu", performance_tables),
     "predicted": ("predicted-gpu", predicted_table),
+    "variants": ("variants", variants_table),
     "bench": ("cpu", performance_tables),
     "parallel": ("parallel", parallel_table),
     "headline": ("readiness", headline_table),
@@ -90,7 +96,7 @@ PAGES = {
     "README.md": ("headline",),
     "docs/is-the-gate-right.md": ("readiness",),
     "docs/behind-the-host.md": ("growth",),
-    "docs/how-fast.md": ("gpu", "predicted", "bench"),
+    "docs/how-fast.md": ("gpu", "predicted", "variants", "bench"),
     "docs/many-gpus.md": ("parallel",),
     "docs/releasing.md": ("versions",),
 }

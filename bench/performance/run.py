@@ -665,6 +665,10 @@ def describe(device: str) -> dict[str, Any]:
     return found
 
 
+def file_name(kind: str, name: str, date: str) -> str:
+    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{date}.json"
+
+
 def write(
     output: pathlib.Path,
     device: str,
@@ -676,8 +680,8 @@ def write(
     left_out: Sequence[str] = (),
 ) -> pathlib.Path:
     """Put a part into the file of this device and day; parts of another commit or torch are not kept beside it."""
-    name = re.sub(r"[^a-z0-9]+", "-", (header["device"] if device == "cuda" else header["machine"]).lower()).strip("-")
-    path = output / f"{'gpu' if device == 'cuda' else 'cpu'}-{name}-{header['date']}.json"
+    kind, name = ("gpu", header["device"]) if device == "cuda" else ("cpu", header["machine"])
+    path = output / file_name(kind, name, header["date"])
     record: dict[str, Any] = {"header": header, "anchors": {}, "left_out": {}, "fits": [], "rows": []}
     same = ("commit", "torch", "device", "scale")
     if path.exists():

@@ -117,6 +117,29 @@ def reached(goal, measured):
     return min((one for one in found if one is not None), default=None)
 
 
+def variants(record, name):
+    """What the kernels could have been, as the change of GPU time against what they were."""
+    head, cells, first = record["header"], {}, {}
+    for row in record["rows"]:
+        column = f"{row['shape'].split(', 2 segments')[0]} {row['dtype']}"
+        taken = row["gpu_us_median"]
+        if column not in first:
+            first[column] = taken
+            cells.setdefault(f"{row['contender']}, µs", {})[column] = "-" if taken is None else f"{taken:.1f}"
+        elif taken and first[column]:
+            cells.setdefault(row["contender"], {})[column] = f"{taken / first[column] - 1:+.1%}"
+    lines = [
+        f"{head['device']}, torch {head['torch']}, Triton {head['triton']}, commit {head['commit']}: GPU time of "
+        f"`measure()` with one thing changed ([raw output](bench/results/{name}), `{head['command']}`).",
+        "",
+        f"| | {' | '.join(first)} |",
+        "|---" * (1 + len(first)) + "|",
+    ]
+    for said, found in cells.items():
+        lines.append(f"| {said} | " + " | ".join(found.get(column, "-") for column in first) + " |")
+    return "\n".join(lines)
+
+
 def is_of_gpu(record):
     """Whether it was measured on a GPU."""
     return record["header"].get("cuda") is not None

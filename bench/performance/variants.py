@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import torch
 from bench import machine
 from bench.performance import contenders, shapes
 from bench.performance.contenders import Call, Contender, Work
-from bench.performance.run import Bench, Case, describe, show
+from bench.performance.run import Bench, Case, describe, file_name, show
 
 # Attribute by attribute of a module of kernels/, what is put in its place.
 Changes = dict[tuple[Any, str], Any]
@@ -125,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(one)
     command = "python -m bench.performance.variants " + " ".join(sys.argv[1:] if arguments is None else arguments)
     header = machine.header(command) | describe("cuda") | {"left_out": bench.left_out}
-    name = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
-    path = asked.output / f"variants-{name}-{header['date']}.json"
+    path = asked.output / file_name("variants", header["device"], header["date"])
     path.write_text(json.dumps({"header": header, "anchors": bench.anchors, "rows": rows}, indent=1) + "\n")
     print(path)
     return int(any("WrongAnswer" in one["note"] for one in rows))

@@ -130,6 +130,20 @@ def test_the_table_says_that_it_predicts_and_shows_a_measurement_beside_it(recor
     assert set(last.values()) == {"**0.80**", "1.22", "**3.00**", "-"}
 
 
+def test_variants_are_set_against_the_first_of_their_column():
+    header = {"device": "GPU", "torch": "2", "triton": "3", "commit": "c", "command": "python"}
+    names = (("as it is", 10.0), ("8 warps", 11.0), ("two launches", None))
+    rows = [
+        {"shape": "GPT-2, 2 segments 1:1", "dtype": dtype, "contender": name, "gpu_us_median": taken and factor * taken}
+        for dtype, factor in (("bf16", 1), ("fp32", 2))
+        for name, taken in names
+    ]
+    rows[-2]["gpu_us_median"] = 19.0
+    lines = tables.variants({"header": header, "rows": rows}, "raw.json").splitlines()
+    assert lines[2] == "| | GPT-2 bf16 | GPT-2 fp32 |"
+    assert lines[4:] == ["| as it is, µs | 10.0 | 20.0 |", "| 8 warps | +10.0% | -5.0% |"]
+
+
 def test_what_was_left_out_is_counted_by_part():
     (_, said) = tables._left_out({"telemetry": ["telemetry, GPT-2, fp32"], "growth": ["norm, 10 tensors, fp32"] * 2})
     assert said == "Cases left out for lack of time: 1 of telemetry, 2 of growth."

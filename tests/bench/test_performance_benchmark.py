@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import machine
 from bench.performance import contenders, shapes, variants
 from bench.performance import pictures as performance_pictures
 from bench.performance import run as gpu
@@ -567,6 +568,11 @@ def test_a_variant_of_the_kernels_holds_while_it_runs_and_no_longer():
     assert seen == [(4, 32 << 10), (8, 32 << 10), (4, 64 << 10)]
     assert (_tables.OPTIONS, _plan.chunk_bytes) == (warps, chunk)
     assert len({tuple(sorted(name for _, name in found)) for found in changes.values()}) >= 5
+
+
+def test_a_copy_without_the_repository_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("BENCH_COMMIT", "abc1234")
+    assert machine.header("python")["commit"] == "abc1234"
 
 
 def test_variants_need_a_gpu(monkeypatch, capsys):
