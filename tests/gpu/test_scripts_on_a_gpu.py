@@ -8,7 +8,7 @@ import torch
 from networks import Residual
 from torch import nn
 
-from seedtriton import AlphaSchedule, GradientMonitor, GrowthController, SeedSlot, Stage
+from seedtriton import AlphaSchedule, FlatGradients, GradientMonitor, GrowthController, SeedSlot, Stage
 from seedtriton.gradients import ops
 from seedtriton.gradients.row import SUMSQ
 
@@ -217,8 +217,6 @@ def test_quarantine_writes_zeros_over_a_seeds_infinities_and_leaves_the_host():
 
 
 def test_fused_and_foreach_optimizers_and_flat_gradients_measure_the_same():
-    from seedtriton import FlatGradients
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(DEVICE)
     flat = FlatGradients(model)
